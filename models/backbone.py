@@ -1,0 +1,104 @@
+"""The ResNet that turns images into a feature map, and the positions of its cells.
+
+Shapes: B images H×W, feature map H'×W' (1/32 of the image; 1/16 with dilation), C' channels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from util.errors import InputError
+
+CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
+
+
+class Backbone(nn.Module):
+    """A torchvision ResNet without its classifier.
+
+    Args:
+        name: a key of `CHANNELS`.
+        dilation: replace the stride of the last stage by dilation (DC5): twice the resolution.
+        norm: "frozen" keeps the batch norms as buffers, "batch" trains them.
+        train: which part learns: "none", "late" (layer2 to layer4, for pretrained weights) or "all".
+
+    Raises:
+        InputError: for a name that is not known, or one that torchvision cannot dilate.
+    """
+
+    def __init__(self, name: str, dilation: bool = False, norm: str = "frozen", train: str = "late") -> None:
+        super().__init__()
+        if name not in CHANNELS:
+            raise InputError(f"--backbone {name}: choose one of {', '.join(CHANNELS)}")
+        if dilation and CHANNELS[name] == 512:
+            raise InputError(f"--dilation does not work with --backbone {name}: choose resnet50 or resnet101")
+        if norm not in NORMS:
+            raise InputError(f"--backbone_norm {norm}: choose one of {', '.join(NORMS)}")
+        resnet = getattr(torchvision.models, name)(
+            weights=None, replace_stride_with_dilation=[False, False, dilation], norm_layer=NORMS[norm]
+        )
+        stages = [(key, module) for key, module in resnet.named_children() if key not in ("avgpool", "fc")]
+        self.body = nn.Sequential(OrderedDict(stages))
+        self.num_channels = CHANNELS[name]
+        learns = {"none": (), "late": ("layer2", "layer3", "layer4"), "all": tuple(key for key, _ in stages)}[train]
+        for key, module in stages:
+            module.requires_grad_(key in learns)
+
+    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] and its mask [B, H, W] to features [B, C', H', W'] and their mask [B, H', W']."""
+        features = self.body(images)
+        padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:], mode="nearest")
+        return features, padding[:, 0].bool()
+
+
+class BackboneWithPosition(nn.Sequential):
+    """Backbone and position embedding; a Sequential for the published keys `backbone.0.*` and `backbone.1.*`."""
+
+    def __init__(self, backbone: Backbone, position_embedding: nn.Module) -> None:
+        super().__init__(backbone, position_embedding)
+        self.num_channels = backbone.num_channels
+
+    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Backbone.forward`, and the positions [B, H', W', C]."""
+        features, padding = self[0](images, padding)
+        return features, padding, self[1](padding)
+
+
+def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
+    """Fills a backbone with torchvision's ImageNet V1 weights ("imagenet", downloaded once) or those of a file.
+
+    Raises:
+        InputError: where the download fails or the file does not hold such weights; says what to do instead.
+    """
+    if source == "imagenet":
+        url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        advice = f"place {path.name} from {url} at {path} or name it with --backbone_weights PATH"
+    else:
+        path, advice = Path(source), f"--backbone_weights takes a state dict of torchvision's {name}"
+    advice += ", or train without pretrained weights by --backbone_weights none --backbone_norm batch"
+
+    if source == "imagenet" and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"the ImageNet weights {path.name} could not be downloaded ({error}); {advice}") from error
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+        missing, unexpected = backbone.body.load_state_dict(weights, strict=False)
+    except Exception as error:  # whatever an unreadable file makes torch.load raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: cannot be read as backbone weights ({reason}); {advice}") from error
+    # Old files lack the batch counter of trained norms; frozen norms do not have it.
+    wrong = [key for key in (*missing, *unexpected) if not key.endswith("num_batches_tracked")]
+    if wrong:
+        raise InputError(f"{path}: not the weights of {name} ({wrong[0]} and {len(wrong) - 1} more keys differ); {advice}")

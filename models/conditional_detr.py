@@ -1,0 +1,89 @@
+"""Conditional DETR: images in, class logits and boxes of a fixed number of queries out.
+
+Shapes: B images H×W, feature map H'×W', S = H'·W', Q queries, C width, K classes, L decoder layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbone import BackboneWithPosition
+from models.transformer import MLP, Transformer
+from util.box_ops import inverse_sigmoid
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PRIOR_PROBABILITY = 0.01  # of every class at the start of training (focal loss, section 3.3)
+
+
+class ConditionalDETR(nn.Module):
+    """Meng et al., ICCV 2021.
+
+    Args:
+        backbone: image to feature map and positions.
+        transformer: feature map and queries to decoder outputs.
+        dim: the width C of the transformer.
+        num_classes: K; class ids are 0..K-1, there is no background class.
+        num_queries: Q, the most objects that an image can be given.
+        aux_loss: also return the predictions of the decoder layers before the last.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneWithPosition,
+        transformer: Transformer,
+        dim: int,
+        num_classes: int,
+        num_queries: int,
+        aux_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.class_embed = nn.Linear(dim, num_classes)
+        self.bbox_embed = MLP(dim, dim, 4, 3)
+        self.query_embed = nn.Embedding(num_queries, dim)
+        self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
+        self.backbone = backbone
+        self.aux_loss = aux_loss
+        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        nn.init.constant_(self.class_embed.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
+        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+
+    def forward(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+        """Predictions for a NestedTensor, a list of [3, h, w] images of any sizes, or one [B, 3, H, W] tensor.
+
+        Images are uint8, or float and normalised by ImageNet's mean and deviation.
+
+        Returns a dict of `pred_logits` [B, Q, K], `pred_boxes` [B, Q, 4] as cxcywh relative to the unpadded image, and,
+        with `aux_loss`, `aux_outputs`: the same two of every decoder layer before the last.
+        """
+        if not isinstance(samples, NestedTensor):
+            samples = nested_tensor_from_tensor_list(samples)
+        images, padding = samples.decompose()
+        if images.dtype == torch.uint8:
+            images = self.normalize(images, padding)
+
+        features, padding, position = self.backbone(images, padding)  # [B, C', H', W'], [B, H', W'], [B, H', W', C]
+        x = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, S, C]
+        query_pos = self.query_embed.weight  # [Q, C]
+        hs, reference = self.transformer(x, position.flatten(1, 2), padding.flatten(1), query_pos)
+
+        logits = self.class_embed(hs)  # [L, B, Q, K]
+        offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]: boxes are predicted around the reference points
+        boxes = (self.bbox_embed(hs) + offset).sigmoid()  # [L, B, Q, 4]
+
+        *earlier, last = [{"pred_logits": l, "pred_boxes": b} for l, b in zip(logits, boxes, strict=True)]
+        return last | {"aux_outputs": earlier} if self.aux_loss else last
+
+    def normalize(self, images: Tensor, padding: Tensor) -> Tensor:
+        """uint8 images to normalised floats, zero on padding."""
+        images = (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+        return images.masked_fill_(padding[:, None], 0)

@@ -1,0 +1,37 @@
+"""From the model's outputs to detections in pixels.
+
+Shapes: B images, Q queries, K classes, N detections an image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from util.box_ops import box_cxcywh_to_xyxy
+
+
+class PostProcess(nn.Module):
+    """The highest scores over all queries and classes, at most `num_detections` an image (COCO scores 100)."""
+
+    def __init__(self, num_detections: int = 100) -> None:
+        super().__init__()
+        self.num_detections = num_detections
+
+    @torch.no_grad()
+    def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Outputs of the model and target_sizes [B, 2], (height, width) in pixels, to B dicts.
+
+        Each holds `scores` [N] in descending order, `labels` [N] and `boxes` [N, 4]: xyxy in pixels, not clipped.
+        """
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        scores = logits.sigmoid().flatten(1)  # [B, Q·K]
+        scores, index = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
+        labels = index % logits.shape[2]
+        queries = index // logits.shape[2]
+        boxes = box_cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
+        height, width = target_sizes.to(boxes).unbind(1)
+        boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]
+        return [
+            {"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes, strict=True)
+        ]

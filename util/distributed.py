@@ -1,0 +1,112 @@
+"""Joining the process group, and what the processes tell each other.
+
+Nothing is unpickled from the network: values travel as tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from util.errors import InputError
+
+
+def is_dist_avail_and_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if is_dist_avail_and_initialized():
+        dist.barrier()
+
+
+def init_distributed_mode(args: argparse.Namespace) -> None:
+    """Joins the process group that torchrun, torch.distributed.launch or srun announces in the environment.
+
+    Sets `args.rank`, `args.world_size`, `args.gpu` (the local rank) and `args.distributed`. Without a launcher, nothing
+    is joined and `args.distributed` is False.
+
+    Raises InputError if the local rank has no GPU of its own while `args.device` is CUDA.
+    """
+    env = os.environ
+    slurm_tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun for its tasks, not in an interactive shell
+    if "RANK" in env and "WORLD_SIZE" in env:
+        args.rank, args.world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        args.gpu = int(env.get("LOCAL_RANK", args.local_rank or 0))
+    elif slurm_tasks > 1:
+        args.rank, args.world_size = int(env["SLURM_PROCID"]), slurm_tasks
+        args.gpu = int(env.get("SLURM_LOCALID", 0))
+    else:
+        args.rank, args.world_size, args.gpu, args.distributed = 0, 1, 0, False
+        return
+
+    args.distributed = True
+    on_cuda = torch.device(args.device).type == "cuda"
+    if on_cuda:
+        if args.gpu >= torch.cuda.device_count():
+            raise InputError(
+                f"process {args.gpu} of this node has no GPU: torch sees {torch.cuda.device_count()}; "
+                "start as many processes a node as it has GPUs, or pass --device cpu"
+            )
+        torch.cuda.set_device(args.gpu)
+    dist.init_process_group(
+        backend="nccl" if on_cuda else "gloo",
+        init_method=args.dist_url,
+        world_size=args.world_size,
+        rank=args.rank,
+    )
+    barrier()
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, in rank order: [N_rank, ...] on each to [sum of N_rank, ...] on all.
+
+    The processes may hold different numbers of rows; dtype and the other sizes are the same on all.
+    """
+    if get_world_size() == 1:
+        return rows
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=device))
+    counts = [int(count) for count in counts]
+    padded = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).to(rows.device)
+
+
+def reduce_sum(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on all of them."""
+    if get_world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def reduce_dict(values: dict[str, Tensor], average: bool = True) -> dict[str, Tensor]:
+    """The mean (or sum) over all processes of a dict of scalars that has the same keys on each."""
+    if get_world_size() == 1 or not values:
+        return values
+    names = sorted(values)
+    total = reduce_sum(torch.stack([values[name].detach() for name in names]))
+    if average:
+        total = total / get_world_size()
+    return dict(zip(names, total, strict=True))

@@ -1,0 +1,169 @@
+"""What a run tells its user: coloured lines, running averages, a progress bar on terminals."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from statistics import median
+
+import torch
+from termcolor import colored
+from torch import Tensor
+from tqdm import tqdm
+
+from util.distributed import get_world_size, is_main_process, reduce_dict
+
+
+def log(message: str = "", color: str | None = None) -> None:
+    """Prints a line on the main process only; coloured where standard output is a terminal."""
+    if is_main_process():
+        tqdm.write(colored(message, color), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def warn(message: str) -> None:
+    """Prints a line that the user should not overlook."""
+    log(f"warning: {message}", "yellow")
+
+
+class SmoothedValue:
+    """A series of numbers: their latest, the median and mean of the last `window_size`, the mean of all."""
+
+    def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})") -> None:
+        self.window: deque[float] = deque(maxlen=window_size)
+        self.total = 0.0
+        self.count = 0
+        self.fmt = fmt
+
+    def update(self, value: float, n: int = 1) -> None:
+        self.window.append(value)
+        self.total += value * n
+        self.count += n
+
+    @property
+    def value(self) -> float:
+        return self.window[-1]
+
+    @property
+    def median(self) -> float:
+        return median(self.window)
+
+    @property
+    def avg(self) -> float:
+        return sum(self.window) / len(self.window)
+
+    @property
+    def max(self) -> float:
+        return max(self.window)
+
+    @property
+    def global_avg(self) -> float:
+        return self.total / max(self.count, 1)
+
+    def __str__(self) -> str:
+        if not self.window:
+            return "-"
+        return self.fmt.format(
+            value=self.value, median=self.median, avg=self.avg, max=self.max, global_avg=self.global_avg
+        )
+
+
+class MetricLogger:
+    """Running averages of named scalars and the lines that show them.
+
+    Scalars may be tensors: they stay on the device until a line is printed or an average is asked for, and are then
+    fetched together, so that a training step never waits for its own logging.
+    """
+
+    # Per-layer and unweighted losses are averaged, but left out of the lines.
+    _HIDDEN = re.compile(r"_(\d+|unscaled)$")
+
+    def __init__(self, delimiter: str = "  ") -> None:
+        self.delimiter = delimiter
+        self._meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
+        self._pending: list[dict[str, float | Tensor]] = []
+
+    @property
+    def meters(self) -> dict[str, SmoothedValue]:
+        self._fetch()
+        return self._meters
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        self._meters[name] = meter
+
+    def update(self, **values: float | Tensor) -> None:
+        self._pending.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def _fetch(self) -> None:
+        pending, self._pending = self._pending, []
+        tensors = [v for values in pending for v in values.values() if isinstance(v, Tensor)]
+        fetched = iter(torch.stack(tensors).tolist() if tensors else [])
+        for values in pending:
+            for name, value in values.items():
+                self._meters[name].update(next(fetched) if isinstance(value, Tensor) else value)
+
+    def synchronize_between_processes(self) -> None:
+        """Makes `global_avg` the mean over the steps of all processes."""
+        if get_world_size() == 1:
+            return
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        sums = {
+            name: torch.tensor([meter.total, meter.count], dtype=torch.float64, device=device)
+            for name, meter in self.meters.items()
+        }
+        for name, total_and_count in reduce_dict(sums, average=False).items():
+            total, count = total_and_count.tolist()
+            self._meters[name].total, self._meters[name].count = total, int(count)
+
+    def averages(self) -> dict[str, float]:
+        """The mean over all steps of every scalar."""
+        return {name: meter.global_avg for name, meter in self.meters.items()}
+
+    def __str__(self) -> str:
+        shown = {name: meter for name, meter in self.meters.items() if not self._HIDDEN.search(name)}
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in shown.items())
+
+    def log_every(self, iterable: Iterable, print_freq: int, header: str = "") -> Iterator:
+        """Yields from `iterable` (of known length) and shows averages, times and memory every `print_freq` items.
+
+        A terminal gets a progress bar, a file plain lines with the remaining time.
+        """
+        steps = len(iterable)
+        on_terminal = sys.stdout.isatty()
+        bar = tqdm(total=steps, desc=header, file=sys.stdout, disable=not (on_terminal and is_main_process()))
+        step_time, data_time = SmoothedValue(fmt="{avg:.3f}"), SmoothedValue(fmt="{avg:.3f}")
+        start = end = time.time()
+        for step, item in enumerate(iterable):
+            data_time.update(time.time() - end)
+            yield item
+            step_time.update(time.time() - end)
+            end = time.time()
+            bar.update()
+            if step % print_freq == 0 or step == steps - 1:
+                averages = str(self)
+                if on_terminal:
+                    bar.set_postfix_str(averages, refresh=True)
+                else:
+                    eta = timedelta(seconds=int(step_time.global_avg * (steps - step - 1)))
+                    place = f"[{step:>{len(str(steps))}}/{steps}]"
+                    times = f"time: {step_time}  data: {data_time}  max mem: {peak_memory_mib():.0f} MiB"
+                    log(self.delimiter.join(part for part in (header, place, f"eta: {eta}", averages, times) if part))
+        bar.close()
+        total = time.time() - start
+        log(f"{header} total time: {timedelta(seconds=int(total))} ({total / max(steps, 1):.4f} s / it)")
+
+
+def peak_memory_mib() -> float:
+    """The most memory used so far, in MiB: of the GPU where one is in use, else of this process (NaN on Windows)."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
