@@ -28,7 +28,9 @@ def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion
         InputError: for a flag that is not supported or that contradicts another.
     """
     if getattr(args, "pre_norm", False):
-        raise InputError("--pre_norm: Conditional DETR's decoder is defined with norms behind the residuals; drop the flag")
+        raise InputError(
+            "--pre_norm: Conditional DETR's decoder is defined with norms behind the residuals; drop the flag"
+        )
     backbone = Backbone(
         args.backbone,
         dilation=args.dilation,

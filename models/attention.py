@@ -52,7 +52,7 @@ class SelfAttention(Attention):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
-        """x and position [B, S, C], padding [B, S] to [B, S, C]."""
+        """X and position [B, S, C], padding [B, S] to [B, S, C]."""
         dim = x.shape[-1]
         w_qk, w_v = self.in_proj_weight.split([2 * dim, dim])
         b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])

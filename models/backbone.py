@@ -101,4 +101,6 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
     # Old files lack the batch counter of trained norms; frozen norms do not have it.
     wrong = [key for key in (*missing, *unexpected) if not key.endswith("num_batches_tracked")]
     if wrong:
-        raise InputError(f"{path}: not the weights of {name} ({wrong[0]} and {len(wrong) - 1} more keys differ); {advice}")
+        raise InputError(
+            f"{path}: not the weights of {name} ({wrong[0]} and {len(wrong) - 1} more keys differ); {advice}"
+        )

@@ -80,8 +80,8 @@ class ConditionalDETR(nn.Module):
         offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]: boxes are predicted around the reference points
         boxes = (self.bbox_embed(hs) + offset).sigmoid()  # [L, B, Q, 4]
 
-        *earlier, last = [{"pred_logits": l, "pred_boxes": b} for l, b in zip(logits, boxes, strict=True)]
-        return last | {"aux_outputs": earlier} if self.aux_loss else last
+        layers = [{"pred_logits": layer[0], "pred_boxes": layer[1]} for layer in zip(logits, boxes, strict=True)]
+        return layers[-1] | {"aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
 
     def normalize(self, images: Tensor, padding: Tensor) -> Tensor:
         """uint8 images to normalised floats, zero on padding."""

@@ -33,7 +33,9 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.matcher = matcher
         self.focal_alpha = focal_alpha
-        self.weight_dict = {name + s: weight for s in layer_suffixes(num_layers) for name, weight in loss_weights.items()}
+        self.weight_dict = {
+            name + s: weight for s in layer_suffixes(num_layers) for name, weight in loss_weights.items()
+        }
 
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Outputs of the model and B targets (`labels` [T_b], `boxes` [T_b, 4] normalised cxcywh) to scalars by name.
@@ -62,10 +64,6 @@ class SetCriterion(nn.Module):
         }
         losses["class_error"] = self.class_error(logits.detach()[pairs][0], labels[0])
         return losses
-
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum that training minimises."""
-        return sum(losses[name] * weight for name, weight in self.weight_dict.items())
 
     @staticmethod
     def matched_index(

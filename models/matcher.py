@@ -38,7 +38,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """logits [L, B, Q, K], boxes [L, B, Q, 4] and B targets (`labels` [T_b], `boxes` [T_b, 4]) to B index pairs.
+        """Logits [L, B, Q, K], boxes [L, B, Q, 4] and B targets (`labels` [T_b], `boxes` [T_b, 4]) to B index pairs.
 
         Each pair is (queries [L, min(Q, T_b)], targets [L, min(Q, T_b)]), int64 on the CPU, queries ascending. The
         costs of all layers and images leave the device in one transfer, each image's only for its own targets.

@@ -16,7 +16,7 @@ TEMPERATURE = 10_000
 
 
 def sine_embedding(coordinate: Tensor, num_features: int) -> Tensor:
-    """[...] coordinates in [0, 1] to [..., F]: sines and cosines, interleaved, of F / 2 frequencies (DETR, appendix A.4).
+    """[...] coordinates in [0, 1] to [..., F]: interleaved sines and cosines of F / 2 frequencies (DETR, appendix A.4).
 
     The wavelengths grow geometrically from one (2π over the unit interval) towards `TEMPERATURE`.
     """
@@ -69,7 +69,7 @@ class PositionEmbeddingLearned(nn.Module):
         batch, height, width = padding.shape
         if max(height, width) > self.SIZE:
             raise InputError(
-                f"--position_embedding learned has {self.SIZE} rows and columns, but a feature map is {height}×{width}: "
+                f"--position_embedding learned has {self.SIZE} rows and columns, a feature map is {height}×{width}: "
                 "use smaller images (--min_size, --max_size), no --dilation, or --position_embedding sine"
             )
         x = self.col_embed.weight[:width].expand(height, -1, -1)

@@ -33,5 +33,6 @@ class PostProcess(nn.Module):
         height, width = target_sizes.to(boxes).unbind(1)
         boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]
         return [
-            {"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes, strict=True)
+            {"scores": image[0], "labels": image[1], "boxes": image[2]}
+            for image in zip(scores, labels, boxes, strict=True)
         ]

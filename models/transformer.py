@@ -7,6 +7,8 @@ Shapes: B images, S = H·W cells of the feature map, Q queries, C width, h heads
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ class MLP(nn.Module):
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
         dims = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -43,7 +45,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, padding: Tensor) -> Tensor:
-        """x and position [B, S, C], padding [B, S] to [B, S, C]."""
+        """X and position [B, S, C], padding [B, S] to [B, S, C]."""
         x = self.norm1(x + self.dropout(self.self_attn(x, position, padding)))
         ffn = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.norm2(x + self.dropout(ffn))
@@ -137,10 +139,8 @@ class Decoder(nn.Module):
         self.ref_point_head = MLP(dim, dim, 2, 2)
         share_initial_vectors(self.layers)
 
-    def forward(
-        self, query_pos: Tensor, memory: Tensor, position: Tensor, padding: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """query_pos [Q, C], memory and position [B, S, C], padding [B, S] to outputs [L, B, Q, C], references [Q, 2]."""
+    def forward(self, query_pos: Tensor, memory: Tensor, position: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """query_pos [Q, C], memory, position [B, S, C], padding [B, S] to outputs [L, B, Q, C], references [Q, 2]."""
         reference = self.ref_point_head(query_pos).sigmoid()
         p_s = point_embedding(*reference.unbind(-1), dim=query_pos.shape[-1])  # [Q, C]
         x = memory.new_zeros(len(memory), *query_pos.shape)
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, x: Tensor, position: Tensor, padding: Tensor, query_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """x and position [B, S, C], padding [B, S], query_pos [Q, C] to outputs [L, B, Q, C], references [Q, 2]."""
+        """X and position [B, S, C], padding [B, S], query_pos [Q, C] to outputs [L, B, Q, C], references [Q, 2]."""
         memory = self.encoder(x, position, padding)
         return self.decoder(query_pos, memory, position, padding)
 

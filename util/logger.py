@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from termcolor import colored
@@ -28,6 +31,25 @@ def log(message: str = "", color: str | None = None) -> None:
 def warn(message: str) -> None:
     """Prints a line that the user should not overlook."""
     log(f"warning: {message}", "yellow")
+
+
+def append_log(path: str | Path, entry: dict[str, Any]) -> None:
+    """Adds a line of JSON to a log file, on the main process only."""
+    if is_main_process():
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def trim_log(path: str | Path, epoch: int) -> None:
+    """Drops what a log file holds of `epoch` and later ones, which are about to be trained again."""
+    path = Path(path)
+    if not is_main_process() or not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
+    if kept != lines:
+        warn(f"{path}: {len(lines) - len(kept)} lines of epoch {epoch} and later are dropped")
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 class SmoothedValue:

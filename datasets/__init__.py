@@ -1,0 +1,71 @@
+"""The data sets that `--dataset_file` and `--coco_path` name, and their batches."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from pycocotools.coco import COCO
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from datasets.coco import CocoDetection
+from datasets.transforms import make_coco_transforms
+from util.distributed import get_rank, get_world_size
+from util.errors import InputError
+from util.nested_tensor import collate_fn
+
+
+def build_dataset(image_set: str, args: argparse.Namespace) -> CocoDetection:
+    """The "train" or "val" split of the COCO data under `args.coco_path`.
+
+    Annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or `{split}2017/`.
+
+    Raises:
+        InputError: where the data set is of another kind, files are missing or annotations are not usable.
+    """
+    if args.dataset_file != "coco":
+        raise InputError(f"--dataset_file {args.dataset_file}: only coco is supported so far")
+    if not args.coco_path:
+        raise InputError("--coco_path is needed: the folder with annotations/ and images/")
+    root = Path(args.coco_path)
+    if not root.is_dir():
+        raise InputError(f"--coco_path {root}: no such folder")
+    folders = [root / "images" / f"{image_set}2017", root / f"{image_set}2017"]
+    return CocoDetection(
+        next((folder for folder in folders if folder.is_dir()), folders[0]),
+        root / "annotations" / f"instances_{image_set}2017.json",
+        make_coco_transforms(image_set, getattr(args, "min_size", 800), getattr(args, "max_size", 1333)),
+        seed=args.seed,
+        remove_difficult=args.remove_difficult,
+    )
+
+
+def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
+    """The ground truth of a data set (or of a Subset of one) as the evaluator takes it."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset.coco
+
+
+def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) -> DataLoader:
+    """This process's batches: in training shuffled by (seed, epoch), without a partial last one; else all, in order.
+
+    Raises InputError where the data does not fill a batch.
+    """
+    sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=train, seed=args.seed)
+    loader = DataLoader(
+        dataset,
+        args.batch_size,
+        sampler=sampler,
+        drop_last=train,
+        collate_fn=collate_fn,
+        num_workers=args.num_workers,
+        pin_memory=torch.device(args.device).type == "cuda",
+    )
+    if len(loader) == 0:
+        raise InputError(
+            f"{dataset.annotation_file}: {len(dataset)} images are fewer than a batch of {args.batch_size} "
+            f"on each of {get_world_size()} processes; lower --batch_size"
+        )
+    return loader

@@ -1,0 +1,169 @@
+"""A COCO data set as pairs of image and target."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datasets.annotations import check_image_files, read_annotations
+from datasets.transforms import Target, Transform, keep_objects, prepare_for_model
+from util.errors import InputError
+
+
+@dataclass
+class Summary:
+    """What a data set holds: `boxes` become targets, `crowds` and `dropped` (boxes without area) do not.
+
+    `classes` are those with a box; `empty_images` have none.
+    """
+
+    images: int
+    empty_images: int
+    boxes: int
+    crowds: int
+    dropped: int
+    classes: int
+
+    def __str__(self) -> str:
+        left_out = f"; left out: {self.crowds} crowd regions, {self.dropped} boxes without area"
+        return (
+            f"{self.images} images ({self.empty_images} without boxes), {self.boxes} boxes of {self.classes} classes"
+            f"{left_out if self.crowds + self.dropped else ''}"
+        )
+
+
+class CocoDetection(Dataset):
+    """Images with the boxes and classes of their objects, in the order of the image ids.
+
+    Args:
+        image_folder: the folder that the `file_name`s start from.
+        annotation_file: COCO instance JSON.
+        transforms: applied to image and target, with a generator that depends on (seed, epoch, index) alone.
+        seed: see `transforms`.
+        remove_difficult: leave out annotations marked `difficult`.
+
+    Raises:
+        InputError: where the annotations are not usable or image files are missing.
+    """
+
+    def __init__(
+        self,
+        image_folder: str | Path,
+        annotation_file: str | Path,
+        transforms: Transform,
+        seed: int = 0,
+        remove_difficult: bool = False,
+    ) -> None:
+        self.image_folder = Path(image_folder)
+        self.annotation_file = Path(annotation_file)
+        self.coco = read_annotations(annotation_file, remove_difficult)
+        check_image_files(self.coco, self.image_folder, annotation_file)
+        self.ids = sorted(self.coco.imgs)
+        self.class_names = {entry["id"]: entry["name"] for entry in self.coco.dataset["categories"]}
+        self.transforms = transforms
+        self.seed = seed
+        self.epoch = 0
+        if not self.ids:
+            raise InputError(f"{annotation_file}: lists no images")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the augmentation of the samples that are loaded from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        """A uint8 image [3, H, W] and its target.
+
+        The target holds `boxes` [N, 4] (cxcywh relative to the image), `labels`, `area`, `iscrowd` [N], `image_id` [1],
+        and (height, width) as stored, `orig_size` [2], and as returned, `size` [2].
+        """
+        image_id = self.ids[index]
+        image = self.load_image(image_id)
+        target = make_target(image_id, self.coco.imgToAnns[image_id], *image.size)
+        rng = random.Random(f"{self.seed} {self.epoch} {index}")
+        return prepare_for_model(*self.transforms(image, target, rng))
+
+    def load_image(self, image_id: int) -> Image.Image:
+        """The image as stored (EXIF orientation is not applied: COCO's coordinates are those of the stored pixels)."""
+        entry = self.coco.imgs[image_id]
+        path = self.image_folder / entry["file_name"]
+        try:
+            with Image.open(path) as file:
+                expected = entry.get("width") or file.width, entry.get("height") or file.height
+                if file.size != expected:
+                    raise InputError(
+                        f"{path} (image id {image_id}): is {file.width}×{file.height}, "
+                        f"but {self.annotation_file} says {expected[0]}×{expected[1]}"
+                    )
+                return file.convert("RGB")
+        except InputError:
+            raise
+        except Exception as error:  # decoders raise many types on broken files
+            raise InputError(f"{path} (image id {image_id}): cannot be decoded ({error})") from error
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises InputError where a category id in use has no logit in a head of `num_classes`."""
+        used = {entry["category_id"] for entry in self.coco.dataset["annotations"]}
+        if used and max(used) >= num_classes:
+            worst = max(used)
+            raise InputError(
+                f"{self.annotation_file}: category id {worst} ({self.class_names[worst]}) does not fit the class head "
+                f"of {num_classes} logits (ids 0 to {num_classes - 1}); --num_classes {worst + 1} or more is needed"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """The logits that a class head for this data needs: the highest category id + 1."""
+        return max(self.class_names, default=0) + 1
+
+    def summary(self) -> Summary:
+        """Counts over all annotations, without opening an image."""
+        counts = {"boxes": 0, "crowds": 0, "dropped": 0}
+        filled, labels = set(), set()
+        for entry in self.coco.dataset["annotations"]:
+            image = self.coco.imgs[entry["image_id"]]
+            x1, y1, x2, y2 = _clipped_corners(entry["bbox"], image.get("width"), image.get("height"))
+            kind = "crowds" if entry["iscrowd"] else "boxes" if x2 > x1 and y2 > y1 else "dropped"
+            counts[kind] += 1
+            if kind == "boxes":
+                filled.add(entry["image_id"])
+                labels.add(entry["category_id"])
+        return Summary(images=len(self), empty_images=len(self) - len(filled), classes=len(labels), **counts)
+
+
+def make_target(image_id: int, annotations: list[dict], width: int, height: int) -> Target:
+    """The training target of an image, with boxes as absolute xyxy clipped to the image.
+
+    Crowds and boxes without area are left out.
+    """
+    objects = [entry for entry in annotations if not entry.get("iscrowd")]
+    boxes = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32).view(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes[:, 0::2].clamp_(0, width)
+    boxes[:, 1::2].clamp_(0, height)
+    size = torch.tensor([height, width])
+    target = {
+        "boxes": boxes,
+        "labels": torch.tensor([entry["category_id"] for entry in objects], dtype=torch.int64),
+        "image_id": torch.tensor([image_id]),
+        "area": torch.tensor([entry["area"] for entry in objects], dtype=torch.float32),
+        "iscrowd": torch.zeros(len(objects), dtype=torch.int64),
+        "orig_size": size,
+        "size": size,
+    }
+    return keep_objects(target, (boxes[:, 2:] > boxes[:, :2]).all(1))
+
+
+def _clipped_corners(box: list[float], width: int | None, height: int | None) -> tuple[float, float, float, float]:
+    """A box [x, y, width, height] as corners within the image, as far as the image's size is known."""
+    x, y, w, h = box
+    limit_x, limit_y = width or float("inf"), height or float("inf")
+    return max(x, 0), max(y, 0), min(x + w, limit_x), min(y + h, limit_y)

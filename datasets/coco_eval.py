@@ -1,0 +1,151 @@
+"""COCO average precision over the predictions of all processes.
+
+Predictions are collected as arrays, gathered as tensors, and scored once at the end by pycocotools.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from datasets.annotations import index
+from util.distributed import all_gather_rows
+from util.logger import log
+
+
+class Detections(NamedTuple):
+    """What was found in one image.
+
+    rows: [N, 9] float64: category id, score, x, y, width, height, and of the mask's run-length code (zeros without
+        masks) the height, width and length in bytes.
+    codes: the codes of all masks, one behind the other.
+    """
+
+    rows: np.ndarray
+    codes: bytes
+
+
+class CocoEvaluator:
+    """Scores exactly the images that `update` was given, each once, also those without a detection.
+
+    Call `update` for every batch, then `synchronize_between_processes`, `accumulate` and `summarize`; the results are
+    in `coco_eval[iou_type].stats` and `.eval`, as pycocotools leaves them.
+
+    Args:
+        coco_gt: the ground truth.
+        iou_types: any of "bbox" and "segm".
+    """
+
+    def __init__(self, coco_gt: COCO, iou_types: list[str] | tuple[str, ...]) -> None:
+        self.coco_gt = coco_gt
+        self.iou_types = tuple(iou_types)
+        self.coco_eval = {iou_type: COCOeval(coco_gt, iouType=iou_type) for iou_type in self.iou_types}
+        self.detections: dict[int, Detections] = {}
+
+    def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
+        """Takes {image id: prediction}.
+
+        A prediction holds `scores` [N], `labels` [N], `boxes` [N, 4] as xyxy in pixels and, for "segm", `masks`
+        [N, H, W] or [N, 1, H, W], set where they exceed 0.5.
+        """
+        for image_id, prediction in predictions.items():
+            scores, labels, boxes = (prediction[key].detach().cpu().double() for key in ("scores", "labels", "boxes"))
+            boxes = boxes.reshape(-1, 4)
+            columns = [labels[:, None], scores[:, None], boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]
+            masks = encode_masks(prediction["masks"]) if "segm" in self.iou_types else []
+            mask_columns = [[*mask["size"], len(mask["counts"])] for mask in masks] or torch.zeros(len(scores), 3)
+            rows = torch.cat([*columns, torch.as_tensor(mask_columns).double()], dim=1).numpy()
+            self.detections[int(image_id)] = Detections(rows, b"".join(mask["counts"] for mask in masks))
+
+    def synchronize_between_processes(self) -> None:
+        """Gives every process the detections of all; an image that several processes saw counts once."""
+        images = [[image_id, len(d.rows), len(d.codes)] for image_id, d in self.detections.items()]
+        rows = np.concatenate([np.zeros((0, 9)), *(d.rows for d in self.detections.values())])
+        codes = bytearray().join(d.codes for d in self.detections.values())
+        images = all_gather_rows(torch.tensor(images, dtype=torch.int64).view(-1, 3)).tolist()
+        rows = all_gather_rows(torch.from_numpy(rows)).numpy()
+        codes = all_gather_rows(torch.tensor(codes, dtype=torch.uint8)).numpy().tobytes()
+        self.detections = {}
+        row = byte = 0
+        for image_id, num_rows, num_bytes in images:
+            self.detections[image_id] = Detections(rows[row : row + num_rows], codes[byte : byte + num_bytes])
+            row, byte = row + num_rows, byte + num_bytes
+
+    def accumulate(self) -> None:
+        """Matches detections with the ground truth and computes precision and recall."""
+        for iou_type, coco_eval in self.coco_eval.items():
+            results = [result for image_id in sorted(self.detections) for result in self.results(image_id, iou_type)]
+            for number, result in enumerate(results, start=1):
+                result["id"] = number
+            coco_eval.cocoDt = index({"images": self.coco_gt.dataset["images"], "annotations": results})
+            coco_eval.params.imgIds = sorted(self.detections)
+            with contextlib.redirect_stdout(io.StringIO()):
+                coco_eval.evaluate()
+                coco_eval.accumulate()
+
+    def results(self, image_id: int, iou_type: str) -> list[dict[str, Any]]:
+        """An image's detections as the annotations that pycocotools compares with the ground truth."""
+        results, byte = [], 0
+        rows, codes = self.detections[image_id]
+        for category, score, x, y, width, height, mask_height, mask_width, length in rows.tolist():
+            result = {"image_id": image_id, "category_id": int(category), "score": score, "iscrowd": 0}
+            if iou_type == "segm":
+                counts = codes[byte : (byte := byte + int(length))]
+                mask = {"size": [int(mask_height), int(mask_width)], "counts": counts}
+                result |= {"segmentation": mask, "area": float(mask_api.area(mask))}
+            else:
+                result |= {"bbox": [x, y, width, height], "area": width * height}
+            results.append(result)
+        return results
+
+    def summarize(self) -> None:
+        """Prints the 12 COCO numbers, and AP by class; leaves the numbers in `coco_eval[iou_type].stats`."""
+        for iou_type, coco_eval in self.coco_eval.items():
+            table = io.StringIO()
+            with contextlib.redirect_stdout(table):
+                coco_eval.summarize()
+            log(f"IoU metric: {iou_type}")
+            log(table.getvalue().rstrip())
+            log(self.class_table(iou_type))
+
+    def average_precision(self, iou_type: str) -> dict[int, float]:
+        """AP (all areas, 100 detections) by category id; NaN for a class without ground truth."""
+        coco_eval = self.coco_eval[iou_type]
+        precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # thresholds × recalls × classes
+        return {
+            category: float(p[p > -1].mean()) if (p > -1).any() else float("nan")
+            for category, p in zip(coco_eval.params.catIds, np.moveaxis(precision, 2, 0), strict=True)
+        }
+
+    def class_table(self, iou_type: str, columns: int = 4) -> str:
+        """AP of every class that has ground truth, by name."""
+        names = {entry["id"]: entry["name"] for entry in self.coco_gt.dataset["categories"]}
+        scored = [(names[k], ap) for k, ap in self.average_precision(iou_type).items() if not np.isnan(ap)]
+        width = max((len(name) for name, _ in scored), default=0)
+        cells = [f"{name:<{width}} {ap:.3f}" for name, ap in scored]
+        lines = ["   ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+        return "\n ".join(["AP by class:", *(lines or ["no class has ground truth"])])
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """Masks [N, H, W] or [N, 1, H, W] to COCO's run-length codes."""
+    masks = masks.detach().cpu().reshape(-1, *masks.shape[-2:])
+    return [mask_api.encode(np.asfortranarray((mask > 0.5).numpy().astype(np.uint8))) for mask in masks]
+
+
+def evaluation_as_plain_data(coco_eval: COCOeval) -> dict[str, Any]:
+    """Pycocotools' `.eval` as tensors and plain data, for a file that loads with `weights_only=True`."""
+    arrays = {key: torch.from_numpy(value) for key, value in coco_eval.eval.items() if isinstance(value, np.ndarray)}
+    params = {
+        key: np.asarray(value).tolist() if isinstance(value, list | np.ndarray) else value
+        for key, value in vars(coco_eval.params).items()
+    }
+    return arrays | {"params": params, "counts": list(coco_eval.eval["counts"]), "date": coco_eval.eval["date"]}

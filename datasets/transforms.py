@@ -1,0 +1,156 @@
+"""Augmentation of an image together with its target (DETR, section 4; sizes as in the published recipe).
+
+Images are PIL; targets hold `boxes` [N, 4] as absolute xyxy until `prepare_for_model` makes them normalised cxcywh.
+A transform is called with (image, target, rng) and draws from `rng` alone, so that a sample depends on nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+import torchvision.transforms.functional as F
+from PIL.Image import Image
+from torch import Tensor
+
+from util.box_ops import box_xyxy_to_cxcywh
+
+Target = dict[str, Tensor]
+Transform = Callable[[Image, Target, random.Random], tuple[Image, Target]]
+
+PER_OBJECT = ("boxes", "labels", "area", "iscrowd")
+
+
+def keep_objects(target: Target, keep: Tensor) -> Target:
+    """The target with the objects where the mask `keep` [N] is True."""
+    return target | {name: target[name][keep] for name in PER_OBJECT if name in target}
+
+
+def crop(image: Image, target: Target, region: tuple[int, int, int, int]) -> tuple[Image, Target]:
+    """Cuts (top, left, height, width) out; drops objects of which nothing is left, areas become those of the boxes."""
+    top, left, height, width = region
+    target = target | {"size": torch.tensor([height, width])}
+    if "boxes" in target:
+        boxes = target["boxes"] - torch.tensor([left, top, left, top], dtype=torch.float32)
+        boxes = boxes.view(-1, 2, 2).minimum(torch.tensor([width, height], dtype=torch.float32)).clamp(min=0)
+        extent = boxes[:, 1] - boxes[:, 0]
+        target |= {"boxes": boxes.flatten(1), "area": extent.prod(1)}
+        target = keep_objects(target, (extent > 0).all(1))
+    return F.crop(image, top, left, height, width), target
+
+
+def hflip(image: Image, target: Target) -> tuple[Image, Target]:
+    """Mirrors left and right."""
+    if "boxes" in target:
+        x1, y1, x2, y2 = target["boxes"].unbind(-1)
+        target = target | {"boxes": torch.stack([image.width - x2, y1, image.width - x1, y2], dim=-1)}
+    return F.hflip(image), target
+
+
+def resized_size(width: int, height: int, size: int, max_size: int | None = None) -> tuple[int, int]:
+    """(width, height) with the short side at `size`, or less where the long side would exceed `max_size`.
+
+    Rounds as the published code does: the limited short side to the nearest, the long side down.
+    """
+    short, long = min(width, height), max(width, height)
+    if max_size is not None and long / short * size > max_size:
+        size = max(round(max_size * short / long), 1)
+    if short == size:
+        return width, height
+    return (size, int(size * height / width)) if width < height else (int(size * width / height), size)
+
+
+def resize(
+    image: Image, target: Target, size: int | tuple[int, int], max_size: int | None = None
+) -> tuple[Image, Target]:
+    """Scales to a short side of `size`, at most `max_size` long, or to `size` = (width, height)."""
+    width, height = size if isinstance(size, list | tuple) else resized_size(*image.size, size, max_size)
+    ratio_w, ratio_h = width / image.width, height / image.height
+    target = target | {"size": torch.tensor([height, width])}
+    if "boxes" in target:
+        scale = torch.tensor([ratio_w, ratio_h, ratio_w, ratio_h], dtype=torch.float32)
+        target |= {"boxes": target["boxes"] * scale, "area": target["area"] * (ratio_w * ratio_h)}
+    return F.resize(image, [height, width], F.InterpolationMode.BILINEAR), target
+
+
+def normalize_boxes(target: Target, width: int, height: int) -> Target:
+    """Absolute xyxy boxes to cxcywh relative to the image."""
+    if "boxes" not in target:
+        return target
+    size = torch.tensor([width, height, width, height], dtype=torch.float32)
+    return target | {"boxes": box_xyxy_to_cxcywh(target["boxes"]) / size}
+
+
+def prepare_for_model(image: Image, target: Target) -> tuple[Tensor, Target]:
+    """The image as a uint8 tensor [3, H, W], which the model normalises on its device, and relative boxes."""
+    return F.pil_to_tensor(image), normalize_boxes(target, *image.size)
+
+
+class Compose:
+    """One transform after the other."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = transforms
+
+    def __call__(self, image: Image, target: Target, rng: random.Random) -> tuple[Image, Target]:
+        for transform in self.transforms:
+            image, target = transform(image, target, rng)
+        return image, target
+
+
+class RandomHorizontalFlip:
+    """Mirrors every second image."""
+
+    def __call__(self, image: Image, target: Target, rng: random.Random) -> tuple[Image, Target]:
+        return hflip(image, target) if rng.random() < 0.5 else (image, target)
+
+
+class RandomResize:
+    """Scales the short side to one of `sizes`."""
+
+    def __init__(self, sizes: Sequence[int], max_size: int | None = None) -> None:
+        self.sizes = sizes
+        self.max_size = max_size
+
+    def __call__(self, image: Image, target: Target, rng: random.Random) -> tuple[Image, Target]:
+        return resize(image, target, rng.choice(self.sizes), self.max_size)
+
+
+class RandomSizeCrop:
+    """Cuts out a region whose width and height are drawn apart from `min_size`..`max_size`, at most the side."""
+
+    def __init__(self, min_size: int, max_size: int) -> None:
+        self.min_size = min_size
+        self.max_size = max_size
+
+    def __call__(self, image: Image, target: Target, rng: random.Random) -> tuple[Image, Target]:
+        width, height = (rng.randint(min(self.min_size, side), min(self.max_size, side)) for side in image.size)
+        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        return crop(image, target, (top, left, height, width))
+
+
+class RandomChoice:
+    """One of several transforms, with equal chance."""
+
+    def __init__(self, *transforms: Transform) -> None:
+        self.transforms = transforms
+
+    def __call__(self, image: Image, target: Target, rng: random.Random) -> tuple[Image, Target]:
+        return rng.choice(self.transforms)(image, target, rng)
+
+
+def make_coco_transforms(image_set: str, min_size: int = 800, max_size: int = 1333) -> Transform:
+    """The published augmentation for "train", the plain resize for anything else.
+
+    Every size of the recipe is in proportion to `min_size`, rounded, so that at 800 they are the published ones.
+    """
+    if image_set != "train":
+        return RandomResize([min_size], max_size)
+
+    def scaled(*sizes: int) -> list[int]:
+        return [max(round(size * min_size / 800), 1) for size in sizes]
+
+    multi_scale = RandomResize(scaled(*range(480, 801, 32)), max_size)
+    zoom = Compose([RandomResize(scaled(400, 500, 600)), RandomSizeCrop(*scaled(384, 600)), multi_scale])
+    return Compose([RandomHorizontalFlip(), RandomChoice(multi_scale, zoom)])

@@ -1,0 +1,119 @@
+"""The command line's flags, and what can be said against their values before anything is read."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from models.backbone import CHANNELS
+from util.errors import InputError
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags; the published ones have their published names and defaults."""
+    parser = argparse.ArgumentParser(
+        "Conditional DETR", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", default=1e-4, type=float, help="learning rate")
+    add("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
+    add("--batch_size", default=2, type=int, help="images a process and step")
+    add("--weight_decay", default=1e-4, type=float, help="weight decay")
+    add("--epochs", default=50, type=int, help="epochs to train")
+    add("--lr_drop", default=40, type=int, help="multiply the learning rates by 0.1 after every so many epochs")
+    add("--clip_max_norm", default=0.1, type=float, help="largest total norm of the gradients; 0: no clipping")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", default="resnet50", help=f"one of {', '.join(CHANNELS)}")
+    add("--dilation", action="store_true", help="DC5: dilate the last stage instead of striding it")
+    add("--backbone_weights", default="imagenet", help="imagenet, none, or a file with torchvision's weights")
+    add("--backbone_norm", default="frozen", choices=("frozen", "batch"), help="batch norms as constants, or trained")
+    add("--position_embedding", default="sine", choices=("sine", "learned"), help="positions of image features")
+    add("--enc_layers", default=6, type=int, help="encoder layers")
+    add("--dec_layers", default=6, type=int, help="decoder layers")
+    add("--dim_feedforward", default=2048, type=int, help="hidden width of the feed-forward networks")
+    add("--hidden_dim", default=256, type=int, help="width of the transformer")
+    add("--dropout", default=0.1, type=float, help="dropout in the transformer")
+    add("--nheads", default=8, type=int, help="attention heads")
+    add("--num_queries", default=300, type=int, help="object queries")
+    add("--pre_norm", action="store_true", help="not supported: the model is defined with norms behind the residuals")
+    add(
+        "--num_classes",
+        default=None,
+        type=int,
+        help="logits of the class head; unset: the checkpoint's, else the data's",
+    )
+
+    add = parser.add_argument_group("segmentation (not supported yet)").add_argument
+    add("--masks", action="store_true", help="train the mask head")
+    add("--frozen_weights", default=None, help="detector to train a mask head on")
+
+    add = parser.add_argument_group("losses and matching").add_argument
+    add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses on the earlier decoder layers")
+    add("--set_cost_class", default=2, type=float, help="weight of the class in the matching cost")
+    add("--set_cost_bbox", default=5, type=float, help="weight of the L1 distance in the matching cost")
+    add("--set_cost_giou", default=2, type=float, help="weight of the generalised IoU in the matching cost")
+    add("--mask_loss_coef", default=1, type=float, help="not supported yet")
+    add("--dice_loss_coef", default=1, type=float, help="not supported yet")
+    add("--cls_loss_coef", default=2, type=float, help="weight of the class loss")
+    add("--bbox_loss_coef", default=5, type=float, help="weight of the L1 loss")
+    add("--giou_loss_coef", default=2, type=float, help="weight of the generalised IoU loss")
+    add("--focal_alpha", default=0.25, type=float, help="focal loss: weight of positives")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_file", default="coco", help="kind of data set: coco")
+    add("--coco_path", default=None, help="folder with annotations/ and images/")
+    add("--coco_panoptic_path", default=None, help="not supported yet")
+    add("--remove_difficult", action="store_true", help="leave out annotations marked 'difficult'")
+    add("--min_size", default=800, type=int, help="short side in evaluation; training sizes are in proportion")
+    add("--max_size", default=1333, type=int, help="largest long side")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="", help="folder for checkpoints and logs; empty: nothing is saved")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
+    add("--seed", default=42, type=int, help="seed of weights, order and augmentation")
+    add("--resume", default="", help="checkpoint to go on from: a path, a URL, or auto (the furthest in --output_dir)")
+    add("--start_epoch", default=0, type=int, help="first epoch, where no checkpoint says otherwise")
+    add("--eval", action="store_true", help="evaluate only")
+    add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
+    add("--num_workers", default=2, type=int, help="processes that load data")
+    add("--world_size", default=1, type=int, help="set by the launcher")
+    add("--dist_url", default="env://", help="where the processes meet")
+    add("--local-rank", "--local_rank", dest="local_rank", default=None, type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises InputError for a flag whose value makes no sense, or that is not supported yet."""
+    segmentation = {"masks": False, "frozen_weights": None, "coco_panoptic_path": None}
+    segmentation |= {"mask_loss_coef": 1, "dice_loss_coef": 1}
+    for flag, default in segmentation.items():
+        if getattr(args, flag) != default:
+            raise InputError(f"--{flag}: segmentation is not supported yet; drop the flag")
+    smallest = {"batch_size": 1, "epochs": 1, "lr_drop": 1, "eval_every": 1, "num_queries": 1, "dim_feedforward": 1}
+    smallest |= {
+        "min_size": 1,
+        "max_size": args.min_size,
+        "num_workers": 0,
+        "start_epoch": 0,
+        "lr": 0,
+        "lr_backbone": 0,
+    }
+    smallest |= {"weight_decay": 0, "clip_max_norm": 0}
+    for flag, least in smallest.items():
+        if not getattr(args, flag) >= least:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+    if args.num_classes is not None and args.num_classes < 1:
+        raise InputError(f"--num_classes {args.num_classes}: must be at least 1")
+    for flag in ("dropout", "focal_alpha"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise InputError(f"--device {args.device}: not a device; cuda, cuda:N or cpu") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: torch sees no GPU here; pass --device cpu")
+    if args.resume == "auto" and not args.output_dir:
+        raise InputError("--resume auto looks for checkpoints in --output_dir: name it")

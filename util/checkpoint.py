@@ -1,0 +1,192 @@
+"""Writing, finding and reading checkpoints.
+
+Nothing is unpickled but tensors, plain containers and the `argparse.Namespace` of published checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pickle
+import re
+import urllib.error
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from util.distributed import is_main_process
+from util.errors import InputError
+
+# The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
+MODEL_FLAGS = (
+    "backbone",
+    "dilation",
+    "backbone_norm",
+    "position_embedding",
+    "hidden_dim",
+    "nheads",
+    "enc_layers",
+    "dec_layers",
+    "dim_feedforward",
+    "num_queries",
+)
+# Those that decide how it trains on: they may change, but rarely by intent.
+TRAINING_FLAGS = (
+    "lr",
+    "lr_backbone",
+    "lr_drop",
+    "weight_decay",
+    "batch_size",
+    "clip_max_norm",
+    "dropout",
+    "focal_alpha",
+    "min_size",
+    "max_size",
+    "seed",
+)
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def save_on_master(obj: Any, path: str | Path) -> None:
+    """`torch.save` on the main process, to a temporary file that replaces `path` once it is wholly on the disk."""
+    if not is_main_process():
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); what was there before is intact") from error
+
+
+def load_checkpoint(source: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint file or URL on the CPU, its `args` as a plain dict.
+
+    Raises:
+        InputError: where it is missing, unreadable, carries more than tensors and plain data, or holds no model.
+    """
+    path = _local_path(str(source))
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{source}: no such checkpoint") from error
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            raise InputError(f"{source}: refused, it carries code or objects beyond tensors and plain data") from error
+        raise InputError(f"{source}: not a checkpoint, or a damaged one") from error
+    except Exception as error:  # a truncated file makes torch.load raise many types
+        raise InputError(f"{source}: not a checkpoint, or a damaged one ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise InputError(f"{source}: holds no 'model'")
+    args = checkpoint.get("args") or {}
+    checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
+    return checkpoint
+
+
+def load_latest_checkpoint(
+    output_dir: str | Path, report: Callable[[str], None] = print
+) -> tuple[dict[str, Any], Path] | None:
+    """The furthest checkpoint that a run left in its folder, and its path; None where there is none.
+
+    One that cannot be read is named through `report` and passed over.
+    """
+    folder = Path(output_dir)
+    numbered = {int(m[1]): p for p in folder.glob("checkpoint*.pth") if (m := re.fullmatch(r"checkpoint(\d+)", p.stem))}
+
+    def try_to_load(path: Path) -> tuple[dict[str, Any], Path] | None:
+        try:
+            return load_checkpoint(path), path
+        except InputError as error:
+            report(f"{error}; looking for one before it")
+            return None
+
+    latest = try_to_load(folder / "checkpoint.pth") if (folder / "checkpoint.pth").exists() else None
+    for epoch in sorted(numbered, reverse=True):
+        if latest and latest[0].get("epoch", -1) >= epoch:
+            break
+        if further := try_to_load(numbered[epoch]):
+            return further
+    return latest
+
+
+def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
+    """The number of logits of a checkpoint's class head.
+
+    Raises InputError where it has none.
+    """
+    try:
+        return len(checkpoint["model"]["class_embed.bias"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{source}: not a Conditional DETR, it has no class head (class_embed.bias)") from error
+
+
+def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: Iterable[str]) -> list[str]:
+    """What a checkpoint was made with other values of: one text for every such flag, with both values.
+
+    Flags that a checkpoint does not know are passed over, but for published ones, which know frozen norms only.
+    """
+    stored = checkpoint["args"] and {"backbone_norm": "frozen"} | checkpoint["args"]
+    return [
+        f"--{flag} is {getattr(args, flag)} here and {stored[flag]} there"
+        for flag in flags
+        if flag in stored and getattr(args, flag) != stored[flag]
+    ]
+
+
+def check_model_flags(args: argparse.Namespace, checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Raises InputError, with both values, where flags contradict those that a checkpoint's model was built with."""
+    if contradictions := changed_flags(args, checkpoint, MODEL_FLAGS):
+        raise InputError(f"{source} is of another model: {'; '.join(contradictions)}")
+
+
+def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Fills a model with a checkpoint's weights; every key has to fit.
+
+    Raises InputError with the first of the keys that do not.
+    """
+    weights = checkpoint["model"]
+    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    found = {key: getattr(tensor, "shape", None) for key, tensor in weights.items()}
+    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if wrong:
+        key = wrong[0]
+        here, there = (list(s[key]) if key in s else "nothing" for s in (expected, found))
+        raise InputError(
+            f"{source} does not fit the model: {key} is {here} here and {there} there ({len(wrong)} keys differ)"
+        )
+    model.load_state_dict(weights)
+
+
+def _local_path(source: str) -> Path:
+    """Where a file is, or where a URL's file is kept: downloaded once, into torch.hub's folder."""
+    url = urlsplit(source)
+    if url.scheme not in ("http", "https", "file"):
+        if "://" in source:
+            raise InputError(f"{source}: {url.scheme} addresses are not supported; use https or a file")
+        return Path(source)
+    if url.scheme == "http" and url.hostname not in LOOPBACK:
+        raise InputError(f"{source}: checkpoints are not loaded over plain http; use https")
+    name = Path(url.path).name
+    key = hashlib.sha256(source.encode()).hexdigest()[:8]  # many checkpoints share the name checkpoint.pth
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{name}"
+    if url.scheme == "file" or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(source, str(path), progress=is_main_process())
+        except (OSError, RuntimeError, urllib.error.URLError) as error:
+            raise InputError(
+                f"{source}: could not be downloaded ({error}); place the file at {path} or name another by its path"
+            ) from error
+    return path

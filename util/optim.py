@@ -1,0 +1,46 @@
+"""The published optimizer and schedule: AdamW, and a tenth of the learning rates after every `--lr_drop` epochs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+
+from util.errors import InputError
+
+
+def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the trained parameters: group 0 all but the backbone's, group 1 the backbone's, decay on all."""
+    groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr_backbone}]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["backbone" in name]["params"].append(parameter)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: str) -> None:
+    """Takes over the moments of a saved optimizer state; learning rates and decay stay those of this run.
+
+    Raises InputError where the saved one trained other parameters.
+    """
+    state = optimizer.state_dict()
+    here, there = (
+        [len(group["params"]) for group in groups] for groups in (state["param_groups"], saved["param_groups"])
+    )
+    if here != there:
+        raise InputError(
+            f"{source} trained {there} tensors of transformer and backbone, this run would train {here}: "
+            "--lr_backbone 0 or --backbone_weights none are given on one side only"
+        )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": state["param_groups"]})
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, lr_drop: int, start_epoch: int = 0) -> StepLR:
+    """The step schedule as it stands at `start_epoch`; call `step()` after every epoch."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+        for _ in range(max(start_epoch - 1, 0) // lr_drop):  # StepLR itself steps once, into `start_epoch`
+            group["lr"] *= 0.1
+    return StepLR(optimizer, lr_drop, last_epoch=start_epoch - 1)
