@@ -1,0 +1,149 @@
+"""A generated data set in COCO format: coloured shapes on varied backgrounds, for the demo and the tests.
+
+    python -m datasets.shapes --output DIR [--train 1500] [--val 200]
+
+Scenes hold none to three circles, squares and triangles of varied size, colour and rotation, which may overlap. Every
+scene depends on (seed, split, number) alone, so that the same call makes the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import json
+import math
+import random
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFilter
+
+CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
+MAX_OBJECTS = 3
+EMPTY = 0.04  # share of images without objects
+MAX_OVERLAP = 0.3  # of the smaller box, so that nothing is hidden
+SUPERSAMPLING = 3  # shapes are drawn larger and scaled down, for smooth edges
+
+Point = tuple[float, float]
+
+
+def write_dataset(output: str | Path, num_train: int = 1500, num_val: int = 200, seed: int = 0) -> None:
+    """Writes `images/{train,val}2017/` and `annotations/instances_{train,val}2017.json` under `output`."""
+    for split, number in (("train", num_train), ("val", num_val)):
+        write_split(Path(output), split, number, seed)
+
+
+def write_split(root: Path, split: str, number: int, seed: int) -> None:
+    """One split: `number` JPEG images and their annotations with boxes, areas and polygons."""
+    folder = root / "images" / f"{split}2017"
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for image_id in range(1, number + 1):
+        image, objects = draw_scene(random.Random(f"{seed} {split} {image_id}"))
+        name = f"{image_id:06}.jpg"
+        image.save(folder / name, quality=92)
+        images.append({"id": image_id, "file_name": name, "width": image.width, "height": image.height})
+        for category, polygon in objects:
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
+                | polygon_fields(polygon)
+            )
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
+    path = root / "annotations" / f"instances_{split}2017.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+def draw_scene(rng: random.Random) -> tuple[Image.Image, list[tuple[int, list[Point]]]]:
+    """An image of 96 to 128 pixels a side, and the (category id, outline) of its objects."""
+    width, height = rng.randint(96, 128), rng.randint(96, 128)
+    image = background(rng, width * SUPERSAMPLING, height * SUPERSAMPLING)
+    draw = ImageDraw.Draw(image)
+    objects: list[tuple[int, list[Point]]] = []
+    for _ in range(0 if rng.random() < EMPTY else rng.randint(1, MAX_OBJECTS)):
+        category = rng.randint(1, len(CLASSES))
+        outline = place_shape(rng, CLASSES[category - 1], width, height)
+        if all(overlap(outline, other) <= MAX_OVERLAP for _, other in objects):
+            colour = random_colour(rng, saturation=(0.6, 1.0), value=(0.6, 1.0))
+            draw.polygon([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in outline], fill=colour)
+            objects.append((category, outline))
+    return image.resize((width, height), Image.Resampling.BOX), objects
+
+
+def background(rng: random.Random, width: int, height: int) -> Image.Image:
+    """A muted background: plain, a gradient, stripes, or blurred noise."""
+    first, second = (random_colour(rng, saturation=(0.0, 0.35), value=(0.1, 0.9)) for _ in range(2))
+    kind = rng.choice(("plain", "gradient", "stripes", "noise"))
+    if kind == "plain":
+        return Image.new("RGB", (width, height), first)
+    if kind == "gradient":
+        mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((width, height))
+    elif kind == "stripes":
+        mask = Image.new("L", (width, height))
+        draw, step = ImageDraw.Draw(mask), rng.randint(8, 24) * SUPERSAMPLING
+        for x in range(-height, width, 2 * step):
+            draw.line([(x, 0), (x + height, height)], fill=rng.randint(60, 160), width=step)
+    else:
+        coarse = Image.frombytes("L", (16, 16), rng.randbytes(256))
+        mask = coarse.resize((width, height), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(SUPERSAMPLING))
+    return Image.composite(Image.new("RGB", (width, height), first), Image.new("RGB", (width, height), second), mask)
+
+
+def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[Point]:
+    """The outline of a shape within the image, about 17 to 64 pixels across."""
+    radius = rng.uniform(12, 32)
+    corners = {"circle": 36, "square": 4, "triangle": 3}[name]
+    start = rng.uniform(0, 2 * math.pi)
+    angles = [start + 2 * math.pi * i / corners for i in range(corners)]
+    outline = [(radius * math.cos(a), radius * math.sin(a)) for a in angles]
+    left, top, right, bottom = bounds(outline)
+    x, y = rng.uniform(-left, width - right), rng.uniform(-top, height - bottom)
+    return [(round(x + dx, 2), round(y + dy, 2)) for dx, dy in outline]
+
+
+def random_colour(
+    rng: random.Random, saturation: tuple[float, float], value: tuple[float, float]
+) -> tuple[int, int, int]:
+    colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
+    return tuple(round(255 * c) for c in colour)
+
+
+def bounds(outline: list[Point]) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of an outline."""
+    xs, ys = zip(*outline, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def overlap(a: list[Point], b: list[Point]) -> float:
+    """The shared part of two outlines' boxes, relative to the smaller box."""
+    left_a, top_a, right_a, bottom_a = bounds(a)
+    left_b, top_b, right_b, bottom_b = bounds(b)
+    width = min(right_a, right_b) - max(left_a, left_b)
+    height = min(bottom_a, bottom_b) - max(top_a, top_b)
+    smaller = min((right_a - left_a) * (bottom_a - top_a), (right_b - left_b) * (bottom_b - top_b))
+    return max(width, 0) * max(height, 0) / smaller
+
+
+def polygon_fields(outline: list[Point]) -> dict:
+    """COCO's `bbox`, `area` and `segmentation` of an outline."""
+    left, top, right, bottom = bounds(outline)
+    edges = zip(outline, [*outline[1:], outline[0]], strict=True)
+    area = abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in edges)) / 2
+    return {
+        "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
+        "area": round(area, 2),
+        "segmentation": [[coordinate for point in outline for coordinate in point]],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("generated shapes", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", required=True, help="folder to write to")
+    parser.add_argument("--train", default=1500, type=int, help="training images")
+    parser.add_argument("--val", default=200, type=int, help="validation images")
+    parser.add_argument("--seed", default=0, type=int, help="seed of the scenes")
+    args = parser.parse_args()
+    write_dataset(args.output, args.train, args.val, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Checks the style and runs the tests in .venv, which is made if need be. Further arguments go to pytest.
+# The slow tests run too: `scripts/test.sh -m "not slow"` leaves them out.
+set -euo pipefail
+source "$(dirname "$0")/venv.sh" requirements-test.txt
+ruff check .
+ruff format --check .
+python -m pytest "$@"

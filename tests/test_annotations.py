@@ -1,0 +1,212 @@
+"""Annotation files and images: what is filled in, what is dropped, and one clear line for what cannot be used."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from datasets import build_dataset, build_loader, get_coco_api_from_dataset
+from datasets.annotations import read_annotations
+from datasets.coco import CocoDetection
+from util.errors import InputError
+
+
+def plain() -> dict:
+    return {
+        "images": [
+            {"id": 7, "file_name": "a.jpg", "width": 40, "height": 30},
+            {"id": 3, "file_name": "sub/b.png", "width": 20, "height": 20},
+        ],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [1, 2, 10, 5], "area": 44.5, "iscrowd": 0}],
+        "categories": [{"id": 2, "name": "cat"}, {"id": 5, "name": "dog"}],
+    }
+
+
+def write_annotations(folder, data) -> None:
+    text = data if isinstance(data, str) else json.dumps(data)
+    (folder / "annotations" / "instances_val2017.json").write_text(text)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A COCO folder with a val split of two images."""
+    (tmp_path / "annotations").mkdir()
+    images = tmp_path / "images" / "val2017"
+    (images / "sub").mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(images / "a.jpg")
+    Image.new("L", (20, 20)).save(images / "sub" / "b.png")
+    write_annotations(tmp_path, plain())
+    return tmp_path
+
+
+@pytest.fixture
+def load(parse, folder):
+    def load(data=None, *flags) -> CocoDetection:
+        if data is not None:
+            write_annotations(folder, data)
+        return build_dataset("val", parse("--coco_path", folder, *flags))
+
+    return load
+
+
+def with_annotation(**changes) -> dict:
+    data = plain()
+    data["annotations"][0] |= changes
+    data["annotations"][0] = {key: value for key, value in data["annotations"][0].items() if value != "missing"}
+    return data
+
+
+def test_samples_in_the_order_of_ids(load):
+    dataset = load()
+    assert dataset.ids == [3, 7]
+    image, target = dataset[0]
+    assert image.shape == (3, 800, 800)
+    assert target["boxes"].shape == (0, 4)
+    image, target = dataset[1]
+    assert image.shape == (3, 800, 1066)
+    assert target["labels"].tolist() == [2]
+    assert target["boxes"][0].tolist() == pytest.approx([6 / 40, 4.5 / 30, 10 / 40, 5 / 30])
+    assert target["orig_size"].tolist() == [30, 40]
+    assert target["size"].tolist() == [800, 1066]
+    assert dataset.num_classes == 6
+    assert dataset.class_names == {2: "cat", 5: "dog"}
+
+
+def test_detrs_folder_layout_works_too(folder, load):
+    (folder / "images" / "val2017").rename(folder / "val2017")
+    assert len(load()) == 2
+
+
+def test_missing_area_and_iscrowd_are_filled_in(load):
+    dataset = load(with_annotation(area="missing", iscrowd="missing"))
+    (entry,) = get_coco_api_from_dataset(dataset).loadAnns([1])
+    assert (entry["area"], entry["iscrowd"]) == (50, 0)
+    assert dataset[1][1]["area"].item() > 0
+
+
+@pytest.mark.parametrize("missing", ["missing", 0])
+def test_annotations_get_an_id_that_pycocotools_can_use(missing, load):
+    dataset = load(with_annotation(id=missing))
+    assert list(dataset.coco.anns) == [1]
+
+
+def test_crowds_and_boxes_without_area_are_counted_and_left_out(load):
+    data = plain()
+    data["annotations"] += [
+        {"id": 2, "image_id": 7, "category_id": 2, "bbox": [0, 0, 9, 9], "iscrowd": 1},
+        {"id": 3, "image_id": 7, "category_id": 2, "bbox": [5, 5, 0, 9]},
+        {"id": 4, "image_id": 7, "category_id": 2, "bbox": [41, 5, 5, 9]},
+    ]
+    dataset = load(data)
+    assert len(dataset[1][1]["labels"]) == 1
+    assert len(dataset.coco.anns) == 4
+    assert str(dataset.summary()) == (
+        "2 images (1 without boxes), 1 boxes of 1 classes; left out: 1 crowd regions, 2 boxes without area"
+    )
+
+
+def test_remove_difficult(load):
+    data = with_annotation(difficult=1)
+    assert load(data).summary().boxes == 1
+    assert load(data, "--remove_difficult").summary().boxes == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{", "instances_val2017.json: not JSON"),
+        ("[1]", "not a COCO instance file, it has no list 'images'"),
+        ({"images": [], "annotations": []}, "it has no list 'categories'"),
+        ({"images": [], "annotations": [], "categories": []}, "lists no images"),
+        ({"images": [{"id": 1}], "annotations": [], "categories": []}, "image id 1: 'file_name'"),
+        ({"images": [3], "annotations": [], "categories": []}, "image number 0: not a JSON object but 3"),
+        (plain() | {"images": plain()["images"] * 2}, "image id 7: the id is used twice"),
+        (plain() | {"categories": [{"id": "2", "name": "cat"}]}, "category id 2: its id must be an integer, not '2'"),
+        (plain() | {"categories": [{"id": -1, "name": "cat"}]}, "category id -1: ids of categories must be 0"),
+        (plain() | {"annotations": plain()["annotations"] * 2}, "annotation id 1: the id is used twice"),
+        (with_annotation(bbox=[1, 2, float("nan"), 3]), "annotation id 1: 'bbox' must be four finite numbers"),
+        (with_annotation(bbox=[1, 2, 3]), "annotation id 1: 'bbox' must be four finite numbers"),
+        (with_annotation(bbox="missing"), "annotation id 1: 'bbox' must be four finite numbers.*None"),
+        (with_annotation(bbox=["1", 2, 3, 4]), "annotation id 1: 'bbox' must be four finite numbers"),
+        (with_annotation(image_id=99), "annotation id 1: its image_id 99 is not among the file's image ids"),
+        (with_annotation(category_id=99), "annotation id 1: its category_id 99 is not among the file's category ids"),
+    ],
+)
+def test_unusable_annotations(data, message, load):
+    with pytest.raises(InputError, match=message) as error:
+        load(data)
+    assert "instances_val2017.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files(folder, load, parse):
+    with pytest.raises(InputError, match=r"--coco_path .*nowhere: no such folder"):
+        build_dataset("val", parse("--coco_path", folder / "nowhere"))
+    with pytest.raises(InputError, match="--coco_path is needed"):
+        build_dataset("val", parse())
+    with pytest.raises(InputError, match=r"instances_train2017.json: no such annotation file"):
+        build_dataset("train", parse("--coco_path", folder))
+    (folder / "images" / "val2017" / "a.jpg").unlink()
+    with pytest.raises(InputError, match=r"val2017: 1 of the 2 images of .* are missing: a.jpg"):
+        load()
+
+
+def test_an_image_outside_the_folder_is_missing(folder, load):
+    data = plain()
+    data["images"][0]["file_name"] = "../val2017/a.jpg"
+    with pytest.raises(InputError, match="1 of the 2 images"):
+        load(data)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(folder, load):
+    (folder / "images" / "val2017" / "a.jpg").write_bytes(b"no image")
+    dataset = load()
+    with pytest.raises(InputError, match=r"a.jpg \(image id 7\): cannot be decoded"):
+        dataset[1]
+
+
+def test_a_stored_size_that_contradicts_is_named(folder, load):
+    Image.new("RGB", (30, 40)).save(folder / "images" / "val2017" / "a.jpg")
+    dataset = load()
+    with pytest.raises(InputError, match=r"a.jpg \(image id 7\): is 30×40, but .*json says 40×30"):
+        dataset[1]
+
+
+def test_exif_orientation_is_not_applied(folder, load):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a viewer
+    Image.new("RGB", (40, 30)).save(folder / "images" / "val2017" / "a.jpg", exif=exif)
+    assert load()[1][0].shape == (3, 800, 1066)
+
+
+def test_a_worker_reports_the_same_line(folder, load, parse):
+    (folder / "images" / "val2017" / "a.jpg").write_bytes(b"no image")
+    loader = build_loader(load(), parse("--num_workers", 1), train=False)
+    with pytest.raises(InputError) as error:
+        list(loader)
+    assert error.value.message.startswith(str(folder))
+    assert "\n" not in error.value.message
+
+
+def test_category_ids_beyond_the_head(load):
+    dataset = load()
+    dataset.check_classes(3)
+    with pytest.raises(InputError, match=r"category id 2 \(cat\) does not fit the class head of 2 logits"):
+        dataset.check_classes(2)
+
+
+def test_a_batch_has_to_be_filled_in_training(load, parse):
+    assert len(build_loader(load(), parse("--batch_size", 3), train=False)) == 1
+    with pytest.raises(InputError, match="2 images are fewer than a batch of 3"):
+        build_loader(load(), parse("--batch_size", 3), train=True)
+
+
+def test_other_data_sets_are_refused(parse):
+    with pytest.raises(InputError, match="--dataset_file coco_panoptic"):
+        build_dataset("val", parse("--dataset_file", "coco_panoptic"))
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"x.json: not JSON"):
+        read_annotations(tmp_path / "x.json")

@@ -1,0 +1,181 @@
+"""Checkpoints: atomic, found again, without code, and refused where they do not fit."""
+
+import argparse
+import functools
+import http.server
+import threading
+
+import pytest
+import torch
+
+from models import build_model
+from util.checkpoint import (
+    changed_flags,
+    check_model_flags,
+    load_checkpoint,
+    load_latest_checkpoint,
+    load_model_weights,
+    num_classes_of,
+    save_on_master,
+)
+from util.errors import InputError
+from util.optim import build_optimizer, build_schedule, restore_optimizer
+
+
+class Malice:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def small(epoch: int = 0, **extra) -> dict:
+    return {"model": {"class_embed.bias": torch.zeros(4)}, "epoch": epoch, "args": {"lr": 0.1}} | extra
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+def test_round_trip(tmp_path):
+    save_on_master(small(epoch=3), tmp_path / "new" / "c.pth")
+    loaded = load_checkpoint(tmp_path / "new" / "c.pth")
+    assert loaded["epoch"] == 3
+    assert num_classes_of(loaded, "c.pth") == 4
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.pth"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    save_on_master(small(epoch=1), tmp_path / "c.pth")
+    with pytest.raises((AttributeError, TypeError)):
+        save_on_master(small(bad=lambda: None), tmp_path / "c.pth")
+    assert load_checkpoint(tmp_path / "c.pth")["epoch"] == 1
+
+
+def test_published_checkpoints_hold_a_namespace(tmp_path):
+    torch.save(small(args=argparse.Namespace(dilation=True, backbone="resnet50")), tmp_path / "c.pth")
+    assert load_checkpoint(tmp_path / "c.pth")["args"] == {"dilation": True, "backbone": "resnet50"}
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: torch.save(small(bad=Malice()), path), "refused, it carries code"),
+        (lambda path: path.write_bytes(b"text"), "not a checkpoint, or a damaged one"),
+        (lambda path: path.write_bytes(b""), "not a checkpoint, or a damaged one"),
+        (lambda path: torch.save([1], path), "holds no 'model'"),
+        (lambda path: None, "no such checkpoint"),
+        (lambda path: path.mkdir(), "not a checkpoint, or a damaged one"),
+    ],
+)
+def test_unusable_files(write, message, tmp_path):
+    write(tmp_path / "c.pth")
+    with pytest.raises(InputError, match=message) as error:
+        load_checkpoint(tmp_path / "c.pth")
+    assert str(tmp_path / "c.pth") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    torch.save(small(), tmp_path / "c.pth")
+    (tmp_path / "c.pth").write_bytes((tmp_path / "c.pth").read_bytes()[:-200])
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(tmp_path / "c.pth")
+
+
+def test_latest_is_the_furthest_that_can_be_read(tmp_path):
+    reports = []
+    assert load_latest_checkpoint(tmp_path / "none") is None
+    for epoch, name in ((9, "checkpoint0009"), (19, "checkpoint0019"), (15, "checkpoint")):
+        save_on_master(small(epoch=epoch), tmp_path / f"{name}.pth")
+    save_on_master(small(epoch=99), tmp_path / "checkpoint_best.pth")
+    checkpoint, path = load_latest_checkpoint(tmp_path)
+    assert (checkpoint["epoch"], path.name) == (19, "checkpoint0019.pth")
+    (tmp_path / "checkpoint0019.pth").write_bytes(b"cut off")
+    checkpoint, path = load_latest_checkpoint(tmp_path, reports.append)
+    assert (checkpoint["epoch"], path.name) == (15, "checkpoint.pth")
+    assert "checkpoint0019.pth" in reports[0]
+    (tmp_path / "checkpoint.pth").write_bytes(b"cut off")
+    assert load_latest_checkpoint(tmp_path, reports.append)[0]["epoch"] == 9
+
+
+def test_urls(tmp_path):
+    torch.save(small(epoch=4), tmp_path / "served.pth")
+    assert load_checkpoint((tmp_path / "served.pth").as_uri())["epoch"] == 4
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert load_checkpoint(f"{address}/served.pth")["epoch"] == 4
+        with pytest.raises(InputError, match=r"absent.pth: could not be downloaded .*404.*place the file at"):
+            load_checkpoint(f"{address}/absent.pth")
+        server.shutdown()
+    assert load_checkpoint(f"{address}/served.pth")["epoch"] == 4  # kept from the first time
+    for url in ("http://example.com/c.pth", "ftp://127.0.0.1/c.pth"):
+        with pytest.raises(InputError, match="use https"):
+            load_checkpoint(url)
+
+
+def test_contradicting_flags_are_named_with_both_values(parse):
+    args = parse("--dilation", "--nheads", 4)
+    stored = {"args": {"dilation": False, "nheads": 8, "backbone": "resnet50"}}
+    with pytest.raises(InputError, match="--dilation is True here and False there; --nheads is 4 here and 8 there"):
+        check_model_flags(args, stored, "c.pth")
+    check_model_flags(parse(), stored, "c.pth")
+    check_model_flags(args, {"args": {}}, "c.pth")
+    with pytest.raises(InputError, match="--backbone_norm is batch here and frozen there"):
+        check_model_flags(parse("--backbone_norm", "batch"), stored, "published.pth")
+    assert changed_flags(parse("--lr", 1), {"args": {"lr": 0.1}}, ["lr"]) == ["--lr is 1.0 here and 0.1 there"]
+
+
+def test_weights_that_do_not_fit(parse):
+    model, _, _ = build_model(parse("--backbone", "resnet18", "--num_classes", 5))
+    other, _, _ = build_model(parse("--backbone", "resnet18", "--num_classes", 7))
+    with pytest.raises(InputError, match=r"class_embed.bias is \[5\] here and \[7\] there \(2 keys differ\)"):
+        load_model_weights(model, {"model": other.state_dict()}, "c.pth")
+    with pytest.raises(InputError, match=r"is .* here and nothing there"):
+        load_model_weights(model, small(), "c.pth")
+    with pytest.raises(InputError, match="no class head"):
+        num_classes_of({"model": {}}, "c.pth")
+
+
+def trained_model(parse, *flags):
+    model, _, _ = build_model(parse("--backbone", "resnet18", "--enc_layers", 1, "--dec_layers", 2, *flags))
+    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_the_optimizer_keeps_its_moments_and_takes_this_runs_rates(parse):
+    _, optimizer = trained_model(parse)
+    saved = optimizer.state_dict()
+    model, _, _ = build_model(parse("--backbone", "resnet18", "--enc_layers", 1, "--dec_layers", 2))
+    fresh = build_optimizer(model, 3e-4, 3e-5, 1e-4)
+    restore_optimizer(fresh, saved, "c.pth")
+    assert [group["lr"] for group in fresh.param_groups] == [3e-4, 3e-5]
+    for index, moments in saved["state"].items():
+        assert torch.equal(fresh.state_dict()["state"][index]["exp_avg"], moments["exp_avg"])
+    frozen, _, _ = build_model(parse("--backbone", "resnet18", "--lr_backbone", 0))
+    with pytest.raises(InputError, match="--lr_backbone 0 or --backbone_weights none"):
+        restore_optimizer(build_optimizer(frozen, 1e-4, 0, 1e-4), saved, "c.pth")
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 5, 7])
+def test_the_schedule_goes_on_where_it_was(start):
+    def rates(first: int, last: int) -> list[float]:
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.AdamW([{"params": [parameter], "lr": 3e-4}])
+        schedule = build_schedule(optimizer, lr_drop=2, start_epoch=first)
+        seen = []
+        for _ in range(first, last):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return seen
+
+    assert rates(start, 8) == rates(0, 8)[start:]
+    assert rates(0, 8) == pytest.approx([3e-4 * 0.1 ** (epoch // 2) for epoch in range(8)])

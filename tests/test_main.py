@@ -1,0 +1,251 @@
+"""Runs through the command line: training, resuming, evaluating, several processes, and mistakes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import main
+from tests.conftest import TINY
+from util.errors import InputError
+
+
+def flags(shapes, *more: object) -> list[str]:
+    return [*TINY, "--coco_path", str(shapes), *map(str, more)]
+
+
+def train(shapes, output, *more: object) -> None:
+    main.main(main.get_args_parser().parse_args(flags(shapes, "--output_dir", output, *more)))
+
+
+def log_lines(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory):
+    """Three epochs without a break."""
+    output = tmp_path_factory.mktemp("trained")
+    train(shapes, output, "--epochs", 3, "--lr_drop", 2, "--dropout", 0)
+    return output
+
+
+def test_what_a_run_leaves(trained):
+    assert {path.name for path in trained.iterdir()} == {"checkpoint.pth", "checkpoint0001.pth", "log.txt", "eval"}
+    checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
+    assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "epoch", "args", "class_names"}
+    assert checkpoint["epoch"] == 2
+    assert checkpoint["args"]["num_classes"] == 4
+    assert checkpoint["class_names"] == {1: "circle", 2: "square", 3: "triangle"}
+    assert torch.load(trained / "eval" / "latest.pth", weights_only=True)["precision"].shape == (10, 101, 3, 4, 3)
+
+    lines = log_lines(trained)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert [line["train_lr"] for line in lines] == pytest.approx([1e-4, 1e-4, 1e-5])
+    for line in lines:
+        assert len(line["test_coco_eval_bbox"]) == 12
+        assert line["n_parameters"] > 1e7
+        for part in ("train", "test"):
+            keys = {key.removeprefix(f"{part}_") for key in line if key.startswith(part)}
+            losses = {f"loss_{name}{suffix}" for name in ("ce", "bbox", "giou") for suffix in ("", "_0")}
+            errors = {"class_error", "cardinality_error", "cardinality_error_0"}
+            assert {"loss", "class_error"} | losses | {f"{key}_unscaled" for key in losses | errors} <= keys
+            assert line[f"{part}_loss_bbox"] == pytest.approx(5 * line[f"{part}_loss_bbox_unscaled"], rel=1e-4)
+
+
+def test_a_resumed_run_ends_like_one_never_interrupted(shapes, trained, tmp_path, capsys):
+    common = ("--lr_drop", 2, "--dropout", 0, "--resume", "auto", "--num_workers", 1)
+    train(shapes, tmp_path, "--epochs", 1, *common)
+    assert "starting anew" in capsys.readouterr().out
+    train(shapes, tmp_path, "--epochs", 3, *common)
+    assert f"loading {tmp_path / 'checkpoint.pth'}, 1 epochs trained" in capsys.readouterr().out
+    ours, theirs = (torch.load(p / "checkpoint.pth", weights_only=True)["model"] for p in (tmp_path, trained))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert log_lines(tmp_path) == log_lines(trained)
+    train(shapes, tmp_path, "--epochs", 3, *common)
+    assert "finished" in capsys.readouterr().out
+    assert log_lines(tmp_path) == log_lines(trained)
+
+
+def test_going_on_from_an_earlier_checkpoint_drops_later_log_lines(shapes, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    resume = trained / "checkpoint0001.pth"
+    train(shapes, tmp_path / "run", "--epochs", 3, "--dropout", 0, "--lr_drop", 3, "--resume", resume)
+    printed = capsys.readouterr().out
+    assert "1 lines of epoch 2 and later are dropped" in printed
+    assert "--lr_drop is 3 here and 2 there" in printed
+    lines = log_lines(tmp_path / "run")
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert lines[2]["train_lr"] == pytest.approx(1e-4)
+
+
+def test_a_model_without_training_state_is_a_start(shapes, trained, tmp_path, capsys):
+    model = torch.load(trained / "checkpoint.pth", weights_only=True)["model"]
+    torch.save({"model": model}, tmp_path / "model.pth")
+    train(shapes, tmp_path, "--epochs", 1, "--resume", tmp_path / "model.pth")
+    assert "no state of the training" in capsys.readouterr().out
+    assert [line["epoch"] for line in log_lines(tmp_path)] == [0]
+
+
+def test_evaluation_alone_gives_the_same_numbers(shapes, trained, tmp_path, run_main):
+    """With the val files only, through the command line."""
+    val_only = tmp_path / "coco"
+    shutil.copytree(shapes / "images" / "val2017", val_only / "val2017")
+    (val_only / "annotations").mkdir()
+    shutil.copy(shapes / "annotations" / "instances_val2017.json", val_only / "annotations")
+    resume = ("--resume", trained / "checkpoint.pth", "--output_dir", tmp_path / "out")
+    done = run_main(*flags(val_only, "--eval", *resume))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" Average ") == 12
+    assert "7 images" in done.stdout
+    saved = torch.load(tmp_path / "out" / "eval.pth", weights_only=True)["precision"][:, :, :, 0, -1]
+    assert saved[saved > -1].mean().item() == pytest.approx(log_lines(trained)[-1]["test_coco_eval_bbox"][0], abs=1e-9)
+
+
+def test_evaluating_every_other_epoch(shapes, tmp_path):
+    train(shapes, tmp_path, "--epochs", 3, "--eval_every", 2)
+    assert ["test_loss" in line for line in log_lines(tmp_path)] == [False, True, True]
+
+
+def test_start_epoch_without_a_checkpoint(shapes, tmp_path):
+    train(shapes, tmp_path, "--epochs", 3, "--start_epoch", 2, "--lr_drop", 2)
+    (line,) = log_lines(tmp_path)
+    assert (line["epoch"], line["train_lr"]) == (2, pytest.approx(1e-5))
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29517"),
+    ],
+    ids=["torchrun", "launch"],
+)
+def test_two_processes(launcher, shapes, tmp_path, run_main):
+    output = ("--output_dir", tmp_path)
+    done = run_main(*flags(shapes, *output, "--epochs", 1, "--batch_size", 2), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "2 images × 2 processes = 4 a step" in done.stdout
+    assert done.stdout.count("training took") == 1
+    (line,) = log_lines(tmp_path)
+    alone = run_main(*flags(shapes, *output, "--eval", "--resume", tmp_path / "checkpoint.pth"))
+    assert alone.returncode == 0, alone.stderr
+    saved = torch.load(tmp_path / "eval.pth", weights_only=True)
+    assert len(saved["params"]["imgIds"]) == 7
+    precision = saved["precision"][:, :, :, 0, -1]
+    assert precision[precision > -1].mean().item() == pytest.approx(line["test_coco_eval_bbox"][0], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--coco_path", "/nowhere"), "--coco_path /nowhere: no such folder"),
+        (("--masks",), "--masks: segmentation is not supported yet"),
+        (("--frozen_weights", "x"), "--frozen_weights: segmentation is not supported yet"),
+        (("--mask_loss_coef", 2), "--mask_loss_coef: segmentation is not supported yet"),
+        (("--dice_loss_coef", 2), "--dice_loss_coef"),
+        (("--coco_panoptic_path", "x"), "--coco_panoptic_path"),
+        (("--dataset_file", "coco_panoptic"), "--dataset_file coco_panoptic: only coco"),
+        (("--batch_size", 0), "--batch_size 0: must be at least 1"),
+        (("--batch_size", 15), "14 images are fewer than a batch of 15"),
+        (("--dropout", 1.5), "--dropout 1.5: must be between 0 and 1"),
+        (("--device", "tpu0"), "--device tpu0: not a device"),
+        (("--device", "cuda"), "--device cuda: torch sees no GPU"),
+        (("--resume", "absent.pth"), "absent.pth: no such checkpoint"),
+        (("--resume", "auto"), "--resume auto looks for checkpoints in --output_dir"),
+        (("--num_classes", 3), "category id 3 (triangle) does not fit the class head of 3 logits"),
+        (("--max_size", 10), "--max_size 10: must be at least 64"),
+        (("--lr", -1), "--lr -1.0: must be at least 0"),
+    ],
+)
+def test_mistakes(more, message, shapes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError) as error:
+        main.main(main.get_args_parser().parse_args(flags(shapes, "--epochs", 1, *more)))
+    assert message in str(error.value)
+
+
+def test_a_mistake_is_one_line_on_the_terminal(shapes, tmp_path, run_main):
+    broken = tmp_path / "coco"
+    shutil.copytree(shapes, broken)
+    (broken / "images" / "train2017" / "000003.jpg").write_bytes(b"no image")
+    done = run_main(*flags(broken, "--epochs", 1, "--num_workers", 1))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "000003.jpg (image id 3): cannot be decoded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_another_model(shapes, trained):
+    resume = ("--eval", "--resume", trained / "checkpoint.pth")
+    for more, message in (
+        (("--nheads", 4), "--nheads is 4 here and 2 there"),
+        (("--num_classes", 9), "--num_classes 9 contradicts the 4 classes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            main.main(main.get_args_parser().parse_args(flags(shapes, *resume, *more)))
+
+
+def test_data_of_other_classes_than_the_checkpoint(shapes, trained, tmp_path):
+    other = tmp_path / "coco"
+    shutil.copytree(shapes, other)
+    path = other / "annotations" / "instances_val2017.json"
+    data = json.loads(path.read_text())
+    for entry in (*data["categories"], *data["annotations"]):
+        key = "category_id" if "category_id" in entry else "id"
+        entry[key] += 10
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"category id 13 \(triangle\) does not fit the class head of 4 logits"):
+        main.main(main.get_args_parser().parse_args(flags(other, "--eval", "--resume", trained / "checkpoint.pth")))
+
+
+def test_diverging_training_stops_before_it_touches_the_weights(shapes, trained, tmp_path):
+    checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
+    checkpoint["model"]["class_embed.bias"][:] = float("inf")
+    torch.save(checkpoint, tmp_path / "c.pth")
+    with pytest.raises((InputError, ValueError)):
+        train(shapes, tmp_path, "--epochs", 4, "--lr_drop", 2, "--dropout", 0, "--resume", tmp_path / "c.pth")
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_evaluating_without_a_checkpoint_says_so(shapes, capsys):
+    main.main(main.get_args_parser().parse_args(flags(shapes, "--eval")))
+    assert "evaluating random weights" in capsys.readouterr().out
+
+
+def test_images_without_any_box_train(shapes, tmp_path):
+    empty = tmp_path / "coco"
+    shutil.copytree(shapes, empty)
+    for split in ("train", "val"):
+        path = empty / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    train(empty, tmp_path / "out", "--epochs", 1)
+    (line,) = log_lines(tmp_path / "out")
+    assert line["train_loss_bbox"] == 0
+    assert line["train_loss_ce"] > 0
+    assert line["train_class_error"] == 100
+
+
+def test_imagenet_weights_are_fetched_for_a_new_run_only(shapes, trained, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    imagenet = ("--backbone_weights", "imagenet")
+    with pytest.raises(InputError, match=r"resnet18-f37072fd.pth could not be downloaded \(offline\)"):
+        train(shapes, tmp_path, "--epochs", 1, *imagenet)
+    main.main(main.get_args_parser().parse_args(flags(shapes, "--eval", *imagenet)))
+    resume = ("--resume", trained / "checkpoint.pth")
+    with pytest.raises(InputError, match="--backbone_weights none"):  # loaded, but other parameters would train
+        train(shapes, tmp_path, "--epochs", 4, *imagenet, *resume)
+
+
+def test_large_image_files_do_not_slip_through(shapes, tmp_path):
+    other = tmp_path / "coco"
+    shutil.copytree(shapes, other)
+    Image.new("RGB", (300, 10)).save(other / "images" / "val2017" / "000001.jpg")
+    with pytest.raises(InputError, match=r"000001.jpg \(image id 1\): is 300×10, but"):
+        main.main(main.get_args_parser().parse_args(flags(other, "--eval")))

@@ -1,0 +1,89 @@
+"""The published model's figures: outputs, matching, losses, gradients and training steps."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from engine import logged_losses
+from main import get_args_parser
+from models import build_model
+from tests.reference import load_figures, reference_images, reference_targets, reference_weights
+from util.optim import build_optimizer
+
+VARIANTS = ("conditional_detr_resnet50", "conditional_detr_resnet50_dc5")
+
+
+@cache
+def setup(name: str):
+    figures, arrays = load_figures(name)
+    args = get_args_parser().parse_args(["--dropout", "0", *figures["args"]])
+    model, criterion, postprocessors = build_model(args)
+    model.load_state_dict(reference_weights(model.state_dict()))
+    images = reference_images(figures["sizes"], figures["seed"])
+    targets = reference_targets(figures["num_boxes"], figures["seed"])
+    with torch.no_grad():
+        outputs = model.eval()(images)
+    return figures, arrays, args, model, criterion, postprocessors, images, targets, outputs
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_outputs(name):
+    _, arrays, *_, outputs = setup(name)
+    for key in ("pred_logits", "pred_boxes"):
+        assert_close(outputs[key], arrays[key], atol=1e-4, rtol=0)
+        for layer in (0, 4):
+            if f"aux{layer}_{key}" in arrays:
+                assert_close(outputs["aux_outputs"][layer][key], arrays[f"aux{layer}_{key}"], atol=1e-4, rtol=0)
+    assert len(outputs["aux_outputs"]) == 5
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_matching(name):
+    _, arrays, _, _, criterion, _, _, targets, outputs = setup(name)
+    layers = [outputs, *outputs["aux_outputs"]]
+    logits, boxes = (torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes"))
+    matches = criterion.matcher(logits, boxes, targets)
+    recorded = [key for key in arrays if key.startswith("match")]
+    assert len(recorded) == 12
+    for key in recorded:
+        layer, image = (int(number) for number in key.removeprefix("match").split("_"))
+        pairs = torch.stack([index[layer] for index in matches[image]])
+        assert pairs.tolist() == arrays[key].tolist()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_post_processing(name):
+    _, arrays, *_, postprocessors, _, _, _ = setup(name)
+    recorded = {key: arrays[key] for key in ("pred_logits", "pred_boxes")}  # near-ties would swap on our own outputs
+    detections = postprocessors["bbox"](recorded, torch.tensor([[480, 640], [427, 640]]))
+    for image, detection in enumerate(detections):
+        assert torch.equal(detection["labels"], arrays[f"post{image}_labels"])
+        assert_close(detection["scores"], arrays[f"post{image}_scores"], atol=1e-4, rtol=0)
+        assert_close(detection["boxes"], arrays[f"post{image}_boxes"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_steps(name):
+    figures, _, args, model, criterion, _, images, targets, _ = setup(name)
+    model.train()
+    optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
+    for step, expected in enumerate(figures["trajectory"]):
+        losses = criterion(model(images), targets)
+        loss = logged_losses(losses, criterion.weight_dict)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            assert losses.keys() == figures["losses"].keys()
+            for key, value in figures["losses"].items():
+                assert losses[key].item() == pytest.approx(value, abs=1e-4), key
+            norms = {key: p.grad.norm().item() for key, p in model.named_parameters() if p.grad is not None}
+            assert norms.keys() == figures["grad_norms"].keys()
+            for key, value in figures["grad_norms"].items():
+                assert norms[key] == pytest.approx(value, rel=1e-2, abs=1e-3), key
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm)
+        optimizer.step()
+        assert loss.item() == pytest.approx(expected["loss"], rel=1e-2)
+        assert grad_norm.item() == pytest.approx(expected["grad_norm"], rel=1e-2)
+    model.load_state_dict(reference_weights(model.state_dict()))

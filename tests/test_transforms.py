@@ -1,0 +1,114 @@
+"""Sizes and targets of the published transforms, and the recipe's randomness."""
+
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from datasets import transforms as T
+from datasets.coco import make_target
+from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD, ConditionalDETR
+from tests.reference import DATA
+
+FIGURES = json.loads((DATA / "transforms.json").read_text())
+INTEGERS = ("labels", "image_id", "iscrowd", "orig_size", "size")
+
+
+def as_target(plain: dict) -> T.Target:
+    target = {key: torch.tensor(value, dtype=torch.int64 if key in INTEGERS else None) for key, value in plain.items()}
+    return target | {"boxes": target["boxes"].float().view(-1, 4)}
+
+
+def assert_same(target: T.Target, plain: dict) -> None:
+    expected = as_target(plain)
+    assert target.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_close(target[key], value.to(target[key].dtype), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", FIGURES["resize_sizes"])
+def test_resized_sizes(case):
+    size = T.resized_size(case["width"], case["height"], case["size"], case["max_size"])
+    assert size == (case["out_width"], case["out_height"])
+
+
+@pytest.mark.parametrize("case", FIGURES["prepare"])
+def test_prepare(case):
+    assert_same(make_target(case["image_id"], case["annotations"], case["width"], case["height"]), case["target"])
+
+
+@pytest.mark.parametrize("case", FIGURES["resize"])
+def test_resize(case):
+    image = Image.new("RGB", (case["width"], case["height"]))
+    image, target = T.resize(image, as_target(case["in"]), case["size"], case["max_size"])
+    assert image.size == (case["out_width"], case["out_height"])
+    assert_same(target, case["target"])
+
+
+@pytest.mark.parametrize("case", FIGURES["crop"])
+def test_crop(case):
+    region = case["region_top_left_height_width"]
+    image, target = T.crop(Image.new("RGB", (640, 480)), as_target(case["in"]), tuple(region))
+    assert image.size == (region[3], region[2])
+    assert_same(target, case["target"])
+
+
+@pytest.mark.parametrize("case", FIGURES["hflip"])
+def test_hflip(case):
+    image = Image.new("RGB", (case["width"], case["height"]))
+    _, target = T.hflip(image, as_target(case["in"]))
+    assert_same(target, case["target"])
+
+
+@pytest.mark.parametrize("case", FIGURES["normalize"])
+def test_normalize(case):
+    """Boxes become relative in the transform, pixels normalised floats in the model."""
+    pixels = torch.tensor(case["image_uint8_hwc"], dtype=torch.uint8)
+    image, target = T.prepare_for_model(Image.fromarray(pixels.numpy()), as_target(case["in"]))
+    assert torch.equal(image, pixels.permute(2, 0, 1))
+    assert_same(target, case["target"])
+    model = torch.nn.Module()
+    model.pixel_mean, model.pixel_std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    padding = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
+    normalised = ConditionalDETR.normalize(model, image[None], padding)[0]
+    assert_close(normalised, torch.tensor(case["tensor_chw"]), atol=1e-6, rtol=0)
+
+
+def test_the_recipe_has_the_published_sizes():
+    transform = T.make_coco_transforms("train")
+    multi_scale, zoom = transform.transforms[1].transforms
+    assert multi_scale.sizes == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+    assert multi_scale.max_size == 1333
+    before, crop, after = zoom.transforms
+    assert (before.sizes, before.max_size) == ([400, 500, 600], None)
+    assert (crop.min_size, crop.max_size) == (384, 600)
+    assert after is multi_scale
+    plain = T.make_coco_transforms("val")
+    assert (plain.sizes, plain.max_size) == ([800], 1333)
+
+
+def test_the_recipe_scales_with_min_size():
+    multi_scale, zoom = T.make_coco_transforms("train", 100, 167).transforms[1].transforms
+    assert multi_scale.sizes == [60, 64, 68, 72, 76, 80, 84, 88, 92, 96, 100]
+    assert zoom.transforms[0].sizes == [50, 62, 75]
+    assert (zoom.transforms[1].min_size, zoom.transforms[1].max_size) == (48, 75)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (50, 700), (1, 1)])
+def test_augmentation_depends_on_its_generator_alone(size):
+    transform = T.make_coco_transforms("train", 200, 333)
+    target = make_target(1, [{"bbox": [0, 0, *size], "category_id": 1, "area": 1.0}], *size)
+    image = Image.effect_noise(size, 50).convert("RGB")
+    seen = set()
+    for seed in range(12):
+        first, boxes = transform(image, target, random.Random(seed))
+        random.random()
+        second, _ = transform(image, target, random.Random(seed))
+        assert first.tobytes() == second.tobytes()
+        assert (boxes["boxes"] >= 0).all()
+        assert first.size == tuple(boxes["size"].tolist()[::-1])
+        seen.add(first.tobytes())
+    assert len(seen) > 1 or size == (1, 1)
