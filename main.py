@@ -222,7 +222,7 @@ def run() -> None:
     try:
         main(parser.parse_args())
     except InputError as error:
-        sys.exit(colored("error: ", "red", no_color=not sys.stderr.isatty()) + error.message)
+        sys.exit(colored("error: ", "red", no_color=not sys.stderr.isatty()) + error.line)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from datasets.annotations import check_image_files, read_annotations
 from datasets.transforms import Target, Transform, keep_objects, prepare_for_model
-from util.errors import InputError
+from util.errors import InputError, reason
 
 
 @dataclass
@@ -107,7 +107,7 @@ class CocoDetection(Dataset):
         except InputError:
             raise
         except Exception as error:  # decoders raise many types on broken files
-            raise InputError(f"{path} (image id {image_id}): cannot be decoded ({error})") from error
+            raise InputError(f"{path} (image id {image_id}): cannot be decoded ({reason(error)})") from error
 
     def check_classes(self, num_classes: int) -> None:
         """Raises InputError where a category id in use has no logit in a head of `num_classes`."""

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from util.errors import InputError
+from util.errors import InputError, reason
 
 CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
@@ -96,8 +96,7 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
         weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
         missing, unexpected = backbone.body.load_state_dict(weights, strict=False)
     except Exception as error:  # whatever an unreadable file makes torch.load raise
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: cannot be read as backbone weights ({reason}); {advice}") from error
+        raise InputError(f"{path}: cannot be read as backbone weights ({reason(error)}); {advice}") from error
     # Old files lack the batch counter of trained norms; frozen norms do not have it.
     wrong = [key for key in (*missing, *unexpected) if not key.endswith("num_batches_tracked")]
     if wrong:

@@ -184,8 +184,8 @@ def test_a_worker_reports_the_same_line(folder, load, parse):
     loader = build_loader(load(), parse("--num_workers", 1), train=False)
     with pytest.raises(InputError) as error:
         list(loader)
-    assert error.value.message.startswith(str(folder))
-    assert "\n" not in error.value.message
+    assert error.value.line.startswith(str(folder))
+    assert "\n" not in error.value.line
 
 
 def test_category_ids_beyond_the_head(load):

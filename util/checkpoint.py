@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from util.distributed import is_main_process
-from util.errors import InputError
+from util.errors import InputError, reason
 
 # The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
 MODEL_FLAGS = (
@@ -87,7 +87,7 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
             raise InputError(f"{source}: refused, it carries code or objects beyond tensors and plain data") from error
         raise InputError(f"{source}: not a checkpoint, or a damaged one") from error
     except Exception as error:  # a truncated file makes torch.load raise many types
-        raise InputError(f"{source}: not a checkpoint, or a damaged one ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{source}: not a checkpoint, or a damaged one ({reason(error)})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise InputError(f"{source}: holds no 'model'")
     args = checkpoint.get("args") or {}

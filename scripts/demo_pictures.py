@@ -1,0 +1,68 @@
+"""Shows what a trained model sees: predictions beside ground truth, and the curves of the run.
+
+    python -m scripts.demo_pictures --output_dir output/demo
+
+Reads checkpoint.pth and log.txt of the run's folder; writes predictions.png and curves.png there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from datasets import build_dataset
+from models import build_model
+from util.box_ops import box_cxcywh_to_xyxy
+from util.checkpoint import load_checkpoint, load_model_weights
+from util.pictures import draw_boxes, plot_log
+
+ROWS, PAIRS = 4, 3  # of (ground truth, prediction) pairs on the page
+
+
+@torch.no_grad()
+def draw_predictions(run: Path, threshold: float) -> Path:
+    """Draws the first val images with their ground truth, and beside it the detections above a score."""
+    source = run / "checkpoint.pth"
+    checkpoint = load_checkpoint(source)
+    args = argparse.Namespace(**checkpoint["args"])
+    model, _, postprocessors = build_model(args)
+    load_model_weights(model, checkpoint, source)
+    model.eval()
+    dataset = build_dataset("val", args)
+    names = dataset.class_names
+
+    figure = Figure(figsize=(3.3 * PAIRS, 1.75 * ROWS), layout="constrained")
+    pairs = figure.subplots(ROWS, 2 * PAIRS).reshape(-1, 2)
+    for axes in pairs.flat:
+        axes.set_axis_off()
+    for (left, right), index in zip(pairs, range(len(dataset)), strict=False):
+        image, target = dataset[index]
+        size = target["size"]
+        pixels = image.permute(1, 2, 0).numpy()
+        truth = box_cxcywh_to_xyxy(target["boxes"]) * size.flip(0).repeat(2)
+        (found,) = postprocessors["bbox"](model([image]), size[None])
+        found = {key: value[found["scores"] > threshold] for key, value in found.items()}
+        labels = target["labels"].tolist()
+        draw_boxes(left, pixels, truth.tolist(), labels, [names[i] for i in labels], "ground truth")
+        labels = found["labels"].tolist()
+        texts = [f"{names.get(i, i)} {s:.2f}" for i, s in zip(labels, found["scores"].tolist(), strict=True)]
+        draw_boxes(right, pixels, found["boxes"].tolist(), labels, texts, "prediction")
+    figure.savefig(run / "predictions.png", dpi=110)
+    return run / "predictions.png"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("pictures of a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output_dir", default="output/demo", type=Path, help="folder of the run")
+    parser.add_argument("--threshold", default=0.5, type=float, help="lowest score that is drawn")
+    args = parser.parse_args()
+    print(f"wrote {draw_predictions(args.output_dir, args.threshold)}")
+    plot_log(args.output_dir / "log.txt", args.output_dir / "curves.png")
+    print(f"wrote {args.output_dir / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()
