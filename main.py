@@ -7,6 +7,7 @@ python main.py --coco_path /path/to/coco --eval --resume checkpoint.pth
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -37,7 +38,7 @@ from util.checkpoint import (
     num_classes_of,
     save_on_master,
 )
-from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process
+from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, leave_process_group
 from util.errors import InputError
 from util.logger import append_log, log, trim_log, warn
 from util.optim import build_optimizer, build_schedule, restore_optimizer
@@ -53,6 +54,7 @@ def main(args: argparse.Namespace) -> None:
     init_distributed_mode(args)
     device = torch.device(args.device)
     seed_everything(args.seed + get_rank())
+    output_dir = make_output_dir(args.output_dir)
 
     checkpoint, source = read_checkpoint(args)
     if checkpoint and not args.eval:
@@ -66,6 +68,9 @@ def main(args: argparse.Namespace) -> None:
     args.num_classes = choose_num_classes(args, checkpoint, source, dataset_train or dataset_val)
     for dataset in filter(None, (dataset_train, dataset_val)):
         dataset.check_classes(args.num_classes)
+    loader_train = dataset_train and build_loader(dataset_train, args, train=True)
+    loader_val = build_loader(dataset_val, args, train=False)
+    base_ds = get_coco_api_from_dataset(dataset_val)
 
     model, criterion, postprocessors = build_model(args)
     if checkpoint:
@@ -76,37 +81,27 @@ def main(args: argparse.Namespace) -> None:
         load_backbone_weights(model.backbone[0], args.backbone, args.backbone_weights)
     print_summary(args, model, dataset_train, dataset_val)
     model.to(device)
-    model_or_ddp = distribute(model, args)
+    parallel_model = distribute(model, args)
 
-    loader_val = build_loader(dataset_val, args, train=False)
-    evaluation = (
-        criterion,
-        postprocessors,
-        loader_val,
-        get_coco_api_from_dataset(dataset_val),
-        device,
-        args.output_dir,
-    )
     if args.eval:
-        _, evaluator = evaluate(model_or_ddp, *evaluation)
-        if args.output_dir:
-            save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), Path(args.output_dir) / "eval.pth")
+        _, evaluator = evaluate(parallel_model, criterion, postprocessors, loader_val, base_ds, device, args.output_dir)
+        if output_dir:
+            save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), output_dir / "eval.pth")
         return
 
-    loader_train = build_loader(dataset_train, args, train=True)
     optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     if checkpoint and "optimizer" in checkpoint:
         restore_optimizer(optimizer, checkpoint["optimizer"], source)
     lr_scheduler = build_schedule(optimizer, args.lr_drop, args.start_epoch)
-    output_dir = Path(args.output_dir) if args.output_dir else None
     if output_dir:
         trim_log(output_dir / "log.txt", args.start_epoch)
+
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
         dataset_train.set_epoch(epoch)
         loader_train.sampler.set_epoch(epoch)
-        entry = train_one_epoch(model_or_ddp, criterion, loader_train, optimizer, device, epoch, args.clip_max_norm)
-        entry = {f"train_{name}": value for name, value in entry.items()}
+        stats = train_one_epoch(parallel_model, criterion, loader_train, optimizer, device, epoch, args.clip_max_norm)
+        entry = {f"train_{name}": value for name, value in stats.items()}
         lr_scheduler.step()
         if output_dir:
             state = {
@@ -119,8 +114,8 @@ def main(args: argparse.Namespace) -> None:
             }
             save_checkpoints(output_dir, epoch, state, args.lr_drop)
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            test_stats, _ = evaluate(model_or_ddp, *evaluation)
-            entry |= {f"test_{name}": value for name, value in test_stats.items()}
+            stats, _ = evaluate(parallel_model, criterion, postprocessors, loader_val, base_ds, device, args.output_dir)
+            entry |= {f"test_{name}": value for name, value in stats.items()}
         if output_dir:
             append_log(output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": count_parameters(model)[1]})
     log(f"training took {timedelta(seconds=int(time.time() - start))}", "green")
@@ -130,6 +125,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+def make_output_dir(name: str) -> Path | None:
+    """The folder of `--output_dir`, made if need be; None where nothing is to be saved."""
+    if not name:
+        return None
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output_dir {folder}: not writable")
+    return folder
 
 
 def read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
@@ -218,9 +227,16 @@ def save_checkpoints(output_dir: Path, epoch: int, checkpoint: dict[str, Any], l
 
 def run() -> None:
     """The command line: a mistake of the user ends in one line."""
-    parser = argparse.ArgumentParser("Conditional DETR training and evaluation", parents=[get_args_parser()])
+    parser = argparse.ArgumentParser(
+        "main.py",
+        usage="%(prog)s --coco_path PATH [flags]",
+        description="Trains and evaluates Conditional DETR.",
+        parents=[get_args_parser()],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     try:
         main(parser.parse_args())
+        leave_process_group()
     except InputError as error:
         sys.exit(colored("error: ", "red", no_color=not sys.stderr.isatty()) + error.line)
 

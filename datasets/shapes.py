@@ -2,7 +2,7 @@
 
     python -m datasets.shapes --output DIR [--train 1500] [--val 200]
 
-Scenes hold none to three circles, squares and triangles of varied size, colour and rotation, which may overlap. Every
+Scenes hold none to three circles, squares and triangles of varied size, colour and tilt, which may overlap. Every
 scene depends on (seed, split, number) alone, so that the same call makes the same files.
 """
 
@@ -18,8 +18,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter
 
 CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
+HUES = (0.0, 0.33, 0.62)  # around red, green and blue: a class is told by shape and colour, to be learnt in minutes
+HUE_SPREAD = 0.1
 MAX_OBJECTS = 3
 EMPTY = 0.04  # share of images without objects
+MAX_TILT = 15  # degrees from upright
 MAX_OVERLAP = 0.3  # of the smaller box, so that nothing is hidden
 SUPERSAMPLING = 3  # shapes are drawn larger and scaled down, for smooth edges
 
@@ -63,7 +66,8 @@ def draw_scene(rng: random.Random) -> tuple[Image.Image, list[tuple[int, list[Po
         category = rng.randint(1, len(CLASSES))
         outline = place_shape(rng, CLASSES[category - 1], width, height)
         if all(overlap(outline, other) <= MAX_OVERLAP for _, other in objects):
-            colour = random_colour(rng, saturation=(0.6, 1.0), value=(0.6, 1.0))
+            hue = HUES[category - 1] + rng.uniform(-HUE_SPREAD, HUE_SPREAD)
+            colour = to_rgb(hue, rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0))
             draw.polygon([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in outline], fill=colour)
             objects.append((category, outline))
     return image.resize((width, height), Image.Resampling.BOX), objects
@@ -71,7 +75,7 @@ def draw_scene(rng: random.Random) -> tuple[Image.Image, list[tuple[int, list[Po
 
 def background(rng: random.Random, width: int, height: int) -> Image.Image:
     """A muted background: plain, a gradient, stripes, or blurred noise."""
-    first, second = (random_colour(rng, saturation=(0.0, 0.35), value=(0.1, 0.9)) for _ in range(2))
+    first, second = (to_rgb(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.1, 0.9)) for _ in range(2))
     kind = rng.choice(("plain", "gradient", "stripes", "noise"))
     if kind == "plain":
         return Image.new("RGB", (width, height), first)
@@ -89,10 +93,10 @@ def background(rng: random.Random, width: int, height: int) -> Image.Image:
 
 
 def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[Point]:
-    """The outline of a shape within the image, about 17 to 64 pixels across."""
-    radius = rng.uniform(12, 32)
-    corners = {"circle": 36, "square": 4, "triangle": 3}[name]
-    start = rng.uniform(0, 2 * math.pi)
+    """The outline of a shape within the image, about 17 to 68 pixels across."""
+    radius = rng.uniform(12, 34)
+    corners, start = {"circle": (36, 0), "square": (4, math.pi / 4), "triangle": (3, -math.pi / 2)}[name]
+    start += math.radians(rng.uniform(-MAX_TILT, MAX_TILT))
     angles = [start + 2 * math.pi * i / corners for i in range(corners)]
     outline = [(radius * math.cos(a), radius * math.sin(a)) for a in angles]
     left, top, right, bottom = bounds(outline)
@@ -100,11 +104,9 @@ def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[
     return [(round(x + dx, 2), round(y + dy, 2)) for dx, dy in outline]
 
 
-def random_colour(
-    rng: random.Random, saturation: tuple[float, float], value: tuple[float, float]
-) -> tuple[int, int, int]:
-    colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
-    return tuple(round(255 * c) for c in colour)
+def to_rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
+    """A colour of 8 bits a channel; hues repeat at every whole number."""
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
 
 def bounds(outline: list[Point]) -> tuple[float, float, float, float]:

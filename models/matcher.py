@@ -50,6 +50,7 @@ class HungarianMatcher:
         ]  # B × [L·Q, T_b]
         sizes = [cost.shape[1] for cost in costs]
         costs = torch.cat(costs, dim=1).view(layers, queries, -1).cpu()  # [L, Q, sum of T_b]
+        costs = costs.nan_to_num(nan=torch.finfo(costs.dtype).max)  # a diverged model still has an assignment
         matches = []
         for cost in costs.split(sizes, dim=2):
             pairs = [linear_sum_assignment(layer) for layer in cost.numpy()]

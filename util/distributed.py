@@ -37,6 +37,12 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave_process_group() -> None:
+    """Ends what `init_distributed_mode` began."""
+    if is_dist_avail_and_initialized():
+        dist.destroy_process_group()
+
+
 def init_distributed_mode(args: argparse.Namespace) -> None:
     """Joins the process group that torchrun, torch.distributed.launch or srun announces in the environment.
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# From a fresh machine to a trained model: makes .venv, generates a small data set, trains on it, evaluates, draws.
+# Leaves everything under output/demo; further flags go to main.py.
+set -euo pipefail
+source "$(dirname "$0")/venv.sh" requirements.txt
+out=output/demo
+rm -rf "$out"
+python -m datasets.shapes --output "$out/data"
+python main.py --coco_path "$out/data" --output_dir "$out" \
+  --backbone resnet18 --backbone_weights none --backbone_norm batch --min_size 96 --max_size 160 \
+  --enc_layers 1 --dec_layers 2 --dim_feedforward 512 --dropout 0 --num_queries 30 \
+  --lr 3e-4 --lr_backbone 3e-4 --batch_size 16 --epochs 10 --lr_drop 8 "$@"
+python -m scripts.demo_pictures --output_dir "$out"
