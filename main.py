@@ -1,7 +1,8 @@
 """Trains and evaluates Conditional DETR: the story of a run.
 
-python main.py --coco_path /path/to/coco --output_dir output/run
-python main.py --coco_path /path/to/coco --eval --resume checkpoint.pth
+Usage:
+    python main.py --coco_path /path/to/coco --output_dir output/run
+    python main.py --coco_path /path/to/coco --eval --resume checkpoint.pth
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         return
 
     optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
-    if checkpoint and "optimizer" in checkpoint:
+    if checkpoint and holds_training(checkpoint):
         restore_optimizer(optimizer, checkpoint["optimizer"], source)
     lr_scheduler = build_schedule(optimizer, args.lr_drop, args.start_epoch)
     if output_dir:
@@ -122,6 +123,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def seed_everything(seed: int) -> None:
+    """Seeds every generator that a library might draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
@@ -161,9 +163,14 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any] | None, st
     return checkpoint, source
 
 
+def holds_training(checkpoint: dict[str, Any]) -> bool:
+    """Whether training can go on from a checkpoint; else its model is where a new one starts."""
+    return "optimizer" in checkpoint and "epoch" in checkpoint
+
+
 def first_epoch(checkpoint: dict[str, Any], source: str, args: argparse.Namespace) -> int:
     """Where training goes on: behind the checkpoint's epoch, or at `--start_epoch` where it holds only a model."""
-    if all(key in checkpoint for key in ("optimizer", "lr_scheduler", "epoch")):
+    if holds_training(checkpoint):
         return checkpoint["epoch"] + 1
     warn(f"{source} holds a model but no state of the training: its weights are where a new run starts")
     return args.start_epoch

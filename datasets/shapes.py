@@ -2,7 +2,7 @@
 
     python -m datasets.shapes --output DIR [--train 1500] [--val 200]
 
-Scenes hold none to three circles, squares and triangles of varied size, colour and tilt, which may overlap. Every
+Scenes hold none to four circles, squares and triangles of varied size, colour and tilt, which may overlap. Every
 scene depends on (seed, split, number) alone, so that the same call makes the same files.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
 HUES = (0.0, 0.33, 0.62)  # around red, green and blue: a class is told by shape and colour, to be learnt in minutes
 HUE_SPREAD = 0.1
-MAX_OBJECTS = 3
+MAX_OBJECTS = 4
 EMPTY = 0.04  # share of images without objects
 MAX_TILT = 15  # degrees from upright
 MAX_OVERLAP = 0.3  # of the smaller box, so that nothing is hidden
@@ -93,8 +93,8 @@ def background(rng: random.Random, width: int, height: int) -> Image.Image:
 
 
 def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[Point]:
-    """The outline of a shape within the image, about 17 to 68 pixels across."""
-    radius = rng.uniform(12, 34)
+    """The outline of a shape within the image, about 17 to 64 pixels across."""
+    radius = rng.uniform(12, 32)
     corners, start = {"circle": (36, 0), "square": (4, math.pi / 4), "triangle": (3, -math.pi / 2)}[name]
     start += math.radians(rng.uniform(-MAX_TILT, MAX_TILT))
     angles = [start + 2 * math.pi * i / corners for i in range(corners)]

@@ -10,16 +10,16 @@ import hashlib
 import os
 import pickle
 import re
-import urllib.error
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import nn
 
-from util.distributed import is_main_process
+from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError, reason
 
 # The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
@@ -170,23 +170,23 @@ def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str
 
 
 def _local_path(source: str) -> Path:
-    """Where a file is, or where a URL's file is kept: downloaded once, into torch.hub's folder."""
+    """Where a file is, or where the file of a URL is kept: downloaded once a machine, into torch.hub's folder."""
     url = urlsplit(source)
-    if url.scheme not in ("http", "https", "file"):
-        if "://" in source:
-            raise InputError(f"{source}: {url.scheme} addresses are not supported; use https or a file")
+    if "://" not in source:
         return Path(source)
-    if url.scheme == "http" and url.hostname not in LOOPBACK:
-        raise InputError(f"{source}: checkpoints are not loaded over plain http; use https")
-    name = Path(url.path).name
+    if url.scheme == "file":
+        return Path(url2pathname(url.path))
+    if url.scheme != "https" and not (url.scheme == "http" and url.hostname in LOOPBACK):
+        raise InputError(f"{source}: not loaded over {url.scheme}; use https or a file")
     key = hashlib.sha256(source.encode()).hexdigest()[:8]  # many checkpoints share the name checkpoint.pth
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{name}"
-    if url.scheme == "file" or not path.exists():
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{Path(url.path).name}"
+    if is_first_of_node() and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(source, str(path), progress=is_main_process())
-        except (OSError, RuntimeError, urllib.error.URLError) as error:
+        except (OSError, RuntimeError) as error:
             raise InputError(
                 f"{source}: could not be downloaded ({error}); place the file at {path} or name another by its path"
             ) from error
+    barrier()
     return path

@@ -31,6 +31,11 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
+def is_first_of_node() -> bool:
+    """Whether this process fetches the files that all processes of its machine read."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if is_dist_avail_and_initialized():

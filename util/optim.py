@@ -17,7 +17,7 @@ def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_deca
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups["backbone" in name]["params"].append(parameter)
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: str) -> None:
