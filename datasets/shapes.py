@@ -1,8 +1,8 @@
 """A generated data set in COCO format: coloured shapes on varied backgrounds, for the demo and the tests.
 
-    python -m datasets.shapes --output DIR [--train 1500] [--val 200]
+    python -m datasets.shapes --output DIR [--train 2400] [--val 200]
 
-Scenes hold none to four circles, squares and triangles of varied size, colour and tilt, which may overlap. Every
+Scenes hold none to three circles, squares and triangles of varied size, colour and tilt, which may overlap. Every
 scene depends on (seed, split, number) alone, so that the same call makes the same files.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
 HUES = (0.0, 0.33, 0.62)  # around red, green and blue: a class is told by shape and colour, to be learnt in minutes
 HUE_SPREAD = 0.1
-MAX_OBJECTS = 4
+MAX_OBJECTS = 3
 EMPTY = 0.04  # share of images without objects
 MAX_TILT = 15  # degrees from upright
 MAX_OVERLAP = 0.3  # of the smaller box, so that nothing is hidden
@@ -29,7 +29,7 @@ SUPERSAMPLING = 3  # shapes are drawn larger and scaled down, for smooth edges
 Point = tuple[float, float]
 
 
-def write_dataset(output: str | Path, num_train: int = 1500, num_val: int = 200, seed: int = 0) -> None:
+def write_dataset(output: str | Path, num_train: int = 2400, num_val: int = 200, seed: int = 0) -> None:
     """Writes `images/{train,val}2017/` and `annotations/instances_{train,val}2017.json` under `output`."""
     for split, number in (("train", num_train), ("val", num_val)):
         write_split(Path(output), split, number, seed)
@@ -93,8 +93,8 @@ def background(rng: random.Random, width: int, height: int) -> Image.Image:
 
 
 def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[Point]:
-    """The outline of a shape within the image, about 17 to 64 pixels across."""
-    radius = rng.uniform(12, 32)
+    """The outline of a shape within the image, about 25 to 80 pixels across."""
+    radius = rng.uniform(18, 40)
     corners, start = {"circle": (36, 0), "square": (4, math.pi / 4), "triangle": (3, -math.pi / 2)}[name]
     start += math.radians(rng.uniform(-MAX_TILT, MAX_TILT))
     angles = [start + 2 * math.pi * i / corners for i in range(corners)]
@@ -140,7 +140,7 @@ def polygon_fields(outline: list[Point]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser("generated shapes", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", required=True, help="folder to write to")
-    parser.add_argument("--train", default=1500, type=int, help="training images")
+    parser.add_argument("--train", default=2400, type=int, help="training images")
     parser.add_argument("--val", default=200, type=int, help="validation images")
     parser.add_argument("--seed", default=0, type=int, help="seed of the scenes")
     args = parser.parse_args()
