@@ -130,12 +130,20 @@ def test_two_processes(launcher, shapes, tmp_path, run_main):
     assert "2 images × 2 processes = 4 a step" in done.stdout
     assert done.stdout.count("training took") == 1
     (line,) = log_lines(tmp_path)
-    alone = run_main(*flags(shapes, *output, "--eval", "--resume", tmp_path / "checkpoint.pth"))
-    assert alone.returncode == 0, alone.stderr
-    saved = torch.load(tmp_path / "eval.pth", weights_only=True)
-    assert len(saved["params"]["imgIds"]) == 7
-    precision = saved["precision"][:, :, :, 0, -1]
-    assert precision[precision > -1].mean().item() == pytest.approx(line["test_coco_eval_bbox"][0], abs=1e-4)
+    assert len(line["test_coco_eval_bbox"]) == 12
+
+
+def test_evaluation_on_two_processes_counts_every_image_once(shapes, trained, tmp_path, run_main):
+    """Seven images on two processes: one is seen twice."""
+    precisions = []
+    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):
+        resume = ("--resume", trained / "checkpoint.pth", "--output_dir", tmp_path / name)
+        done = run_main(*flags(shapes, "--eval", *resume, "--batch_size", 1), launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        saved = torch.load(tmp_path / name / "eval.pth", weights_only=True)
+        assert len(saved["params"]["imgIds"]) == 7
+        precisions.append(saved["precision"])
+    assert torch.equal(*precisions)
 
 
 @pytest.mark.parametrize(
