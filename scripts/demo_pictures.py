@@ -24,7 +24,7 @@ ROWS, PAIRS = 4, 3  # of (ground truth, prediction) pairs on the page
 
 @torch.no_grad()
 def draw_predictions(run: Path, threshold: float) -> Path:
-    """Draws the first val images with their ground truth, and beside it the detections above a score."""
+    """Draws the first val images that have boxes with their ground truth, beside it the detections above a score."""
     source = run / "checkpoint.pth"
     checkpoint = load_checkpoint(source)
     args = argparse.Namespace(**checkpoint["args"])
@@ -38,7 +38,8 @@ def draw_predictions(run: Path, threshold: float) -> Path:
     pairs = figure.subplots(ROWS, 2 * PAIRS).reshape(-1, 2)
     for axes in pairs.flat:
         axes.set_axis_off()
-    for (left, right), index in zip(pairs, range(len(dataset)), strict=False):
+    shown = [index for index, image_id in enumerate(dataset.ids) if dataset.coco.imgToAnns[image_id]]
+    for (left, right), index in zip(pairs, shown, strict=False):
         image, target = dataset[index]
         size = target["size"]
         pixels = image.permute(1, 2, 0).numpy()
@@ -57,7 +58,7 @@ def draw_predictions(run: Path, threshold: float) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser("pictures of a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output_dir", default="output/demo", type=Path, help="folder of the run")
-    parser.add_argument("--threshold", default=0.5, type=float, help="lowest score that is drawn")
+    parser.add_argument("--threshold", default=0.3, type=float, help="lowest score that is drawn")
     args = parser.parse_args()
     print(f"wrote {draw_predictions(args.output_dir, args.threshold)}")
     plot_log(args.output_dir / "log.txt", args.output_dir / "curves.png")
