@@ -16,7 +16,7 @@ VARIANTS = ("conditional_detr_resnet50", "conditional_detr_resnet50_dc5")
 
 
 @cache
-def setup(name: str):
+def reference_run(name: str):
     figures, arrays = load_figures(name)
     args = get_args_parser().parse_args(["--dropout", "0", *figures["args"]])
     model, criterion, postprocessors = build_model(args)
@@ -30,7 +30,7 @@ def setup(name: str):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_outputs(name):
-    _, arrays, *_, outputs = setup(name)
+    _, arrays, *_, outputs = reference_run(name)
     for key in ("pred_logits", "pred_boxes"):
         assert_close(outputs[key], arrays[key], atol=1e-4, rtol=0)
         for layer in (0, 4):
@@ -41,7 +41,7 @@ def test_outputs(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_matching(name):
-    _, arrays, _, _, criterion, _, _, targets, outputs = setup(name)
+    _, arrays, _, _, criterion, _, _, targets, outputs = reference_run(name)
     layers = [outputs, *outputs["aux_outputs"]]
     logits, boxes = (torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes"))
     matches = criterion.matcher(logits, boxes, targets)
@@ -55,7 +55,7 @@ def test_matching(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_post_processing(name):
-    _, arrays, *_, postprocessors, _, _, _ = setup(name)
+    _, arrays, *_, postprocessors, _, _, _ = reference_run(name)
     recorded = {key: arrays[key] for key in ("pred_logits", "pred_boxes")}  # near-ties would swap on our own outputs
     detections = postprocessors["bbox"](recorded, torch.tensor([[480, 640], [427, 640]]))
     for image, detection in enumerate(detections):
@@ -66,7 +66,7 @@ def test_post_processing(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_steps(name):
-    figures, _, args, model, criterion, _, images, targets, _ = setup(name)
+    figures, _, args, model, criterion, _, images, targets, _ = reference_run(name)
     model.train()
     optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     for step, expected in enumerate(figures["trajectory"]):

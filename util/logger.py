@@ -24,7 +24,7 @@ from util.distributed import get_world_size, is_main_process, reduce_dict
 def log(message: str = "", color: str | None = None) -> None:
     """Prints a line on the main process only; coloured where standard output is a terminal."""
     if is_main_process():
-        tqdm.write(colored(message, color), file=sys.stdout)
+        tqdm.write(colored(message, color) if color else message, file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -145,9 +145,12 @@ class MetricLogger:
         """The mean over all steps of every scalar."""
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
+    def shown(self) -> dict[str, SmoothedValue]:
+        """The meters that the lines show."""
+        return {name: meter for name, meter in self.meters.items() if not self._HIDDEN.search(name)}
+
     def __str__(self) -> str:
-        shown = {name: meter for name, meter in self.meters.items() if not self._HIDDEN.search(name)}
-        return self.delimiter.join(f"{name}: {meter}" for name, meter in shown.items())
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.shown().items())
 
     def log_every(self, iterable: Iterable, print_freq: int, header: str = "") -> Iterator:
         """Yields from `iterable` (of known length) and shows averages, times and memory every `print_freq` items.
@@ -156,7 +159,13 @@ class MetricLogger:
         """
         steps = len(iterable)
         on_terminal = sys.stdout.isatty()
-        bar = tqdm(total=steps, desc=header, file=sys.stdout, disable=not (on_terminal and is_main_process()))
+        bar = tqdm(
+            total=steps,
+            desc=header,
+            file=sys.stdout,
+            disable=not (on_terminal and is_main_process()),
+            bar_format="{desc} {bar:12} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}",
+        )
         step_time, data_time = SmoothedValue(fmt="{avg:.3f}"), SmoothedValue(fmt="{avg:.3f}")
         start = end = time.time()
         for step, item in enumerate(iterable):
@@ -166,14 +175,14 @@ class MetricLogger:
             end = time.time()
             bar.update()
             if step % print_freq == 0 or step == steps - 1:
-                averages = str(self)
+                memory = f"{peak_memory_mib():.0f} MiB"
                 if on_terminal:
-                    bar.set_postfix_str(averages, refresh=True)
+                    bar.set_postfix_str(" ".join(f"{k} {m.median:.3g}" for k, m in self.shown().items()) + f" {memory}")
                 else:
                     eta = timedelta(seconds=int(step_time.global_avg * (steps - step - 1)))
                     place = f"[{step:>{len(str(steps))}}/{steps}]"
-                    times = f"time: {step_time}  data: {data_time}  max mem: {peak_memory_mib():.0f} MiB"
-                    log(self.delimiter.join(part for part in (header, place, f"eta: {eta}", averages, times) if part))
+                    times = f"time: {step_time}  data: {data_time}  max mem: {memory}"
+                    log(self.delimiter.join(part for part in (header, place, f"eta: {eta}", str(self), times) if part))
         bar.close()
         total = time.time() - start
         log(f"{header} total time: {timedelta(seconds=int(total))} ({total / max(steps, 1):.4f} s / it)")
