@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from torchvision.ops import batched_nms
 
 from datasets import build_dataset
 from models import build_model
@@ -24,7 +25,11 @@ ROWS, PAIRS = 4, 3  # of (ground truth, prediction) pairs on the page
 
 @torch.no_grad()
 def draw_predictions(run: Path, threshold: float) -> Path:
-    """Draws the first val images that have boxes with their ground truth, beside it the detections above a score."""
+    """Draws the first val images that have boxes with their ground truth, beside it the detections above a score.
+
+    After a few minutes of training the model still finds many an object twice: of detections that overlap by half, only
+    the best is drawn.
+    """
     source = run / "checkpoint.pth"
     checkpoint = load_checkpoint(source)
     args = argparse.Namespace(**checkpoint["args"])
@@ -46,6 +51,8 @@ def draw_predictions(run: Path, threshold: float) -> Path:
         truth = box_cxcywh_to_xyxy(target["boxes"]) * size.flip(0).repeat(2)
         (found,) = postprocessors["bbox"](model([image]), size[None])
         found = {key: value[found["scores"] > threshold] for key, value in found.items()}
+        best = batched_nms(found["boxes"], found["scores"], found["labels"], iou_threshold=0.5)
+        found = {key: value[best] for key, value in found.items()}
         labels = target["labels"].tolist()
         draw_boxes(left, pixels, truth.tolist(), labels, [names[i] for i in labels], "ground truth")
         labels = found["labels"].tolist()
@@ -58,7 +65,7 @@ def draw_predictions(run: Path, threshold: float) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser("pictures of a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output_dir", default="output/demo", type=Path, help="folder of the run")
-    parser.add_argument("--threshold", default=0.3, type=float, help="lowest score that is drawn")
+    parser.add_argument("--threshold", default=0.25, type=float, help="lowest score that is drawn")
     args = parser.parse_args()
     print(f"wrote {draw_predictions(args.output_dir, args.threshold)}")
     plot_log(args.output_dir / "log.txt", args.output_dir / "curves.png")
