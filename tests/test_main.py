@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ def flags(shapes, *more: object) -> list[str]:
 
 def train(shapes, output, *more: object) -> None:
     main.main(main.get_args_parser().parse_args(flags(shapes, "--output_dir", output, *more)))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def log_lines(output) -> list[dict]:
@@ -119,7 +126,7 @@ def test_start_epoch_without_a_checkpoint(shapes, tmp_path):
     "launcher",
     [
         ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29517"),
+        ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"),
     ],
     ids=["torchrun", "launch"],
 )
