@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
 from util.checkpoint import save_on_master
-from util.errors import InputError
 from util.logger import MetricLogger, SmoothedValue
+from util.progress import Progress
+from util.step_guard import StepGuard
 
 PRINT_FREQ = 10
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_one_epoch(
@@ -27,32 +30,48 @@ def train_one_epoch(
     device: torch.device,
     epoch: int,
     max_norm: float = 0,
+    amp: str = "none",
+    progress: Progress | None = None,
+    guard: StepGuard | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Trains on every batch once; gradients are clipped to a total norm of `max_norm` (0: not at all).
+
+    Args:
+        amp: the precision of the model's forward pass, none or a key of `AUTOCAST`.
+        progress: what an interrupted epoch had gathered; the loader then yields the remaining batches.
+        guard: decides about steps that are not finite; by default the first one ends the run.
+        after_step: called behind every step.
 
     Returns the means over steps and processes of the learning rate and of all losses, weighted and unweighted.
 
     Raises:
-        InputError: where the loss or a gradient is not finite, before the weights are touched by it.
+        InputError: where the loss or a gradient is not finite; the weights are those before this step.
     """
     model.train()
     criterion.train()
-    logger = MetricLogger()
+    progress = progress or Progress()
+    guard = guard or StepGuard(model)
+    logger, scaler = progress.logger, progress.scaler
     logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    for samples, targets in logger.log_every(data_loader, PRINT_FREQ, f"Epoch [{epoch}]"):
+    for samples, targets in logger.log_every(data_loader, PRINT_FREQ, f"Epoch [{epoch}]", progress.step):
         samples, targets = to_device(samples, targets, device)
-        losses = logged_losses(criterion(model(samples), targets), criterion.weight_dict)
+        guard.begin(epoch, progress.step, samples, targets)
+        with autocast(device, amp):
+            outputs = model(samples)
+        losses = logged_losses(criterion(outputs, targets), criterion.weight_dict)
+        guard.settle(progress)  # the matching has just waited for the device, so the last step's verdict is there
 
         optimizer.zero_grad()
-        losses["loss"].backward()
+        scaler.scale(losses["loss"]).backward()
+        scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf)
-        if not torch.isfinite(losses["loss"] + grad_norm):
-            raise InputError(
-                f"training diverged in epoch {epoch}: loss {losses['loss'].item()}, gradient norm {grad_norm.item()} "
-                f"on images {[int(t['image_id']) for t in targets]}; resume with a lower --lr"
-            )
-        optimizer.step()
-        logger.update(lr=optimizer.param_groups[0]["lr"], **losses)
+        left_out = guard.step_optimizer(optimizer, scaler, losses, grad_norm)
+        scaler.update()
+        logger.update(left_out, lr=optimizer.param_groups[0]["lr"], **losses)
+        progress.step += 1
+        after_step()
+    guard.settle(progress)
     logger.synchronize_between_processes()
     return logger.averages()
 
@@ -66,12 +85,14 @@ def evaluate(
     base_ds: COCO,
     device: torch.device,
     output_dir: str | Path,
+    amp: str = "none",
 ) -> tuple[dict[str, Any], CocoEvaluator]:
     """Measures losses and COCO's average precision; leaves the evaluator's arrays in `output_dir`/eval/latest.pth.
 
     Args:
         base_ds: the ground truth, of `datasets.get_coco_api_from_dataset`.
         output_dir: "" writes nothing.
+        amp: the precision of the model's forward pass, none or a key of `AUTOCAST`.
 
     Returns the means of all losses with, as `coco_eval_bbox`, the 12 COCO numbers; and the evaluator.
     """
@@ -82,7 +103,8 @@ def evaluate(
     for samples, targets in logger.log_every(data_loader, PRINT_FREQ, "Test"):
         image_ids = [int(t["image_id"]) for t in targets]
         samples, targets = to_device(samples, targets, device)
-        outputs = model(samples)
+        with autocast(device, amp):
+            outputs = model(samples)
         logger.update(**logged_losses(criterion(outputs, targets), criterion.weight_dict))
 
         detections = postprocessors["bbox"](outputs, torch.stack([t["orig_size"] for t in targets]))
@@ -96,6 +118,11 @@ def evaluate(
         save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), Path(output_dir) / "eval" / "latest.pth")
     numbers = {f"coco_eval_{kind}": list(map(float, e.stats)) for kind, e in evaluator.coco_eval.items()}
     return logger.averages() | numbers, evaluator
+
+
+def autocast(device: torch.device, amp: str) -> AbstractContextManager:
+    """The context of a forward pass in the precision `amp`."""
+    return nullcontext() if amp == "none" else torch.autocast(device.type, AUTOCAST[amp])
 
 
 def to_device(samples: Any, targets: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[Any, list[dict]]:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from termcolor import colored
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset, build_loader, get_coco_api_from_dataset
@@ -29,20 +28,17 @@ from engine import evaluate, train_one_epoch
 from models import build_model
 from models.backbone import load_backbone_weights
 from util.args import check_args, get_args_parser
-from util.checkpoint import (
-    TRAINING_FLAGS,
-    changed_flags,
-    check_model_flags,
-    load_checkpoint,
-    load_latest_checkpoint,
-    load_model_weights,
-    num_classes_of,
-    save_on_master,
-)
+from util.checkpoint import load_model_weights, save_on_master
 from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, leave_process_group
 from util.errors import InputError
-from util.logger import append_log, log, trim_log, warn
+from util.log_file import append_log, trim_log
+from util.logger import log, warn
 from util.optim import build_optimizer, build_schedule, restore_optimizer
+from util.preemption import EXIT_CODE, Preempted, noticing_signals
+from util.progress import Progress
+from util.resume import choose_num_classes, first_epoch, holds_training, read_checkpoint, unlogged_epoch
+from util.rng import seed_everything
+from util.step_guard import StepGuard
 
 
 def main(args: argparse.Namespace) -> None:
@@ -50,9 +46,12 @@ def main(args: argparse.Namespace) -> None:
 
     Raises:
         InputError: for flags, files and annotations that are not usable; before any long work where that can be known.
+        Preempted: where a signal asked the run to end.
     """
     check_args(args)
     init_distributed_mode(args)
+    if args.deterministic:
+        use_deterministic_kernels()
     device = torch.device(args.device)
     seed_everything(args.seed + get_rank())
     output_dir = make_output_dir(args.output_dir)
@@ -60,18 +59,17 @@ def main(args: argparse.Namespace) -> None:
     checkpoint, source = read_checkpoint(args)
     if checkpoint and not args.eval:
         args.start_epoch = first_epoch(checkpoint, source, args)
-        if args.start_epoch >= args.epochs:
+        if args.start_epoch >= args.epochs and not unlogged_epoch(checkpoint, source, output_dir):
             log(f"finished: {source} has all {args.epochs} epochs; raise --epochs to train on", "green")
             return
 
     dataset_train = None if args.eval else build_dataset("train", args)
     dataset_val = build_dataset("val", args)
-    args.num_classes = choose_num_classes(args, checkpoint, source, dataset_train or dataset_val)
+    args.num_classes = choose_num_classes(args, checkpoint, source, (dataset_train or dataset_val).num_classes)
     for dataset in filter(None, (dataset_train, dataset_val)):
         dataset.check_classes(args.num_classes)
     loader_train = dataset_train and build_loader(dataset_train, args, train=True)
     loader_val = build_loader(dataset_val, args, train=False)
-    base_ds = get_coco_api_from_dataset(dataset_val)
 
     model, criterion, postprocessors = build_model(args)
     if checkpoint:
@@ -84,26 +82,30 @@ def main(args: argparse.Namespace) -> None:
     model.to(device)
     parallel_model = distribute(model, args)
 
+    def evaluate_val() -> tuple[dict[str, Any], Any]:
+        base_ds = get_coco_api_from_dataset(dataset_val)
+        return evaluate(
+            parallel_model, criterion, postprocessors, loader_val, base_ds, device, args.output_dir, args.amp
+        )
+
     if args.eval:
-        _, evaluator = evaluate(parallel_model, criterion, postprocessors, loader_val, base_ds, device, args.output_dir)
+        _, evaluator = evaluate_val()
         if output_dir:
             save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), output_dir / "eval.pth")
         return
 
     optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
+    lr_scheduler = build_schedule(optimizer, args.lr_drop, args.start_epoch)
+    progress = Progress(torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"))
+    seed_everything(args.seed + get_rank())  # what was drawn so far depends on where the weights come from
     if checkpoint and holds_training(checkpoint):
         restore_optimizer(optimizer, checkpoint["optimizer"], source)
-    lr_scheduler = build_schedule(optimizer, args.lr_drop, args.start_epoch)
+        progress.restore(checkpoint, args.batch_size)
     if output_dir:
         trim_log(output_dir / "log.txt", args.start_epoch)
 
-    start = time.time()
-    for epoch in range(args.start_epoch, args.epochs):
-        dataset_train.set_epoch(epoch)
-        loader_train.sampler.set_epoch(epoch)
-        stats = train_one_epoch(parallel_model, criterion, loader_train, optimizer, device, epoch, args.clip_max_norm)
-        entry = {f"train_{name}": value for name, value in stats.items()}
-        lr_scheduler.step()
+    def save(epoch: int, **more: Any) -> None:
+        """Writes all that it takes to go on; `epoch` is the last finished one."""
         if output_dir:
             state = {
                 "model": model.state_dict(),
@@ -113,20 +115,63 @@ def main(args: argparse.Namespace) -> None:
                 "args": vars(args),
                 "class_names": dataset_train.class_names,
             }
-            save_checkpoints(output_dir, epoch, state, args.lr_drop)
+            save_checkpoints(output_dir, state | progress.state_dict() | more, args.lr_drop)
+
+    def finish_epoch(epoch: int, entry: dict[str, Any]) -> None:
+        """Evaluates, and completes the epoch's line in the log."""
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            stats, _ = evaluate(parallel_model, criterion, postprocessors, loader_val, base_ds, device, args.output_dir)
+            with stop_request.at_once():
+                stats, _ = evaluate_val()
             entry |= {f"test_{name}": value for name, value in stats.items()}
         if output_dir:
             append_log(output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": count_parameters(model)[1]})
+
+    start = time.time()
+    with noticing_signals() as stop_request:
+        guard = StepGuard(model, args.skip_nonfinite, output_dir, {"args": vars(args)}, stop_request)
+
+        def save_if_due() -> None:
+            """Behind a step: every `--save_every` of them, and at the end that a signal asks for."""
+            due = args.save_every and progress.step % args.save_every == 0 and progress.step < len(loader_train)
+            if due or guard.stopping:
+                guard.settle(progress)
+                save(epoch - 1)
+            if guard.stopping:
+                raise Preempted
+
+        if unlogged_epoch(checkpoint, source, output_dir):
+            finish_epoch(checkpoint["epoch"], checkpoint["train_stats"])
+        for epoch in range(args.start_epoch, args.epochs):
+            dataset_train.set_epoch(epoch)
+            loader_train.sampler.set_epoch(epoch, progress.step * args.batch_size)
+            stats = train_one_epoch(
+                parallel_model,
+                criterion,
+                loader_train,
+                optimizer,
+                device,
+                epoch,
+                args.clip_max_norm,
+                args.amp,
+                progress,
+                guard,
+                save_if_due,
+            )
+            entry = {f"train_{name}": value for name, value in stats.items()}
+            lr_scheduler.step()
+            progress.start_epoch()
+            save(epoch, train_stats=entry)
+            if guard.stopping:
+                raise Preempted
+            finish_epoch(epoch, entry)
     log(f"training took {timedelta(seconds=int(time.time() - start))}", "green")
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds every generator that a library might draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
+def use_deterministic_kernels() -> None:
+    """The same numbers from the same machine every time, also on GPUs, where sums otherwise depend on timing."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def make_output_dir(name: str) -> Path | None:
@@ -141,51 +186,6 @@ def make_output_dir(name: str) -> Path | None:
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output_dir {folder}: not writable")
     return folder
-
-
-def read_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
-    """The checkpoint that `--resume` names, and where it came from; (None, "") where there is none."""
-    if args.resume == "auto":
-        found = load_latest_checkpoint(args.output_dir, warn)
-        if found is None:
-            log(f"--resume auto: no checkpoint in {args.output_dir}, starting anew")
-            return None, ""
-        checkpoint, source = found[0], str(found[1])
-    elif args.resume:
-        checkpoint, source = load_checkpoint(args.resume), args.resume
-    else:
-        return None, ""
-    check_model_flags(args, checkpoint, source)
-    if not args.eval and (changed := changed_flags(args, checkpoint, TRAINING_FLAGS)):
-        warn(f"going on from {source} with other flags: {'; '.join(changed)}")
-    epoch = f", {checkpoint['epoch'] + 1} epochs trained" if "epoch" in checkpoint else ""
-    log(f"loading {source}{epoch}")
-    return checkpoint, source
-
-
-def holds_training(checkpoint: dict[str, Any]) -> bool:
-    """Whether training can go on from a checkpoint; else its model is where a new one starts."""
-    return "optimizer" in checkpoint and "epoch" in checkpoint
-
-
-def first_epoch(checkpoint: dict[str, Any], source: str, args: argparse.Namespace) -> int:
-    """Where training goes on: behind the checkpoint's epoch, or at `--start_epoch` where it holds only a model."""
-    if holds_training(checkpoint):
-        return checkpoint["epoch"] + 1
-    warn(f"{source} holds a model but no state of the training: its weights are where a new run starts")
-    return args.start_epoch
-
-
-def choose_num_classes(
-    args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: str, dataset: CocoDetection
-) -> int:
-    """The size of the class head: the checkpoint's, else `--num_classes`, else what the data needs."""
-    if checkpoint is None:
-        return dataset.num_classes if args.num_classes is None else args.num_classes
-    stored = num_classes_of(checkpoint, source)
-    if args.num_classes not in (None, stored):
-        raise InputError(f"--num_classes {args.num_classes} contradicts the {stored} classes of {source}")
-    return stored
 
 
 def print_summary(
@@ -218,22 +218,40 @@ def distribute(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     if not args.distributed:
         return model
     trained_norms = args.backbone_norm == "batch"
-    if torch.device(args.device).type != "cuda":  # torch synchronises batch norms on GPUs only
-        return DistributedDataParallel(model, broadcast_buffers=trained_norms)
-    if trained_norms:
+    on_cuda = torch.device(args.device).type == "cuda"
+    if trained_norms and on_cuda:  # torch synchronises batch norms on GPUs only
         model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
-    return DistributedDataParallel(model, device_ids=[args.gpu], broadcast_buffers=trained_norms)
+    parallel_model = DistributedDataParallel(
+        model, device_ids=[args.gpu] if on_cuda else None, broadcast_buffers=trained_norms
+    )
+    if not args.eval:
+        settle_buckets(parallel_model)
+    return parallel_model
 
 
-def save_checkpoints(output_dir: Path, epoch: int, checkpoint: dict[str, Any], lr_drop: int) -> None:
-    """checkpoint.pth after every epoch; one that stays before each drop of the learning rate and every 10 epochs."""
-    save_on_master(checkpoint, output_dir / "checkpoint.pth")
-    if (epoch + 1) % lr_drop == 0 or (epoch + 1) % 10 == 0:
-        save_on_master(checkpoint, output_dir / f"checkpoint{epoch:04}.pth")
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Takes a step that changes nothing, behind which DistributedDataParallel lays out its gradient buckets anew.
+
+    The layout decides the order in which gradients are summed; a resumed run is to begin with that of the run that it
+    goes on with.
+    """
+    parameter = next(model.parameters())
+    outputs = model.eval()(torch.zeros(1, 3, 64, 64, device=parameter.device))
+    (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()).backward()
+    model.zero_grad()
 
 
+def save_checkpoints(output_dir: Path, checkpoint: dict[str, Any], lr_drop: int) -> None:
+    """checkpoint.pth and the one before it; one that stays at each drop of the learning rate and every 10 epochs."""
+    save_on_master(checkpoint, output_dir / "checkpoint.pth", keep_old_as=output_dir / "checkpoint_previous.pth")
+    epochs = checkpoint["epoch"] + 1
+    if checkpoint["step"] == 0 and (epochs % lr_drop == 0 or epochs % 10 == 0):
+        save_on_master(checkpoint, output_dir / f"checkpoint{epochs - 1:04}.pth")
+
+
+@record  # so that torchrun shows what ended a process
 def run() -> None:
-    """The command line: a mistake of the user ends in one line."""
+    """The command line: a mistake of the user ends in one line, a request to end the run in its own exit code."""
     parser = argparse.ArgumentParser(
         "main.py",
         usage="%(prog)s --coco_path PATH [flags]",
@@ -245,7 +263,13 @@ def run() -> None:
         main(parser.parse_args())
         leave_process_group()
     except InputError as error:
-        sys.exit(colored("error: ", "red", no_color=not sys.stderr.isatty()) + error.line)
+        process = f"process {get_rank()}: " if get_world_size() > 1 else ""
+        sys.exit(colored("error: ", "red", no_color=not sys.stderr.isatty()) + process + error.line)
+    except Preempted:
+        log(f"ended on request (exit code {EXIT_CODE}); --resume auto goes on from here", "yellow")
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from datasets.transforms import make_coco_transforms
 from util.distributed import get_rank, get_world_size
 from util.errors import InputError
 from util.nested_tensor import collate_fn
+from util.preemption import ignore_signals
 
 
 def build_dataset(image_set: str, args: argparse.Namespace) -> CocoDetection:
@@ -48,12 +51,27 @@ def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
     return dataset.coco
 
 
+class EpochSampler(DistributedSampler):
+    """DistributedSampler, which can also begin within an epoch."""
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses the order, and how many of this process's samples are passed over."""
+        super().set_epoch(epoch)
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.start, None)
+
+
 def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) -> DataLoader:
     """This process's batches: in training shuffled by (seed, epoch), without a partial last one; else all, in order.
 
+    `len` counts all batches of an epoch, also where the sampler begins within it.
+
     Raises InputError where the data does not fill a batch.
     """
-    sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=train, seed=args.seed)
+    sampler = EpochSampler(dataset, get_world_size(), get_rank(), shuffle=train, seed=args.seed)
+    sampler.set_epoch(0)
     loader = DataLoader(
         dataset,
         args.batch_size,
@@ -61,7 +79,9 @@ def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) 
         drop_last=train,
         collate_fn=collate_fn,
         num_workers=args.num_workers,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.device(args.device).type == "cuda",
+        generator=torch.Generator(),  # of its own, so that loading draws nothing from the model's random numbers
     )
     if len(loader) == 0:
         raise InputError(

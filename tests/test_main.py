@@ -40,10 +40,13 @@ def trained(shapes, tmp_path_factory):
 
 
 def test_what_a_run_leaves(trained):
-    assert {path.name for path in trained.iterdir()} == {"checkpoint.pth", "checkpoint0001.pth", "log.txt", "eval"}
+    checkpoints = {"checkpoint.pth", "checkpoint_previous.pth", "checkpoint0001.pth"}
+    assert {path.name for path in trained.iterdir()} == checkpoints | {"log.txt", "eval"}
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "lr_scheduler", "epoch", "args", "class_names"}
-    assert checkpoint["epoch"] == 2
+    published = {"model", "optimizer", "lr_scheduler", "epoch", "args"}
+    ours = {"class_names", "step", "scaler", "skipped", "processes", "train_stats"}
+    assert set(checkpoint) == published | ours
+    assert (checkpoint["epoch"], checkpoint["step"], len(checkpoint["processes"])) == (2, 0, 1)
     assert checkpoint["args"]["num_classes"] == 4
     assert checkpoint["class_names"] == {1: "circle", 2: "square", 3: "triangle"}
     assert torch.load(trained / "eval" / "latest.pth", weights_only=True)["precision"].shape == (10, 101, 3, 4, 3)
@@ -221,7 +224,7 @@ def test_diverging_training_stops_before_it_touches_the_weights(shapes, trained,
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
     checkpoint["model"]["class_embed.bias"][:] = float("inf")
     torch.save(checkpoint, tmp_path / "c.pth")
-    with pytest.raises(InputError, match=r"training diverged in epoch 3: loss (inf|nan).* on images \["):
+    with pytest.raises(InputError, match=r"training diverged in epoch 3, step 0, .* loss nan, .* on images \["):
         train(shapes, tmp_path, "--epochs", 4, "--lr_drop", 2, "--dropout", 0, "--resume", tmp_path / "c.pth")
     assert not (tmp_path / "checkpoint.pth").exists()
 

@@ -24,6 +24,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr_drop", default=40, type=int, help="multiply the learning rates by 0.1 after every so many epochs")
     add("--clip_max_norm", default=0.1, type=float, help="largest total norm of the gradients; 0: no clipping")
 
+    add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
+
     add = parser.add_argument_group("model").add_argument
     add("--backbone", default="resnet50", help=f"one of {', '.join(CHANNELS)}")
     add("--dilation", action="store_true", help="DC5: dilate the last stage instead of striding it")
@@ -75,6 +77,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", default=42, type=int, help="seed of weights, order and augmentation")
     add("--resume", default="", help="checkpoint to go on from: a path, a URL, or auto (the furthest in --output_dir)")
     add("--start_epoch", default=0, type=int, help="first epoch, where no checkpoint says otherwise")
+    add("--save_every", default=0, type=int, help="also write checkpoint.pth after every so many steps; 0: epochs only")
+    add("--skip_nonfinite", default=0, type=int, help="steps with infinite or NaN losses to leave out before giving up")
+    add("--deterministic", action="store_true", help="the same numbers from every run on a GPU, too; slower")
     add("--eval", action="store_true", help="evaluate only")
     add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
     add("--num_workers", default=2, type=int, help="processes that load data")
@@ -100,7 +105,7 @@ def check_args(args: argparse.Namespace) -> None:
         "lr": 0,
         "lr_backbone": 0,
     }
-    smallest |= {"weight_decay": 0, "clip_max_norm": 0}
+    smallest |= {"weight_decay": 0, "clip_max_norm": 0, "save_every": 0, "skip_nonfinite": 0}
     for flag, least in smallest.items():
         if not getattr(args, flag) >= least:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from torch import nn
 
 from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError, reason
+from util.files import replacing
 
 # The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
 MODEL_FLAGS = (
@@ -52,22 +52,11 @@ TRAINING_FLAGS = (
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def save_on_master(obj: Any, path: str | Path) -> None:
-    """`torch.save` on the main process, to a temporary file that replaces `path` once it is wholly on the disk."""
-    if not is_main_process():
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
+def save_on_master(obj: Any, path: str | Path, keep_old_as: Path | None = None) -> None:
+    """`torch.save` on the main process, by way of a temporary file; see `replacing`."""
+    if is_main_process():
+        with replacing(Path(path), keep_old_as) as file:
             torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); what was there before is intact") from error
 
 
 def load_checkpoint(source: str | Path) -> dict[str, Any]:
@@ -112,7 +101,8 @@ def load_latest_checkpoint(
             report(f"{error}; looking for one before it")
             return None
 
-    latest = try_to_load(folder / "checkpoint.pth") if (folder / "checkpoint.pth").exists() else None
+    written = [path for name in ("checkpoint", "checkpoint_previous") if (path := folder / f"{name}.pth").exists()]
+    latest = next(filter(None, map(try_to_load, written)), None)
     for epoch in sorted(numbered, reverse=True):
         if latest and latest[0].get("epoch", -1) >= epoch:
             break

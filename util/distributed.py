@@ -1,12 +1,15 @@
 """Joining the process group, and what the processes tell each other.
 
-Nothing is unpickled from the network: values travel as tensors.
+Nothing is unpickled from the network: values travel as tensors, texts as JSON in them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,13 +60,14 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     Raises InputError if the local rank has no GPU of its own while `args.device` is CUDA.
     """
     env = os.environ
-    slurm_tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun for its tasks, not in an interactive shell
     if "RANK" in env and "WORLD_SIZE" in env:
         args.rank, args.world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
         args.gpu = int(env.get("LOCAL_RANK", args.local_rank or 0))
-    elif slurm_tasks > 1:
-        args.rank, args.world_size = int(env["SLURM_PROCID"]), slurm_tasks
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun for its tasks, not in an interactive shell
+        args.rank, args.world_size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
         args.gpu = int(env.get("SLURM_LOCALID", 0))
+        env.setdefault("MASTER_ADDR", first_slurm_node(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", 0)) % 20_000))
     else:
         args.rank, args.world_size, args.gpu, args.distributed = 0, 1, 0, False
         return
@@ -82,8 +86,15 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
         init_method=args.dist_url,
         world_size=args.world_size,
         rank=args.rank,
+        device_id=torch.device("cuda", args.gpu) if on_cuda else None,
     )
     barrier()
+
+
+def first_slurm_node(nodes: str) -> str:
+    """The first host of SLURM's compressed list: "gpu[03-05,9],login1" to "gpu03"."""
+    prefix, number = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes).groups()
+    return prefix + (number or "")
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
@@ -102,6 +113,15 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).to(rows.device)
+
+
+def all_gather_plain(value: Any) -> list[Any]:
+    """What each process says, in rank order, on all of them.
+
+    Values are what JSON can carry: numbers (floats arrive bit for bit), texts, lists and dicts with texts as keys.
+    """
+    line = torch.frombuffer(bytearray(json.dumps(value) + "\n", "ascii"), dtype=torch.uint8)
+    return [json.loads(text) for text in bytes(all_gather_rows(line).tolist()).splitlines()]
 
 
 def reduce_sum(value: Tensor) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -33,25 +31,6 @@ def warn(message: str) -> None:
     log(f"warning: {message}", "yellow")
 
 
-def append_log(path: str | Path, entry: dict[str, Any]) -> None:
-    """Adds a line of JSON to a log file, on the main process only."""
-    if is_main_process():
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def trim_log(path: str | Path, epoch: int) -> None:
-    """Drops what a log file holds of `epoch` and later ones, which are about to be trained again."""
-    path = Path(path)
-    if not is_main_process() or not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
-    if kept != lines:
-        warn(f"{path}: {len(lines) - len(kept)} lines of epoch {epoch} and later are dropped")
-        path.write_text("".join(kept), encoding="utf-8")
-
-
 class SmoothedValue:
     """A series of numbers: their latest, the median and mean of the last `window_size`, the mean of all."""
 
@@ -60,6 +39,13 @@ class SmoothedValue:
         self.total = 0.0
         self.count = 0
         self.fmt = fmt
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"window": list(self.window), "total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.window = deque(state["window"], maxlen=self.window.maxlen)
+        self.total, self.count = state["total"], state["count"]
 
     def update(self, value: float, n: int = 1) -> None:
         self.window.append(value)
@@ -107,7 +93,7 @@ class MetricLogger:
     def __init__(self, delimiter: str = "  ") -> None:
         self.delimiter = delimiter
         self._meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
-        self._pending: list[dict[str, float | Tensor]] = []
+        self._pending: list[tuple[float | Tensor, dict[str, float | Tensor]]] = []
 
     @property
     def meters(self) -> dict[str, SmoothedValue]:
@@ -117,16 +103,29 @@ class MetricLogger:
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         self._meters[name] = meter
 
-    def update(self, **values: float | Tensor) -> None:
-        self._pending.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
+    def state_dict(self) -> dict[str, Any]:
+        """The averages so far, as plain data."""
+        return {name: meter.state_dict() for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, meter in state.items():
+            self._meters[name].load_state_dict(meter)
+
+    def update(self, leave_out: float | Tensor = 0.0, **values: float | Tensor) -> None:
+        """Adds a value to each average, unless `leave_out` turns out to be other than 0."""
+        values = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
+        self._pending.append((leave_out, values))
 
     def _fetch(self) -> None:
         pending, self._pending = self._pending, []
-        tensors = [v for values in pending for v in values.values() if isinstance(v, Tensor)]
+        rows = [[leave_out, *values.values()] for leave_out, values in pending]
+        tensors = [v for row in rows for v in row if isinstance(v, Tensor)]
         fetched = iter(torch.stack(tensors).tolist() if tensors else [])
-        for values in pending:
-            for name, value in values.items():
-                self._meters[name].update(next(fetched) if isinstance(value, Tensor) else value)
+        for row, (_, names) in zip(rows, pending, strict=True):
+            leave_out, *values = (next(fetched) if isinstance(v, Tensor) else v for v in row)
+            if not leave_out:
+                for name, value in zip(names, values, strict=True):
+                    self._meters[name].update(value)
 
     def synchronize_between_processes(self) -> None:
         """Makes `global_avg` the mean over the steps of all processes."""
@@ -152,23 +151,25 @@ class MetricLogger:
     def __str__(self) -> str:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.shown().items())
 
-    def log_every(self, iterable: Iterable, print_freq: int, header: str = "") -> Iterator:
+    def log_every(self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0) -> Iterator:
         """Yields from `iterable` (of known length) and shows averages, times and memory every `print_freq` items.
 
-        A terminal gets a progress bar, a file plain lines with the remaining time.
+        A terminal gets a progress bar, a file plain lines with the remaining time. Where `start` items were had before
+        an interruption, the iterable yields the others only, but has the length of all.
         """
         steps = len(iterable)
         on_terminal = sys.stdout.isatty()
         bar = tqdm(
             total=steps,
+            initial=start,
             desc=header,
             file=sys.stdout,
             disable=not (on_terminal and is_main_process()),
             bar_format="{desc} {bar:12} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}",
         )
         step_time, data_time = SmoothedValue(fmt="{avg:.3f}"), SmoothedValue(fmt="{avg:.3f}")
-        start = end = time.time()
-        for step, item in enumerate(iterable):
+        begin = end = time.time()
+        for step, item in enumerate(iterable, start):
             data_time.update(time.time() - end)
             yield item
             step_time.update(time.time() - end)
@@ -184,8 +185,8 @@ class MetricLogger:
                     times = f"time: {step_time}  data: {data_time}  max mem: {memory}"
                     log(self.delimiter.join(part for part in (header, place, f"eta: {eta}", str(self), times) if part))
         bar.close()
-        total = time.time() - start
-        log(f"{header} total time: {timedelta(seconds=int(total))} ({total / max(steps, 1):.4f} s / it)")
+        total = time.time() - begin
+        log(f"{header} total time: {timedelta(seconds=int(total))} ({total / max(steps - start, 1):.4f} s / it)")
 
 
 def peak_memory_mib() -> float:

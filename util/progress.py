@@ -1,0 +1,64 @@
+"""How far a training run has come, besides weights and optimizer: what resuming it exactly needs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from util.distributed import all_gather_plain, get_rank, get_world_size
+from util.logger import MetricLogger, SmoothedValue
+from util.rng import all_rng_states, set_all_rng_states
+
+
+class Progress:
+    """The position within an epoch and what has been gathered on the way there.
+
+    Attributes:
+        step: the finished steps of the epoch under way.
+        logger: the running averages over these steps, of this process.
+        scaler: scales the loss where gradients are float16; does nothing otherwise.
+        skipped: the steps of the run that were left out because they were not finite.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        self.step = 0
+        self.logger = MetricLogger()
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
+        self.skipped = 0
+
+    def start_epoch(self) -> None:
+        self.step = 0
+        self.logger = MetricLogger()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data; `processes` holds what differs by process, in rank order. To be called on all processes."""
+        mine = {"random": all_rng_states(), "meters": self.logger.state_dict()}
+        return {
+            "step": self.step,
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+            "processes": all_gather_plain(mine),
+        }
+
+    def restore(self, checkpoint: dict[str, Any], batch_size: int) -> None:
+        """Goes on from a checkpoint with this state in it; a published one, without, is an epoch's end.
+
+        With another number of processes or another batch size, the position is that behind the images already seen.
+        """
+        if "processes" not in checkpoint:
+            return
+        processes = checkpoint["processes"]
+        images_seen = checkpoint["step"] * checkpoint["args"]["batch_size"] * len(processes)
+        self.step = math.ceil(images_seen / (batch_size * get_world_size()))
+        self.skipped = checkpoint["skipped"]
+        if self.scaler.is_enabled() and checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        if get_rank() < len(processes):
+            mine = processes[get_rank()]
+            set_all_rng_states(mine["random"])
+            self.logger.load_state_dict(mine["meters"])
+        else:  # a process that the run did not have has nothing gathered, under the same names
+            nothing = SmoothedValue().state_dict()
+            self.logger.load_state_dict(dict.fromkeys(processes[0]["meters"], nothing))

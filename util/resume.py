@@ -1,0 +1,112 @@
+"""From `--resume` to the point where a run goes on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from util.checkpoint import (
+    TRAINING_FLAGS,
+    changed_flags,
+    check_model_flags,
+    load_checkpoint,
+    load_latest_checkpoint,
+    num_classes_of,
+)
+from util.distributed import all_gather_plain, is_main_process
+from util.errors import InputError
+from util.log_file import read_log
+from util.logger import log, warn
+
+Checkpoint = dict[str, Any]
+
+
+def read_checkpoint(args: argparse.Namespace) -> tuple[Checkpoint | None, str]:
+    """The checkpoint that `--resume` names, and where it came from; (None, "") where there is none.
+
+    The main process chooses for all, which may see the folder at different moments.
+    """
+    check_output_is_free(args)
+    if args.resume == "auto":
+        found = load_latest_checkpoint(args.output_dir, warn) if is_main_process() else None
+        source = all_gather_plain(found and str(found[1]))[0]
+        if source is None:
+            log(f"--resume auto: no checkpoint in {args.output_dir}, starting anew")
+            return None, ""
+        checkpoint = found[0] if found else load_checkpoint(source)
+    elif args.resume:
+        checkpoint, source = load_checkpoint(args.resume), args.resume
+    else:
+        return None, ""
+    check_same_on_all(checkpoint, source)
+    check_model_flags(args, checkpoint, source)
+    if not args.eval and (changed := changed_flags(args, checkpoint, TRAINING_FLAGS)):
+        warn(f"going on from {source} with other flags: {'; '.join(changed)}")
+    epochs = f", {checkpoint['epoch'] + 1} epochs trained" if "epoch" in checkpoint else ""
+    steps = f" and {checkpoint['step']} steps" if checkpoint.get("step") else ""
+    log(f"loading {source}{epochs}{steps}")
+    return checkpoint, source
+
+
+def check_output_is_free(args: argparse.Namespace) -> None:
+    """Raises InputError where a new run would write over another one's checkpoints.
+
+    A run that torchrun restarts goes on from its own by itself.
+    """
+    if args.eval or args.resume or not args.output_dir:
+        return
+    taken = [name for name in ("checkpoint.pth", "checkpoint_previous.pth") if Path(args.output_dir, name).exists()]
+    if not all_gather_plain(bool(taken))[0]:
+        return
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        log("restarted by torchrun: going on as by --resume auto")
+        args.resume = "auto"
+    else:
+        raise InputError(
+            f"--output_dir {args.output_dir} holds the checkpoints of a run: go on with it by --resume auto, "
+            "or name another folder"
+        )
+
+
+def check_same_on_all(checkpoint: Checkpoint, source: str) -> None:
+    """Raises InputError where processes have read different files under one name."""
+    places = all_gather_plain([checkpoint.get("epoch"), checkpoint.get("step")])
+    if different := [rank for rank, place in enumerate(places) if place != places[0]]:
+        raise InputError(
+            f"{source}: process {different[0]} reads another file under this name than process 0; "
+            "the folder must be shared by all nodes"
+        )
+
+
+def holds_training(checkpoint: Checkpoint) -> bool:
+    """Whether training can go on from a checkpoint; else its model is where a new one starts."""
+    return "optimizer" in checkpoint and "epoch" in checkpoint
+
+
+def first_epoch(checkpoint: Checkpoint, source: str, args: argparse.Namespace) -> int:
+    """Where training goes on: behind the checkpoint's epoch, or at `--start_epoch` where it holds only a model."""
+    if holds_training(checkpoint):
+        return checkpoint["epoch"] + 1
+    warn(f"{source} holds a model but no state of the training: its weights are where a new run starts")
+    return args.start_epoch
+
+
+def unlogged_epoch(checkpoint: Checkpoint | None, source: str, output_dir: Path | None) -> bool:
+    """Whether the run was interrupted between an epoch's checkpoint and its line in the log."""
+    if not checkpoint or "train_stats" not in checkpoint or not output_dir:
+        return False
+    logged = [entry["epoch"] for entry in read_log(output_dir / "log.txt")]
+    missing = Path(source).parent.resolve() == output_dir.resolve() and checkpoint["epoch"] not in logged
+    return all_gather_plain(missing)[0]
+
+
+def choose_num_classes(args: argparse.Namespace, checkpoint: Checkpoint | None, source: str, needed: int) -> int:
+    """The size of the class head: the checkpoint's, else `--num_classes`, else what the data needs."""
+    if checkpoint is None:
+        return needed if args.num_classes is None else args.num_classes
+    stored = num_classes_of(checkpoint, source)
+    if args.num_classes not in (None, stored):
+        raise InputError(f"--num_classes {args.num_classes} contradicts the {stored} classes of {source}")
+    return stored

@@ -1,0 +1,50 @@
+"""The random number generators of a process: seeding, saving and restoring them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every generator that a library might draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def torch_rng_states() -> dict[str, Tensor]:
+    """The states of torch's generators, on the host and of the current GPU; reading them waits for no device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_torch_rng_states(states: dict[str, Tensor]) -> None:
+    """Goes on where `torch_rng_states` was called."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def all_rng_states() -> dict[str, Any]:
+    """The states of torch's, NumPy's and Python's generators as plain data, which JSON can carry."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": {device: state.tolist() for device, state in torch_rng_states().items()},
+        "numpy": [name, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_all_rng_states(states: dict[str, Any]) -> None:
+    """Goes on where `all_rng_states` was called."""
+    set_torch_rng_states({k: torch.tensor(state, dtype=torch.uint8) for k, state in states["torch"].items()})
+    np.random.set_state(tuple(states["numpy"]))
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
