@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
 from util.checkpoint import save_on_master
-from util.logger import MetricLogger, SmoothedValue
+from util.logger import MetricLogger
 from util.progress import Progress
 from util.step_guard import StepGuard
 
@@ -53,7 +53,6 @@ def train_one_epoch(
     progress = progress or Progress()
     guard = guard or StepGuard(model)
     logger, scaler = progress.logger, progress.scaler
-    logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     for samples, targets in logger.log_every(data_loader, PRINT_FREQ, f"Epoch [{epoch}]", progress.step):
         samples, targets = to_device(samples, targets, device)
         guard.begin(epoch, progress.step, samples, targets)

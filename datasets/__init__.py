@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -79,6 +80,8 @@ def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) 
         drop_last=train,
         collate_fn=collate_fn,
         num_workers=args.num_workers,
+        # Forked workers share the annotations with this process, and end when it is killed.
+        multiprocessing_context="fork" if args.num_workers and sys.platform == "linux" else None,
         worker_init_fn=ignore_signals,
         pin_memory=torch.device(args.device).type == "cuda",
         generator=torch.Generator(),  # of its own, so that loading draws nothing from the model's random numbers

@@ -23,14 +23,15 @@ class Progress:
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        self.step = 0
-        self.logger = MetricLogger()
+        self.start_epoch()
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.skipped = 0
 
     def start_epoch(self) -> None:
+        """Begins with nothing gathered."""
         self.step = 0
         self.logger = MetricLogger()
+        self.logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data; `processes` holds what differs by process, in rank order. To be called on all processes."""

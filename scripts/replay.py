@@ -1,0 +1,76 @@
+"""Repeats the training step that ended a run because it was not finite, and says where that begins.
+
+Usage: python -m scripts.replay output/run/nonfinite-epoch0003-step000012-process0.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import autocast, logged_losses
+from models import build_model
+from util.errors import InputError
+from util.nested_tensor import NestedTensor
+from util.rng import set_torch_rng_states
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Repeats a training step that was not finite.")
+    parser.add_argument("dump", help="the file that the run left")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flags = parser.parse_args(argv)
+    try:
+        dump = torch.load(flags.dump, map_location="cpu", weights_only=True)
+        step = dump["place"], dump["targets"]
+    except Exception as error:  # whatever an unreadable file makes torch.load raise
+        raise InputError(f"{flags.dump}: not the dump of a step") from error
+    place, targets = step
+    ids = [int(target["image_id"]) for target in targets]
+    print(f"epoch {place['epoch']}, step {place['step']}, process {place['process']}, images {ids}")
+    losses, first = repeat(dump, torch.device(flags.device))
+    for name, value in losses.items():
+        print(f"  {name} {value.item():g} (recorded: {dump['losses'][name].item():g})")
+    print(first or "the outputs of all modules are finite: look at the targets")
+
+
+def repeat(dump: dict[str, Any], device: torch.device) -> tuple[dict[str, Tensor], str]:
+    """The losses of a dumped step, and the first module whose output is not finite ("" if none).
+
+    They are those of the run where the device is of the same type.
+    """
+    args = argparse.Namespace(**dump["args"])
+    model, criterion, _ = build_model(args)
+    model.load_state_dict(dump["model"])
+    model.to(device).train()
+    failing: list[str] = []
+
+    def check(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+                failing.append(f"the first output that is not finite is that of {name}")
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(check(name))
+    samples = NestedTensor(dump["images"], dump["padding"]).to(device)
+    targets = [{key: value.to(device) for key, value in target.items()} for target in dump["targets"]]
+    set_torch_rng_states(dump["random"])
+    with autocast(device, args.amp):
+        outputs = model(samples)
+    losses = logged_losses(criterion(outputs, targets), criterion.weight_dict)
+    return {name: value for name, value in losses.items() if name in criterion.weight_dict}, (failing or [""])[0]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

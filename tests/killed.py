@@ -1,0 +1,79 @@
+"""main.py, sent a signal at a chosen moment: in the middle of a file, between two renames, around a step.
+
+As a script, for torchrun: one process of each of the first KILLED_TIMES starts is killed, or, with KILLED_SIGNAL,
+torchrun is sent that signal. The moments depend on KILLED_SEED.
+"""
+
+import io
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import main
+from util import files, log_file
+
+
+def kill_at(moment: int, number: int = signal.SIGKILL, process: int | None = None) -> None:
+    """Arranges that a process (this one) is sent a signal at the `moment`th moment that might matter; 0: never."""
+    left = moment
+
+    def tick() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(process or os.getpid(), number)
+
+    def around(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def ticking(*args, **kwargs):
+            tick()
+            result = original(*args, **kwargs)
+            tick()
+            return result
+
+        setattr(owner, name, ticking)
+
+    save = torch.save
+
+    def save_in_two_parts(obj: object, file) -> None:
+        whole = io.BytesIO()
+        save(obj, whole)
+        data = whole.getvalue()
+        file.write(data[: len(data) // 2])
+        file.flush()
+        tick()
+        file.write(data[len(data) // 2 :])
+
+    torch.save = save_in_two_parts
+    around(torch.optim.AdamW, "step")
+    around(files.os, "fsync")
+    around(Path, "replace")
+    around(main, "append_log")
+    around(log_file.json, "dumps")
+
+
+def run(flags: list[str], moment: int, number: int) -> None:
+    """In a process of its own: main.py with these flags, sent a signal at that moment."""
+    torch.set_num_threads(1)
+    kill_at(moment, number)
+    sys.argv = ["main.py", *flags]
+    with Path(os.devnull).open("w") as sys.stdout:
+        main.run()
+
+
+if __name__ == "__main__":
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    rng = random.Random(f"{os.environ['KILLED_SEED']} {start}")
+    victim, moment = rng.randrange(int(os.environ["WORLD_SIZE"])), rng.randint(1, 30)
+    if start < int(os.environ["KILLED_TIMES"]) and victim == int(os.environ["RANK"]):
+        if "KILLED_SIGNAL" in os.environ:
+            kill_at(moment, int(os.environ["KILLED_SIGNAL"]), os.getppid())
+        else:
+            kill_at(moment)
+    main.run()
