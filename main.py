@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +22,33 @@ import torch
 from termcolor import colored
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from datasets import build_dataset, build_loader, get_coco_api_from_dataset
 from datasets.coco import CocoDetection
-from datasets.coco_eval import evaluation_as_plain_data
+from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
 from engine import evaluate, train_one_epoch
 from models import build_model
 from models.backbone import load_backbone_weights
 from util.args import check_args, get_args_parser
 from util.checkpoint import load_model_weights, save_on_master
-from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, leave_process_group
-from util.errors import InputError
+from util.distributed import (
+    barrier,
+    distribute,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+    leave_process_group,
+)
+from util.errors import InputError, what_to_do
 from util.log_file import append_log, trim_log
 from util.logger import log, warn
 from util.optim import build_optimizer, build_schedule, restore_optimizer
-from util.preemption import EXIT_CODE, Preempted, noticing_signals
+from util.preemption import EXIT_CODE, SIGNALS, Preempted, StopRequest, end_at_once, noticing_signals
 from util.progress import Progress
 from util.resume import choose_num_classes, first_epoch, holds_training, read_checkpoint, unlogged_epoch
-from util.rng import seed_everything
+from util.rng import seed_everything, use_deterministic_kernels
 from util.step_guard import StepGuard
 
 
@@ -50,16 +61,17 @@ def main(args: argparse.Namespace) -> None:
     """
     check_args(args)
     init_distributed_mode(args)
-    if args.deterministic:
-        use_deterministic_kernels()
     device = torch.device(args.device)
     seed_everything(args.seed + get_rank())
+    if args.deterministic:
+        use_deterministic_kernels()
     output_dir = make_output_dir(args.output_dir)
 
     checkpoint, source = read_checkpoint(args)
+    unlogged = unlogged_epoch(checkpoint, source, output_dir)
     if checkpoint and not args.eval:
         args.start_epoch = first_epoch(checkpoint, source, args)
-        if args.start_epoch >= args.epochs and not unlogged_epoch(checkpoint, source, output_dir):
+        if args.start_epoch >= args.epochs and not unlogged:
             log(f"finished: {source} has all {args.epochs} epochs; raise --epochs to train on", "green")
             return
 
@@ -80,98 +92,143 @@ def main(args: argparse.Namespace) -> None:
         load_backbone_weights(model.backbone[0], args.backbone, args.backbone_weights)
     print_summary(args, model, dataset_train, dataset_val)
     model.to(device)
-    parallel_model = distribute(model, args)
+    parallel_model = distribute(model, device, args.distributed, args.backbone_norm == "batch", trains=not args.eval)
 
-    def evaluate_val() -> tuple[dict[str, Any], Any]:
-        base_ds = get_coco_api_from_dataset(dataset_val)
-        return evaluate(
-            parallel_model, criterion, postprocessors, loader_val, base_ds, device, args.output_dir, args.amp
-        )
-
+    base_ds = get_coco_api_from_dataset(dataset_val)
+    evaluate_val = partial(
+        evaluate, parallel_model, criterion, postprocessors, loader_val, base_ds, device, args.output_dir, args.amp
+    )
     if args.eval:
         _, evaluator = evaluate_val()
         if output_dir:
             save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), output_dir / "eval.pth")
         return
 
-    optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
-    lr_scheduler = build_schedule(optimizer, args.lr_drop, args.start_epoch)
-    progress = Progress(torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"))
-    seed_everything(args.seed + get_rank())  # what was drawn so far depends on where the weights come from
-    if checkpoint and holds_training(checkpoint):
-        restore_optimizer(optimizer, checkpoint["optimizer"], source)
-        progress.restore(checkpoint, args.batch_size)
-    if output_dir:
-        trim_log(output_dir / "log.txt", args.start_epoch)
-
-    def save(epoch: int, **more: Any) -> None:
-        """Writes all that it takes to go on; `epoch` is the last finished one."""
-        if output_dir:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "lr_scheduler": lr_scheduler.state_dict(),
-                "epoch": epoch,
-                "args": vars(args),
-                "class_names": dataset_train.class_names,
-            }
-            save_checkpoints(output_dir, state | progress.state_dict() | more, args.lr_drop)
-
-    def finish_epoch(epoch: int, entry: dict[str, Any]) -> None:
-        """Evaluates, and completes the epoch's line in the log."""
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            with stop_request.at_once():
-                stats, _ = evaluate_val()
-            entry |= {f"test_{name}": value for name, value in stats.items()}
-        if output_dir:
-            append_log(output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": count_parameters(model)[1]})
-
     start = time.time()
     with noticing_signals() as stop_request:
-        guard = StepGuard(model, args.skip_nonfinite, output_dir, {"args": vars(args)}, stop_request)
-
-        def save_if_due() -> None:
-            """Behind a step: every `--save_every` of them, and at the end that a signal asks for."""
-            due = args.save_every and progress.step % args.save_every == 0 and progress.step < len(loader_train)
-            if due or guard.stopping:
-                guard.settle(progress)
-                save(epoch - 1)
-            if guard.stopping:
-                raise Preempted
-
-        if unlogged_epoch(checkpoint, source, output_dir):
-            finish_epoch(checkpoint["epoch"], checkpoint["train_stats"])
+        run = TrainingRun(args, model, parallel_model, criterion, loader_train, evaluate_val, output_dir, stop_request)
+        if checkpoint and holds_training(checkpoint):
+            run.restore(checkpoint, source)
+        if output_dir:
+            trim_log(output_dir / "log.txt", args.start_epoch)
+        if unlogged:
+            run.finish_epoch(checkpoint["epoch"], checkpoint["train_stats"])
         for epoch in range(args.start_epoch, args.epochs):
-            dataset_train.set_epoch(epoch)
-            loader_train.sampler.set_epoch(epoch, progress.step * args.batch_size)
-            stats = train_one_epoch(
-                parallel_model,
-                criterion,
-                loader_train,
-                optimizer,
-                device,
-                epoch,
-                args.clip_max_norm,
-                args.amp,
-                progress,
-                guard,
-                save_if_due,
-            )
-            entry = {f"train_{name}": value for name, value in stats.items()}
-            lr_scheduler.step()
-            progress.start_epoch()
-            save(epoch, train_stats=entry)
-            if guard.stopping:
-                raise Preempted
-            finish_epoch(epoch, entry)
+            run.train_epoch(epoch)
     log(f"training took {timedelta(seconds=int(time.time() - start))}", "green")
 
 
-def use_deterministic_kernels() -> None:
-    """The same numbers from the same machine every time, also on GPUs, where sums otherwise depend on timing."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+class TrainingRun:
+    """The epochs of a run, its checkpoints and its log.
+
+    Args:
+        args: the flags.
+        model, parallel_model: the model, and the same as it trains on several processes.
+        loader: the training batches.
+        evaluate_val: evaluates the model; returns the statistics for the log first.
+        output_dir: where checkpoints and the log go; None: nowhere.
+        stop_request: true once this process is asked to end.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        parallel_model: nn.Module,
+        criterion: nn.Module,
+        loader: DataLoader,
+        evaluate_val: Callable[[], tuple[dict[str, Any], CocoEvaluator]],
+        output_dir: Path | None,
+        stop_request: StopRequest,
+    ) -> None:
+        self.args = args
+        self.model = model
+        self.parallel_model = parallel_model
+        self.criterion = criterion
+        self.loader = loader
+        self.evaluate_val = evaluate_val
+        self.output_dir = output_dir
+        self.stop_request = stop_request
+        self.device = torch.device(args.device)
+        self.optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
+        self.lr_scheduler = build_schedule(self.optimizer, args.lr_drop, args.start_epoch)
+        self.progress = Progress(torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16"))
+        self.guard = StepGuard(model, args.skip_nonfinite, output_dir, {"args": vars(args)}, stop_request)
+        seed_everything(args.seed + get_rank())  # what was drawn before depends on where the weights come from
+
+    def restore(self, checkpoint: dict[str, Any], source: str) -> None:
+        """Goes on where a checkpoint of this run, or a published one, was written."""
+        restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
+        self.progress.restore(checkpoint, self.args.batch_size)
+
+    def train_epoch(self, epoch: int) -> None:
+        """Trains an epoch, or what is left of it, writes its checkpoint, evaluates, and logs."""
+        self.loader.dataset.set_epoch(epoch)
+        self.loader.sampler.set_epoch(epoch, start=self.progress.step * self.args.batch_size)
+        stats = train_one_epoch(
+            self.parallel_model,
+            self.criterion,
+            self.loader,
+            self.optimizer,
+            self.device,
+            epoch,
+            self.args.clip_max_norm,
+            self.args.amp,
+            self.progress,
+            self.guard,
+            partial(self.save_within_epoch, epoch),
+        )
+        entry = {f"train_{name}": value for name, value in stats.items()}
+        self.lr_scheduler.step()
+        self.progress.start_epoch()
+        self.save(epoch, train_stats=entry)
+        self.end_if_asked()
+        self.finish_epoch(epoch, entry)
+
+    def save_within_epoch(self, epoch: int) -> None:
+        """Called behind every step: a checkpoint every `--save_every` of them, and where a signal asks for the end."""
+        every = self.args.save_every
+        if self.guard.stopping or (every and self.progress.step % every == 0 and self.progress.step < len(self.loader)):
+            self.guard.settle(self.progress)
+            self.save(epoch - 1)
+        self.end_if_asked()
+
+    def end_if_asked(self) -> None:
+        """Ends the run on all processes, behind a checkpoint."""
+        if self.guard.stopping:
+            barrier()  # the first process to end may take the others with it, and one still writes
+            raise Preempted
+
+    def save(self, epoch: int, **more: Any) -> None:
+        """Writes what it takes to go on; `epoch` is the last finished one."""
+        if not self.output_dir:
+            return
+        checkpoint = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "epoch": epoch,
+            "args": vars(self.args),
+            "class_names": self.loader.dataset.class_names,
+            **self.progress.state_dict(),
+            **more,
+        }
+        latest, previous = (self.output_dir / f"checkpoint{name}.pth" for name in ("", "_previous"))
+        save_on_master(checkpoint, latest, keep_old_as=previous)
+        # One stays before each drop of the learning rate and every 10 epochs.
+        epochs = epoch + 1
+        if self.progress.step == 0 and (epochs % self.args.lr_drop == 0 or epochs % 10 == 0):
+            save_on_master(checkpoint, self.output_dir / f"checkpoint{epoch:04}.pth")
+
+    def finish_epoch(self, epoch: int, entry: dict[str, Any]) -> None:
+        """Evaluates if it is time to, and writes the epoch's line, of which `entry` is the training's part."""
+        if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
+            with self.stop_request.at_once():
+                stats, _ = self.evaluate_val()
+            entry = entry | {f"test_{name}": value for name, value in stats.items()}
+        if self.output_dir:
+            trained = count_parameters(self.model)[1]
+            append_log(self.output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": trained})
 
 
 def make_output_dir(name: str) -> Path | None:
@@ -213,42 +270,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def distribute(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The model as it trains on several processes, all with the weights of the first; alone it stays as it is."""
-    if not args.distributed:
-        return model
-    trained_norms = args.backbone_norm == "batch"
-    on_cuda = torch.device(args.device).type == "cuda"
-    if trained_norms and on_cuda:  # torch synchronises batch norms on GPUs only
-        model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
-    parallel_model = DistributedDataParallel(
-        model, device_ids=[args.gpu] if on_cuda else None, broadcast_buffers=trained_norms
-    )
-    if not args.eval:
-        settle_buckets(parallel_model)
-    return parallel_model
-
-
-def settle_buckets(model: DistributedDataParallel) -> None:
-    """Takes a step that changes nothing, behind which DistributedDataParallel lays out its gradient buckets anew.
-
-    The layout decides the order in which gradients are summed; a resumed run is to begin with that of the run that it
-    goes on with.
-    """
-    parameter = next(model.parameters())
-    outputs = model.eval()(torch.zeros(1, 3, 64, 64, device=parameter.device))
-    (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()).backward()
-    model.zero_grad()
-
-
-def save_checkpoints(output_dir: Path, checkpoint: dict[str, Any], lr_drop: int) -> None:
-    """checkpoint.pth and the one before it; one that stays at each drop of the learning rate and every 10 epochs."""
-    save_on_master(checkpoint, output_dir / "checkpoint.pth", keep_old_as=output_dir / "checkpoint_previous.pth")
-    epochs = checkpoint["epoch"] + 1
-    if checkpoint["step"] == 0 and (epochs % lr_drop == 0 or epochs % 10 == 0):
-        save_on_master(checkpoint, output_dir / f"checkpoint{epochs - 1:04}.pth")
-
-
 @record  # so that torchrun shows what ended a process
 def run() -> None:
     """The command line: a mistake of the user ends in one line, a request to end the run in its own exit code."""
@@ -259,17 +280,21 @@ def run() -> None:
         parents=[get_args_parser()],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    for number in SIGNALS:
+        signal.signal(number, end_at_once)
     try:
         main(parser.parse_args())
         leave_process_group()
-    except InputError as error:
-        process = f"process {get_rank()}: " if get_world_size() > 1 else ""
-        sys.exit(colored("error: ", "red", no_color=not sys.stderr.isatty()) + process + error.line)
     except Preempted:
         log(f"ended on request (exit code {EXIT_CODE}); --resume auto goes on from here", "yellow")
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except (InputError, RuntimeError) as error:
+        if not (line := what_to_do(error)):
+            raise
+        process = f"process {get_rank()}: " if get_world_size() > 1 else ""
+        sys.exit(colored("error: ", "red", no_color=not sys.stderr.isatty()) + process + line)
 
 
 if __name__ == "__main__":

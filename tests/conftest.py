@@ -1,7 +1,9 @@
 """What the tests share: a generated data set, small models and the command line."""
 
 import argparse
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,28 @@ TINY = [
     *("--num_queries", "8", "--min_size", "64", "--max_size", "107", "--batch_size", "4", "--num_workers", "0"),
     *("--device", "cpu"),
 ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def log_lines(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def assert_same_end(output, expected) -> None:
+    ours, theirs = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (output, expected))
+    for key in ("epoch", "step", "skipped", "processes", "train_stats"):
+        assert ours[key] == theirs[key]
+    for key, value in theirs["model"].items():
+        assert torch.equal(ours["model"][key], value), key
+    for index, moments in theirs["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(ours["optimizer"]["state"][index][name], value), (index, name)
+    assert (output / "log.txt").read_text() == (expected / "log.txt").read_text()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import main
-from util import files, log_file
+from util import files
 
 
 def kill_at(moment: int, number: int = signal.SIGKILL, process: int | None = None) -> None:
@@ -55,7 +55,6 @@ def kill_at(moment: int, number: int = signal.SIGKILL, process: int | None = Non
     around(files.os, "fsync")
     around(Path, "replace")
     around(main, "append_log")
-    around(log_file.json, "dumps")
 
 
 def run(flags: list[str], moment: int, number: int) -> None:

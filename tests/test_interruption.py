@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from tests import killed
-from tests.conftest import TINY
+from tests.conftest import TINY, assert_same_end
 from util.preemption import EXIT_CODE
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-# A step and its checkpoint have 11 of the moments that `killed` knows, so that some progress is sure to be made.
+# A step and its checkpoint have 9 of the moments that `killed` knows, so that some progress is sure to be made.
 MOMENTS = (1, 25)
 
 
@@ -49,18 +48,6 @@ def whole(shapes, run, tmp_path_factory):
     return whole
 
 
-def assert_same_end(output, expected) -> None:
-    ours, theirs = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (output, expected))
-    for key in ("epoch", "step", "skipped", "processes", "train_stats"):
-        assert ours[key] == theirs[key]
-    for key, value in theirs["model"].items():
-        assert torch.equal(ours["model"][key], value), key
-    for index, moments in theirs["optimizer"]["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(ours["optimizer"]["state"][index][name], value), (index, name)
-    assert (output / "log.txt").read_text() == (expected / "log.txt").read_text()
-
-
 @pytest.mark.parametrize(("epochs", "kills"), [(2, 4), pytest.param(8, 25, marks=pytest.mark.slow)])
 def test_killed_again_and_again(epochs, kills, shapes, tmp_path, run, whole):
     rng = random.Random(epochs)
@@ -76,10 +63,35 @@ def test_killed_again_and_again(epochs, kills, shapes, tmp_path, run, whole):
     assert_same_end(tmp_path, whole(epochs))
 
 
-@pytest.mark.parametrize("moment", [1, 5, 11, 36, 37, 40])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGUSR1, 1),  # in the first step
+        (signal.SIGTERM, 3),  # in its checkpoint
+        (signal.SIGTERM, 20),  # in the checkpoint of an epoch's end
+        (signal.SIGTERM, 28),  # in the evaluation
+        (signal.SIGTERM, 33),  # behind the epoch's line in the log
+    ],
+)
 def test_asked_to_end(number, moment, shapes, tmp_path, run, whole):
-    """Around a step, in a checkpoint, between an epoch's checkpoint and its line in the log."""
     assert run(flags(shapes, tmp_path, "--epochs", 2, "--num_workers", 1), moment, number) == EXIT_CODE
     assert run(flags(shapes, tmp_path, "--epochs", 2)) == 0
+    assert_same_end(tmp_path, whole(2))
+
+
+def test_the_published_reader_repeats_an_interrupted_epoch(shapes, tmp_path, run):
+    assert run(flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 1), 12, signal.SIGTERM) == EXIT_CODE
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 4)
+    checkpoint = torch.load(tmp_path / "checkpoint_previous.pth", weights_only=True)
+    assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 3)
+
+
+def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_taken(shapes, tmp_path, run, run_main, whole):
+    assert run(flags(shapes, tmp_path, "--epochs", 2), 30) == -signal.SIGKILL
+    latest = tmp_path / "checkpoint.pth"
+    latest.write_bytes(latest.read_bytes()[:-1000])
+    done = run_main(*flags(shapes, tmp_path, "--epochs", 2))
+    assert f"warning: {latest}: not a checkpoint, or a damaged one" in done.stdout
+    assert f"loading {tmp_path / 'checkpoint_previous.pth'}, 0 epochs trained and 2 steps" in done.stdout
     assert_same_end(tmp_path, whole(2))

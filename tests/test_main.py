@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import socket
 
 import pytest
 import torch
 from PIL import Image
 
 import main
-from tests.conftest import TINY
+from tests.conftest import TINY, log_lines
 from util.errors import InputError
 
 
@@ -19,16 +18,6 @@ def flags(shapes, *more: object) -> list[str]:
 
 def train(shapes, output, *more: object) -> None:
     main.main(main.get_args_parser().parse_args(flags(shapes, "--output_dir", output, *more)))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def log_lines(output) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -123,37 +112,6 @@ def test_start_epoch_without_a_checkpoint(shapes, tmp_path):
     train(shapes, tmp_path, "--epochs", 3, "--start_epoch", 2, "--lr_drop", 2)
     (line,) = log_lines(tmp_path)
     assert (line["epoch"], line["train_lr"]) == (2, pytest.approx(1e-5))
-
-
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"),
-    ],
-    ids=["torchrun", "launch"],
-)
-def test_two_processes(launcher, shapes, tmp_path, run_main):
-    output = ("--output_dir", tmp_path)
-    done = run_main(*flags(shapes, *output, "--epochs", 1, "--batch_size", 2), launcher=launcher)
-    assert done.returncode == 0, done.stderr
-    assert "2 images × 2 processes = 4 a step" in done.stdout
-    assert done.stdout.count("training took") == 1
-    (line,) = log_lines(tmp_path)
-    assert len(line["test_coco_eval_bbox"]) == 12
-
-
-def test_evaluation_on_two_processes_counts_every_image_once(shapes, trained, tmp_path, run_main):
-    """Seven images on two processes: one is seen twice."""
-    precisions = []
-    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))):
-        resume = ("--resume", trained / "checkpoint.pth", "--output_dir", tmp_path / name)
-        done = run_main(*flags(shapes, "--eval", *resume, "--batch_size", 1), launcher=launcher)
-        assert done.returncode == 0, done.stderr
-        saved = torch.load(tmp_path / name / "eval.pth", weights_only=True)
-        assert len(saved["params"]["imgIds"]) == 7
-        precisions.append(saved["precision"])
-    assert torch.equal(*precisions)
 
 
 @pytest.mark.parametrize(

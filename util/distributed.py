@@ -6,6 +6,7 @@ Nothing is unpickled from the network: values travel as tensors, texts as JSON i
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError
 
@@ -81,9 +83,14 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
                 "start as many processes a node as it has GPUs, or pass --device cpu"
             )
         torch.cuda.set_device(args.gpu)
+    store, *_ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size))
+    if (
+        env.get("GROUP_WORLD_SIZE") == "1"
+    ):  # restarted by torchrun on one node: not the addresses of the processes before
+        store = dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group(
         backend="nccl" if on_cuda else "gloo",
-        init_method=args.dist_url,
+        store=store,
         world_size=args.world_size,
         rank=args.rank,
         device_id=torch.device("cuda", args.gpu) if on_cuda else None,
@@ -95,6 +102,43 @@ def first_slurm_node(nodes: str) -> str:
     """The first host of SLURM's compressed list: "gpu[03-05,9],login1" to "gpu03"."""
     prefix, number = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes).groups()
     return prefix + (number or "")
+
+
+def distribute(
+    model: nn.Module, device: torch.device, distributed: bool, trained_norms: bool, trains: bool
+) -> nn.Module:
+    """The model as it runs on several processes, all with the weights of the first; alone it stays as it is.
+
+    Args:
+        device: where the model is; of a GPU, the current one.
+        trained_norms: batch norms learn: they see the images of all processes, on GPUs (torch has no other such norm).
+        trains: gradients will be asked for.
+    """
+    if not distributed:
+        return model
+    on_cuda = device.type == "cuda"
+    if trained_norms and on_cuda:
+        model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
+    device_ids = [torch.cuda.current_device()] if on_cuda else None
+    # Running statistics are kept equal step by step; its name differs between versions of torch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    parallel_model = DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: trained_norms})
+    if trains:
+        settle_buckets(parallel_model)
+    return parallel_model
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Takes a step that changes nothing, behind which DistributedDataParallel lays out its gradient buckets anew.
+
+    The layout decides the order in which gradients are summed; a resumed run is to begin with that of the run that it
+    goes on with.
+    """
+    device = next(model.parameters()).device
+    outputs = model.eval()(torch.zeros(1, 3, 64, 64, device=device))
+    (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()).backward()
+    model.zero_grad()
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""The one exception for mistakes that the user can mend."""
+"""Errors that the user can mend, and the line that says how."""
+
+from __future__ import annotations
+
+import torch
 
 
 class InputError(ValueError):
@@ -17,3 +21,14 @@ def reason(error: BaseException) -> str:
     """What another library's exception says, as the part of a line; its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def what_to_do(error: Exception) -> str:
+    """One line about an error that the user can mend; "" for any other."""
+    if isinstance(error, InputError):
+        return error.line
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory, lower --batch_size or --max_size ({reason(error)})"
+    if str(error).startswith("DataLoader worker"):
+        return f"a process that loads data has died, perhaps for want of memory: lower --num_workers ({reason(error)})"
+    return ""

@@ -21,6 +21,11 @@ class Preempted(Exception):
     """The run was asked to end, and all that it needs to go on is on the disk."""
 
 
+def end_at_once(*_: object) -> None:
+    """The handler for `SIGNALS` where there is nothing to finish."""
+    raise Preempted
+
+
 class StopRequest:
     """True once one of `SIGNALS` has arrived."""
 
@@ -34,13 +39,13 @@ class StopRequest:
     def __call__(self, *_: object) -> None:
         self.arrived = True
         if self.raises:
-            raise Preempted
+            end_at_once()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Within the block a signal raises Preempted: for work that a resumed run repeats."""
         if self.arrived:
-            raise Preempted
+            end_at_once()
         self.raises = True
         try:
             yield

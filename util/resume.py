@@ -28,7 +28,7 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Checkpoint | None, str]:
 
     The main process chooses for all, which may see the folder at different moments.
     """
-    check_output_is_free(args)
+    resume_by_default(args)
     if args.resume == "auto":
         found = load_latest_checkpoint(args.output_dir, warn) if is_main_process() else None
         source = all_gather_plain(found and str(found[1]))[0]
@@ -50,20 +50,18 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Checkpoint | None, str]:
     return checkpoint, source
 
 
-def check_output_is_free(args: argparse.Namespace) -> None:
-    """Raises InputError where a new run would write over another one's checkpoints.
+def resume_by_default(args: argparse.Namespace) -> None:
+    """Makes a run that torchrun may restart go on by itself, and keeps any other from writing over checkpoints.
 
-    A run that torchrun restarts goes on from its own by itself.
+    Raises InputError for a new run in the folder of another one.
     """
     if args.eval or args.resume or not args.output_dir:
         return
-    taken = [name for name in ("checkpoint.pth", "checkpoint_previous.pth") if Path(args.output_dir, name).exists()]
-    if not all_gather_plain(bool(taken))[0]:
-        return
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        log("restarted by torchrun: going on as by --resume auto")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         args.resume = "auto"
-    else:
+        return
+    taken = any(Path(args.output_dir, f"checkpoint{name}.pth").exists() for name in ("", "_previous"))
+    if all_gather_plain(taken)[0]:
         raise InputError(
             f"--output_dir {args.output_dir} holds the checkpoints of a run: go on with it by --resume auto, "
             "or name another folder"

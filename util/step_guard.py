@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from util.distributed import all_gather_plain, get_rank, get_world_size, reduce_sum
+from util.distributed import all_gather_plain, barrier, get_rank, get_world_size, reduce_sum
 from util.errors import InputError
 from util.files import replacing
 from util.logger import warn
@@ -142,8 +142,9 @@ class StepGuard:
         if skipped <= self.max_skipped:
             warn(f"not finite in {place}, skipped ({skipped} of at most {self.max_skipped}): {story}")
             return
-        advice = "lower --lr, or go on without such steps by --skip_nonfinite N"
-        raise InputError(f"training diverged in {place}, weights are as before: {story}; {self._dump(step)}{advice}")
+        advice = self._dump(step) + "lower --lr, or go on without such steps by --skip_nonfinite N"
+        barrier()  # the first process to end may take the others with it, and some still write
+        raise InputError(f"training diverged in {place}, weights are as before: {story}; {advice}")
 
     def _dump(self, step: Step) -> str:
         """Writes the step to a file, and what the error says about it."""

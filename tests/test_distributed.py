@@ -1,0 +1,182 @@
+"""Several processes: they are found however they are started, and change no result."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from tests import two_processes
+from tests.conftest import ROOT, TINY, assert_same_end, free_port, log_lines
+from util.distributed import first_slurm_node
+from util.preemption import EXIT_CODE
+
+MODULE = "torch.distributed.run"
+TORCHRUN = ("-m", MODULE, "--standalone", "--nproc_per_node=2")
+
+
+def flags(shapes, output, *more: object) -> list[str]:
+    return [*TINY, "--coco_path", str(shapes), "--output_dir", str(output), *map(str, more)]
+
+
+@pytest.fixture
+def start():
+    """Starts Python in the background; what still runs at the end of the test is killed."""
+    with ExitStack() as stack:
+
+        def start(*command: object, **env: object) -> subprocess.Popen:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in env.items()},
+                start_new_session=True,
+            )
+            stack.callback(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
+            return process
+
+        yield start
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        TORCHRUN,
+        ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"),
+        ("-m", "torch.distributed.launch", "--use_env", "--nproc_per_node=2", f"--master_port={free_port()}"),
+    ],
+    ids=["torchrun", "launch", "launch-use_env"],
+)
+def test_launchers(launcher, shapes, tmp_path, run_main):
+    done = run_main(*flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert_trained_together(done.stdout, tmp_path)
+
+
+def assert_trained_together(printed: str, output) -> None:
+    assert "2 images × 2 processes = 4 a step" in printed
+    assert printed.count("training took") == 1
+    (line,) = log_lines(output)
+    assert len(line["test_coco_eval_bbox"]) == 12
+
+
+def test_two_nodes_of_slurm(shapes, tmp_path, start):
+    """What srun sets for two tasks; the first node's name resolves to this machine."""
+    job = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": free_port() % 20_000}
+    command = (ROOT / "main.py", *flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2))
+    tasks = [start(*command, SLURM_PROCID=rank, SLURM_LOCALID=0, **job) for rank in range(2)]
+    printed = "".join(task.communicate(timeout=120)[0] for task in tasks)
+    assert [task.returncode for task in tasks] == [0, 0], printed
+    assert_trained_together(printed, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("a,b", "a"),
+        ("node7", "node7"),
+        ("r1-n[2,4]", "r1-n2"),
+        ("x.y.org", "x.y.org"),
+    ],
+)
+def test_first_slurm_node(nodes, first):
+    assert first_slurm_node(nodes) == first
+
+
+def test_two_agents_of_torchrun(shapes, tmp_path, start):
+    """As on two nodes that meet at the first one's address."""
+    agent = ("-m", MODULE, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test")
+    meeting = (f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1")
+    command = (*agent, *meeting, ROOT / "main.py", *flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2))
+    agents = [start(*command) for _ in range(2)]
+    printed = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert_trained_together(printed, tmp_path)
+
+
+def test_a_step_on_two_processes_is_one_of_the_double_batch(parse, tmp_path):
+    """Images of one size, boxes in each, frozen norms, no dropout."""
+    args = parse(*TINY, "--backbone_norm", "frozen", "--backbone_weights", "x", "--dropout", 0, "--num_classes", 4)
+    torch.multiprocessing.spawn(two_processes.step, (1, 0, args, tmp_path), nprocs=1)
+    torch.multiprocessing.spawn(two_processes.step, (2, free_port(), args, tmp_path), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{name}.pth") for name in ("1-0", "2-0", "2-1"))
+    assert first["stats"] == second["stats"]
+    for name, value in one["stats"].items():
+        if "error" not in name:  # means over images that differ in their number of boxes
+            assert first["stats"][name] == pytest.approx(value, rel=1e-6), name
+    total = torch.stack([g.norm() for g in one["gradients"].values()]).norm()
+    for name, gradient in one["gradients"].items():
+        assert torch.equal(first["gradients"][name], second["gradients"][name]), name
+        assert (first["gradients"][name] - gradient).norm() < 1e-4 * total, name
+    for name, value in one["model"].items():
+        assert torch.equal(first["model"][name], second["model"][name]), name
+        assert (first["model"][name] - value).abs().max() < 1e-6, name
+
+
+def test_evaluation_on_two_processes_counts_every_image_once(shapes, tmp_path, run_main):
+    """Seven images on two processes: one is seen twice."""
+    assert run_main(*flags(shapes, tmp_path, "--epochs", 1)).returncode == 0
+    results = []
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        resume = ("--eval", "--resume", tmp_path / "checkpoint.pth", "--batch_size", 1)
+        done = run_main(*flags(shapes, tmp_path / name, *resume), launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        saved = torch.load(tmp_path / name / "eval.pth", weights_only=True)
+        assert len(saved["params"]["imgIds"]) == 7
+        results.append(saved)
+    for key in ("precision", "recall", "scores"):
+        assert torch.equal(results[0][key], results[1][key])
+
+
+def killed_run(shapes, output, processes: int, times: int, start, *more: object, **env: object) -> subprocess.Popen:
+    """Two epochs under torchrun in which `killed` strikes; torchrun brings the run back."""
+    launcher = ("-m", MODULE, "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={times}")
+    recipe = ("--epochs", 2, "--batch_size", 1, "--dropout", 0.1, "--save_every", 1, *more)
+    script = (ROOT / "tests" / "killed.py", *flags(shapes, output, *recipe))
+    return start(*launcher, *script, KILLED_SEED=0, KILLED_TIMES=times, **env)
+
+
+def output_of(process: subprocess.Popen, exit_code: int | None = 0) -> str:
+    printed = process.communicate(timeout=400)[0]
+    assert exit_code in (None, process.returncode), printed
+    return printed
+
+
+@pytest.mark.parametrize(("processes", "times"), [(2, 1), pytest.param(3, 6, marks=pytest.mark.slow)])
+def test_torchrun_restarts_a_run_whose_process_dies(processes, times, shapes, tmp_path, start):
+    """With three processes, the order of the sum over them matters, too."""
+    output_of(killed_run(shapes, tmp_path / "whole", processes, 0, start))
+    began = time.time()
+    printed = output_of(killed_run(shapes, tmp_path / "killed", processes, times, start))
+    assert "Signal 9 (SIGKILL)" in printed
+    assert printed.count("loading") >= 1
+    assert (time.time() - began) / (times + 1) < 60
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
+    """Its processes finish their step and write a checkpoint before it would kill them."""
+    printed = output_of(killed_run(shapes, tmp_path / "ended", 2, 1, start, KILLED_SIGNAL=int(signal.SIGTERM)), None)
+    assert f"ended on request (exit code {EXIT_CODE})" in printed
+    output_of(killed_run(shapes, tmp_path / "ended", 2, 0, start, "--resume", "auto"))
+    output_of(killed_run(shapes, tmp_path / "whole", 2, 0, start))
+    assert_same_end(tmp_path / "ended", tmp_path / "whole")
+
+
+def test_going_on_with_fewer_processes(shapes, tmp_path, start, run_main):
+    """At the image where the run was, with all of its averages that the remaining process has."""
+    env = {"KILLED_SIGNAL": int(signal.SIGTERM)}
+    output_of(killed_run(shapes, tmp_path, 2, 1, start, **env), None)
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    step = checkpoint["step"]
+    assert 0 < step < 7
+    done = run_main(*flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2, "--resume", "auto"))
+    assert done.returncode == 0, done.stderr
+    assert f"[{step}/7]" in done.stdout
+    assert f"[{step - 1}/7]" not in done.stdout

@@ -1,0 +1,48 @@
+"""One training step, as one of several processes sees it."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from engine import train_one_epoch
+from models import build_model
+from util.distributed import distribute, init_distributed_mode, leave_process_group
+from util.nested_tensor import nested_tensor_from_tensor_list
+
+
+def images_and_targets(count: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Images of one size with 1, 2, .. boxes each."""
+    generator = torch.Generator().manual_seed(7)
+    images = [torch.randint(256, (3, 64, 96), dtype=torch.uint8, generator=generator) for _ in range(count)]
+    targets = [
+        {
+            "boxes": torch.rand(i + 1, 4, generator=generator) * 0.5 + 0.2,
+            "labels": torch.randint(4, (i + 1,), generator=generator),
+            "image_id": torch.tensor([i]),
+        }
+        for i in range(count)
+    ]
+    return images, targets
+
+
+def step(rank: int, world_size: int, port: int, args: argparse.Namespace, output: Path) -> None:
+    """Takes a step of gradient descent on this process's share of four images; leaves losses, gradients, weights."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    init_distributed_mode(args)
+    torch.manual_seed(rank)  # the first process's weights count
+    model, criterion, _ = build_model(args)
+    parallel_model = distribute(model, torch.device("cpu"), args.distributed, trained_norms=False, trains=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    images, targets = (values[rank::world_size] for values in images_and_targets(4))
+    batches = [(nested_tensor_from_tensor_list(images), tuple(targets))]
+    stats = train_one_epoch(parallel_model, criterion, batches, optimizer, torch.device("cpu"), epoch=0)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    torch.save(
+        {"stats": stats, "gradients": gradients, "model": model.state_dict()}, output / f"{world_size}-{rank}.pth"
+    )
+    leave_process_group()
