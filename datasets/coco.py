@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.annotations import check_image_files, read_annotations
-from datasets.transforms import Target, Transform, keep_objects, prepare_for_model
+from datasets.transforms import Target, Transform, prepare_for_model
 from util.errors import InputError, reason
+
+MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less may vanish when float32 scales it
 
 
 @dataclass
@@ -130,8 +133,8 @@ class CocoDetection(Dataset):
         filled, labels = set(), set()
         for entry in self.coco.dataset["annotations"]:
             image = self.coco.imgs[entry["image_id"]]
-            x1, y1, x2, y2 = _clipped_corners(entry["bbox"], image.get("width"), image.get("height"))
-            kind = "crowds" if entry["iscrowd"] else "boxes" if x2 > x1 and y2 > y1 else "dropped"
+            visible = visible_corners(entry["bbox"], image.get("width") or math.inf, image.get("height") or math.inf)
+            kind = "crowds" if entry["iscrowd"] else "boxes" if visible else "dropped"
             counts[kind] += 1
             if kind == "boxes":
                 filled.add(entry["image_id"])
@@ -144,26 +147,25 @@ def make_target(image_id: int, annotations: list[dict], width: int, height: int)
 
     Crowds and boxes without area are left out.
     """
-    objects = [entry for entry in annotations if not entry.get("iscrowd")]
-    boxes = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32).view(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes[:, 0::2].clamp_(0, width)
-    boxes[:, 1::2].clamp_(0, height)
+    visible = [(visible_corners(entry["bbox"], width, height), entry) for entry in annotations]
+    visible = [(corners, entry) for corners, entry in visible if corners and not entry.get("iscrowd")]
     size = torch.tensor([height, width])
-    target = {
-        "boxes": boxes,
-        "labels": torch.tensor([entry["category_id"] for entry in objects], dtype=torch.int64),
+    return {
+        "boxes": torch.tensor([corners for corners, _ in visible], dtype=torch.float32).view(-1, 4),
+        "labels": torch.tensor([entry["category_id"] for _, entry in visible], dtype=torch.int64),
         "image_id": torch.tensor([image_id]),
-        "area": torch.tensor([entry["area"] for entry in objects], dtype=torch.float32),
-        "iscrowd": torch.zeros(len(objects), dtype=torch.int64),
+        "area": torch.tensor([entry["area"] for _, entry in visible], dtype=torch.float32),
+        "iscrowd": torch.zeros(len(visible), dtype=torch.int64),
         "orig_size": size,
         "size": size,
     }
-    return keep_objects(target, (boxes[:, 2:] > boxes[:, :2]).all(1))
 
 
-def _clipped_corners(box: list[float], width: int | None, height: int | None) -> tuple[float, float, float, float]:
-    """A box [x, y, width, height] as corners within the image, as far as the image's size is known."""
+def visible_corners(box: list[float], width: float, height: float) -> tuple[float, float, float, float] | None:
+    """A box [x, y, width, height] as corners clipped to an image; None where nothing of it is left.
+
+    On Python's floats: float32 would lose the far corner of a box that begins far outside.
+    """
     x, y, w, h = box
-    limit_x, limit_y = width or float("inf"), height or float("inf")
-    return max(x, 0), max(y, 0), min(x + w, limit_x), min(y + h, limit_y)
+    x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    return (x1, y1, x2, y2) if min(x2 - x1, y2 - y1) > MIN_SIDE else None
