@@ -170,8 +170,10 @@ def check_image_files(coco: COCO, folder: Path, source: str | Path, on_bad_image
     if missing:
         first = ", ".join(missing[:3]) + (", .." if len(missing) > 3 else "")
         message = f"{folder}: {len(missing)} of the {len(names)} images of {source} are missing: {first}"
-        if on_bad_image == "error" or len(missing) == len(names):
-            raise InputError(message)
+        if len(missing) == len(names):
+            raise InputError(f"{message}; is it the right folder?")
+        if on_bad_image == "error":
+            raise InputError(f"{message}; add them, or pass --on_bad_image skip")
         warn(f"{message}; they are skipped")
 
 

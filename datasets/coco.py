@@ -117,7 +117,7 @@ class CocoDetection(Dataset):
                 return index, self.load_image(self.ids[index]), skipped
             except InputError as error:
                 if self.on_bad_image == "error":
-                    raise
+                    raise InputError(f"{error}; mend it, or pass --on_bad_image skip") from error
                 skipped.append(self.ids[index])
                 if len(skipped) == len(self):
                     raise InputError(f"none of {len(self)} images can be used; the last: {error}") from error
@@ -131,9 +131,7 @@ class CocoDetection(Dataset):
         path = self.image_folder / entry["file_name"]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # about large sizes and odd metadata of images that are used all the same
+                warnings.simplefilter("ignore")  # about sizes and metadata that keep no image from being used
                 with Image.open(path) as file:
                     problem = self._size_problem(file, entry)
                     if not problem:

@@ -224,6 +224,12 @@ def test_mistakes_that_do_no_harm(folder):
     evaluate(dataset)
 
 
+def test_a_box_of_negative_width_has_no_area(folder):
+    dataset = build(folder, with_entry("annotations", bbox=[5, 5, -3, 4], area=None))
+    assert dataset.coco.anns[1]["area"] == 0
+    assert dataset.summary().dropped == 1
+
+
 def test_a_box_that_begins_far_outside_keeps_its_visible_part(folder):
     dataset = build(folder, with_entry("annotations", bbox=[-9e8, -20, 9e8 + 10, 35]))
     assert dataset[0][1]["boxes"][0].tolist() == pytest.approx([5 / 40, 7.5 / 30, 10 / 40, 15 / 30])
