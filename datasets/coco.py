@@ -117,7 +117,7 @@ class CocoDetection(Dataset):
                 return index, self.load_image(self.ids[index]), skipped
             except InputError as error:
                 if self.on_bad_image == "error":
-                    raise InputError(f"{error}; mend it, or pass --on_bad_image skip") from error
+                    raise InputError(f"{error}; --on_bad_image skip goes on without such images") from error
                 skipped.append(self.ids[index])
                 if len(skipped) == len(self):
                     raise InputError(f"none of {len(self)} images can be used; the last: {error}") from error

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,9 +51,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+def write(path: Path, data: bytes) -> None:
+    """Makes a file anew: file systems wait for the disk where one is overwritten, thousands of times here."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
 def build(folder, data, transforms=VAL, **options) -> CocoDetection:
     path = folder / "instances.json"
-    path.write_text(json.dumps(data))
+    write(path, json.dumps(data).encode())
     return CocoDetection(folder, path, transforms, **options)
 
 
