@@ -42,6 +42,7 @@ def build_dataset(image_set: str, args: argparse.Namespace) -> CocoDetection:
         make_coco_transforms(image_set, getattr(args, "min_size", 800), getattr(args, "max_size", 1333)),
         seed=args.seed,
         remove_difficult=args.remove_difficult,
+        on_bad_image=getattr(args, "on_bad_image", "error"),
     )
 
 

@@ -19,6 +19,10 @@ from util.box_ops import box_xyxy_to_cxcywh
 Target = dict[str, Tensor]
 Transform = Callable[[Image, Target, random.Random], tuple[Image, Target]]
 
+# The zoom's first resize has no limit of its own: a strip of 10 × 20,000 pixels would grow to 400 × 800,000. This
+# many times `max_size` is beyond photos and panoramas up to 22:1, which keep the published sizes.
+ZOOM_LIMIT = 10
+
 PER_OBJECT = ("boxes", "labels", "area", "iscrowd")
 
 
@@ -51,11 +55,14 @@ def hflip(image: Image, target: Target) -> tuple[Image, Target]:
 def resized_size(width: int, height: int, size: int, max_size: int | None = None) -> tuple[int, int]:
     """(width, height) with the short side at `size`, or less where the long side would exceed `max_size`.
 
-    Rounds as the published code does: the limited short side to the nearest, the long side down.
+    Rounds as the published code does: the limited short side to the nearest, the long side down. A strip too thin for
+    that becomes `max_size` long and one pixel wide.
     """
     short, long = min(width, height), max(width, height)
     if max_size is not None and long / short * size > max_size:
-        size = max(round(max_size * short / long), 1)
+        size = round(max_size * short / long)
+        if size == 0:
+            return (1, max_size) if width < height else (max_size, 1)
     if short == size:
         return width, height
     return (size, int(size * height / width)) if width < height else (int(size * width / height), size)
@@ -152,5 +159,6 @@ def make_coco_transforms(image_set: str, min_size: int = 800, max_size: int = 13
         return [max(round(size * min_size / 800), 1) for size in sizes]
 
     multi_scale = RandomResize(scaled(*range(480, 801, 32)), max_size)
-    zoom = Compose([RandomResize(scaled(400, 500, 600)), RandomSizeCrop(*scaled(384, 600)), multi_scale])
+    enlarge = RandomResize(scaled(400, 500, 600), ZOOM_LIMIT * max_size)
+    zoom = Compose([enlarge, RandomSizeCrop(*scaled(384, 600)), multi_scale])
     return Compose([RandomHorizontalFlip(), RandomChoice(multi_scale, zoom)])

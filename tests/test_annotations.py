@@ -121,7 +121,10 @@ def test_remove_difficult(load):
         ({"images": [{"id": 1}], "annotations": [], "categories": []}, "image id 1: 'file_name'"),
         ({"images": [3], "annotations": [], "categories": []}, "image number 0: not a JSON object but 3"),
         (plain() | {"images": plain()["images"] * 2}, "image id 7: the id is used twice"),
-        (plain() | {"categories": [{"id": "2", "name": "cat"}]}, "category id 2: its id must be an integer, not '2'"),
+        (
+            plain() | {"categories": [{"id": "2", "name": "cat"}]},
+            "category number 0: its id must be a 64-bit integer, not '2'",
+        ),
         (plain() | {"categories": [{"id": -1, "name": "cat"}]}, "category id -1: ids of categories must be 0"),
         (plain() | {"annotations": plain()["annotations"] * 2}, "annotation id 1: the id is used twice"),
         (with_annotation(bbox=[1, 2, float("nan"), 3]), "annotation id 1: 'bbox' must be four finite numbers"),
@@ -149,13 +152,6 @@ def test_missing_files(folder, load, parse):
     (folder / "images" / "val2017" / "a.jpg").unlink()
     with pytest.raises(InputError, match=r"val2017: 1 of the 2 images of .* are missing: a.jpg"):
         load()
-
-
-def test_an_image_outside_the_folder_is_missing(folder, load):
-    data = plain()
-    data["images"][0]["file_name"] = "../val2017/a.jpg"
-    with pytest.raises(InputError, match="1 of the 2 images"):
-        load(data)
 
 
 def test_an_image_that_cannot_be_decoded_is_named(folder, load):

@@ -83,7 +83,7 @@ def test_the_recipe_has_the_published_sizes():
     assert multi_scale.sizes == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
     assert multi_scale.max_size == 1333
     before, crop, after = zoom.transforms
-    assert (before.sizes, before.max_size) == ([400, 500, 600], None)
+    assert (before.sizes, before.max_size) == ([400, 500, 600], 13330)
     assert (crop.min_size, crop.max_size) == (384, 600)
     assert after is multi_scale
     plain = T.make_coco_transforms("val")

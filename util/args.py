@@ -68,6 +68,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--coco_path", default=None, help="folder with annotations/ and images/")
     add("--coco_panoptic_path", default=None, help="not supported yet")
     add("--remove_difficult", action="store_true", help="leave out annotations marked 'difficult'")
+    add(
+        "--on_bad_image",
+        default="error",
+        choices=("error", "skip"),
+        help="for an image that cannot be decoded or is of another size than annotated: stop, or take the next one",
+    )
     add("--min_size", default=800, type=int, help="short side in evaluation; training sizes are in proportion")
     add("--max_size", default=1333, type=int, help="largest long side")
 

@@ -1,0 +1,255 @@
+"""Image files of any mode and with any damage: a usable sample, a skipped image, or one line that names the file."""
+
+import io
+import json
+import random
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from datasets import build_dataset
+from datasets import transforms as T
+from datasets.coco import CocoDetection, make_target, to_rgb
+from tests.test_bad_annotations import TRAIN, VAL, assert_usable, reproducible, write
+from util.errors import InputError
+
+PIXELS = 50_000  # the decoder's limit in these tests; beyond the double, it refuses
+MODES = {"JPEG": ("L", "RGB", "CMYK"), "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")}
+
+
+def encode(image: Image.Image, kind: str = "PNG", orientation: int | None = None, **options) -> bytes:
+    if orientation:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = orientation
+    if image.mode == "P":
+        options["transparency"] = bytes(range(256))
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(mode: str, size: tuple[int, int]) -> Image.Image:
+    """The same picture at every call."""
+    data = random.Random(0).randbytes(3 * size[0] * size[1])
+    picture = Image.frombytes("RGB", size, data)
+    if mode == "I;16":
+        return picture.convert("L").convert("I").point(lambda value: value * 257).convert("I;16")
+    return picture.convert(mode)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_limit():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", PIXELS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A COCO folder, of which `build` writes the files."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    (root / "val2017").mkdir()
+    for name in ("2.png", "3.png"):
+        (root / "val2017" / name).write_bytes(encode(noise("RGB", (30, 20))))
+    return root
+
+
+@pytest.fixture(scope="module")
+def build(root):
+    """A data set whose first image, of three, is the file given; `size` is what its annotation says."""
+
+    def build(first: bytes | None, size=None, name="1.jpg", transforms=VAL, on_bad_image="error") -> CocoDetection:
+        images = [{"id": i, "file_name": f"{i}.png", "width": 30, "height": 20} for i in (2, 3)]
+        images.append(
+            {"id": 1, "file_name": name} | (dict(zip(("width", "height"), size, strict=True)) if size else {})
+        )
+        box = {"bbox": [0, 0, 30, 10], "category_id": 1}
+        data = {"images": images, "categories": [{"id": 1}], "annotations": [box | {"image_id": i} for i in (1, 2, 3)]}
+        path = root / "annotations" / "instances_val2017.json"
+        write(path, json.dumps(data).encode())
+        if first is None:
+            (root / "val2017" / name).unlink(missing_ok=True)
+        else:
+            write(root / "val2017" / name, first)
+        return CocoDetection(root / "val2017", path, transforms, on_bad_image=on_bad_image)
+
+    return build
+
+
+@st.composite
+def damaged(draw) -> tuple[bytes, tuple[int, int]]:
+    """A small image file, cut off, with wrong bytes, or intact; and the size it was made with."""
+    kind = draw(st.sampled_from(sorted(MODES)))
+    sides = st.one_of(st.just(1), st.integers(1, 60))
+    size = draw(sides), draw(sides)
+    image = noise(draw(st.sampled_from(MODES[kind])), size)
+    progressive = {"progressive": True} if kind == "JPEG" and draw(st.booleans()) else {}
+    file = bytearray(encode(image, kind, draw(st.sampled_from([None, 3, 6, 8])), **progressive))
+    damage = draw(st.sampled_from(["none", "cut", "bytes", "header"]))
+    if damage == "cut":
+        del file[draw(st.integers(0, len(file) - 1)) :]
+    elif damage != "none":
+        end = min(len(file), 64 if damage == "header" else len(file)) - 1
+        for place, value in draw(st.lists(st.tuples(st.integers(0, end), st.integers(0, 255)), min_size=1, max_size=8)):
+            file[place] = value
+    return bytes(file), size
+
+
+def check(build, file: bytes, size: tuple[int, int], known: bool, name: str) -> None:
+    """All that a run does with an image file; its size is in the annotations where `known`."""
+    for transforms in (VAL, TRAIN):
+        dataset = build(file, size if known else None, name, transforms)
+        neighbour = dataset[1]
+        try:
+            image, target = dataset[0]
+        except InputError as error:
+            assert "\n" not in str(error)
+            assert f"{name} (image id 1): " in str(error)
+            image, target = build(file, size if known else None, name, transforms, "skip")[0]
+            assert torch.equal(image, neighbour[0])
+            assert target["skipped"].tolist() == [1]
+            assert target["image_id"] == 2
+        else:
+            assert_usable(dataset, image, target)
+            assert "skipped" not in target
+            assert len(target["boxes"]) == 1 or transforms is TRAIN  # a crop may miss the object
+
+
+files = {"damage": damaged(), "known": st.booleans(), "name": st.sampled_from(["1.jpg", "1.png", "1"])}
+
+
+@settings(reproducible, max_examples=250)
+@given(**files)
+def test_damaged_files(damage, known, name, build):
+    check(build, *damage, known, name)
+
+
+@pytest.mark.slow
+@settings(reproducible, max_examples=4000)
+@given(**files)
+def test_many_damaged_files(damage, known, name, build):
+    check(build, *damage, known, name)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
+def test_every_mode_becomes_rgb(kind, mode, build):
+    """With the colours that the mode's own conversion has; what is transparent keeps its colour."""
+    image = noise(mode, (30, 20))
+    exact = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    loaded = build(encode(image, kind, **exact), (30, 20)).load_image(1)
+    assert loaded.mode == "RGB"
+    expected = image.convert("I").point(lambda value: value / 257 + 0.5) if mode == "I;16" else image
+    difference = pil_to_tensor(loaded).float() - pil_to_tensor(expected.convert("RGB")).float()
+    assert difference.abs().mean() < (2 if kind == "JPEG" else 1e-6)
+
+
+def test_16_bits_of_grey_keep_their_range():
+    grey = torch.arange(256)
+    for offset in (-128, 0, 128):  # all that rounds to the same
+        stored = Image.fromarray((grey * 257 + offset).clamp(0, 65_535).numpy().astype("uint16")[None])
+        for image in (stored, stored.convert("I")):  # the mode's name in older decoders
+            assert torch.equal(pil_to_tensor(to_rgb(image)), grey.to(torch.uint8).expand(3, 1, 256))
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_annotations_for_the_turned_image(orientation, build):
+    dataset = build(encode(noise("RGB", (40, 30)), "JPEG", orientation), (30, 40))
+    with pytest.raises(InputError, match=r"1.jpg \(image id 1\): is 40×30, but .* says 30×40, its size when turned"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(None, (30, 40)), (3, (30, 40)), (6, (30, 41))])
+def test_other_sizes_are_not_blamed_on_exif(orientation, size, build):
+    with pytest.raises(InputError, match=r"says 30×4[01]; --on_bad_image skip goes on without such images$"):
+        build(encode(noise("RGB", (40, 30)), "JPEG", orientation), size)[0]
+
+
+def test_more_pixels_than_the_decoder_allows(build):
+    dataset = build(encode(Image.new("1", (PIXELS + 1, 2))))
+    with pytest.raises(InputError, match=r"1.jpg \(image id 1\): cannot be decoded \(Image size"):
+        dataset[0]
+
+
+def test_the_decoder_does_not_chatter(build):
+    dataset = build(encode(Image.new("RGB", (PIXELS + 1, 1))))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset[0]
+    assert not caught
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (10, 20_000), (20_000, 400)])
+def test_extreme_shapes_stay_small(size, monkeypatch):
+    """However long and thin: what the model gets is about `max_size` long, what is made on the way not much more."""
+    made = []
+    resize = T.F.resize
+    monkeypatch.setattr(T.F, "resize", lambda image, shape, *rest: made.append(shape) or resize(image, shape, *rest))
+    picture = Image.new("L", size)
+    target = make_target(1, [{"bbox": [0, 0, *size], "category_id": 1, "area": 1.0}], *size)
+    for split in ("train", "val"):
+        for seed in range(16):
+            image, result = T.make_coco_transforms(split, 200, 333)(picture, target, random.Random(seed))
+            assert result["size"].tolist() == [image.height, image.width]
+            assert (result["boxes"][:, 2:] > result["boxes"][:, :2]).all()
+            assert max(image.size) <= 1.5 * 333
+    assert all(min(shape) > 0 and max(shape) <= 1.5 * 10 * 333 for shape in made)
+
+
+@pytest.mark.parametrize("damage", [b"no image", encode(Image.new("RGB", (9, 9))), None])
+def test_skipping(damage, build, capsys):
+    """Undecodable, of another size, missing: the next image takes the place, with its own augmentation."""
+    neighbour = build(damage if damage else b"", (30, 20), transforms=TRAIN)[1]
+    dataset = build(damage, (30, 20), transforms=TRAIN, on_bad_image="skip")
+    printed = capsys.readouterr().out
+    assert ("1 of the 3 images" in printed and "are missing: 1.jpg; they are skipped" in printed) == (damage is None)
+    samples = list(dataset)
+    assert [int(target["image_id"]) for _, target in samples] == [2, 2, 3]
+    assert [target.get("skipped", torch.zeros(0)).tolist() for _, target in samples] == [[1], [], []]
+    assert samples[0][1]["skipped"].dtype == torch.int64
+    assert torch.equal(samples[0][0], neighbour[0])
+    assert dataset.describe_skipped([1, 1]) == "1 images could not be read and were skipped: 1.jpg (image id 1)"
+
+
+def test_skipping_wraps_around(build, root, monkeypatch):
+    dataset = build(encode(noise("RGB", (30, 20))), (30, 20), on_bad_image="skip")
+    monkeypatch.setitem(dataset.coco.imgs[2], "width", 31)
+    monkeypatch.setitem(dataset.coco.imgs[3], "width", 31)
+    assert [(int(t["image_id"]), t["skipped"].tolist()) for _, t in (dataset[1], dataset[2])] == [
+        (1, [2, 3]),
+        (1, [3]),
+    ]
+    monkeypatch.setitem(dataset.coco.imgs[1], "width", 31)
+    with pytest.raises(InputError, match=r"none of 3 images can be used; the last: .*2.png \(image id 2\): is 30×20"):
+        dataset[2]
+
+
+def test_all_images_missing(build, root, tmp_path):
+    build(b"")
+    annotations = root / "annotations" / "instances_val2017.json"
+    with pytest.raises(
+        InputError, match=r"3 of the 3 images .* are missing: 1.jpg, 2.png, 3.png; is it the right folder"
+    ):
+        CocoDetection(tmp_path, annotations, VAL, on_bad_image="skip")
+
+
+def test_a_long_list_of_skipped_images_is_cut(build):
+    dataset = build(encode(noise("RGB", (30, 20))))
+    dataset.coco.imgs = {i: {"file_name": f"{i}.jpg"} for i in range(12)}
+    text = dataset.describe_skipped(range(12))
+    assert text.startswith("12 images could not be read and were skipped: 0.jpg (image id 0), 1.jpg (image id 1)")
+    assert text.endswith(" 9.jpg (image id 9), ..")
+
+
+def test_the_flag(build, root, parse):
+    build(b"no image")
+    flags = ("--coco_path", root, "--min_size", 24, "--max_size", 40, "--num_workers", 0)
+    with pytest.raises(InputError, match=r"1.jpg \(image id 1\): cannot be decoded"):
+        build_dataset("val", parse(*flags))[0]
+    _, target = build_dataset("val", parse(*flags, "--on_bad_image", "skip"))[0]
+    assert target["skipped"].tolist() == [1]
