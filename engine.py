@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
 from util.checkpoint import save_on_master
-from util.logger import MetricLogger
+from util.distributed import all_gather_plain
+from util.logger import MetricLogger, warn
 from util.progress import Progress
 from util.step_guard import StepGuard
 
@@ -53,7 +54,9 @@ def train_one_epoch(
     progress = progress or Progress()
     guard = guard or StepGuard(model)
     logger, scaler = progress.logger, progress.scaler
+    skipped: set[int] = set()
     for samples, targets in logger.log_every(data_loader, PRINT_FREQ, f"Epoch [{epoch}]", progress.step):
+        skipped |= ids_of_skipped(targets)
         samples, targets = to_device(samples, targets, device)
         guard.begin(epoch, progress.step, samples, targets)
         with autocast(device, amp):
@@ -71,6 +74,7 @@ def train_one_epoch(
         progress.step += 1
         after_step()
     guard.settle(progress)
+    report_skipped(skipped, data_loader)
     logger.synchronize_between_processes()
     return logger.averages()
 
@@ -99,7 +103,9 @@ def evaluate(
     criterion.eval()
     logger = MetricLogger()
     evaluator = CocoEvaluator(base_ds, tuple(postprocessors))
+    skipped: set[int] = set()
     for samples, targets in logger.log_every(data_loader, PRINT_FREQ, "Test"):
+        skipped |= ids_of_skipped(targets)
         image_ids = [int(t["image_id"]) for t in targets]
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp):
@@ -109,6 +115,7 @@ def evaluate(
         detections = postprocessors["bbox"](outputs, torch.stack([t["orig_size"] for t in targets]))
         evaluator.update(dict(zip(image_ids, detections, strict=True)))
 
+    report_skipped(skipped, data_loader)
     logger.synchronize_between_processes()
     evaluator.synchronize_between_processes()
     evaluator.accumulate()
@@ -122,6 +129,17 @@ def evaluate(
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """The context of a forward pass in the precision `amp`."""
     return nullcontext() if amp == "none" else torch.autocast(device.type, AUTOCAST[amp])
+
+
+def ids_of_skipped(targets: Iterable[dict[str, Tensor]]) -> set[int]:
+    """Takes the ids of images that could not be read, in whose place others came, out of the targets."""
+    return {image_id for target in targets for image_id in target.pop("skipped", torch.empty(0)).tolist()}
+
+
+def report_skipped(ids: set[int], data_loader: Iterable) -> None:
+    """Says which images all processes have skipped."""
+    if ids := set().union(*all_gather_plain(sorted(ids))):
+        warn(data_loader.dataset.describe_skipped(ids))
 
 
 def to_device(samples: Any, targets: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[Any, list[dict]]:

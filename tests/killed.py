@@ -1,12 +1,11 @@
 """main.py, sent a signal at a chosen moment: in the middle of a file, between two renames, around a step.
 
-As a script, for torchrun: one process of each of the first KILLED_TIMES starts is killed, or, with KILLED_SIGNAL,
-torchrun is sent that signal. The moments depend on KILLED_SEED.
+As a script, for torchrun: KILLED_AT holds "process:moment" for each start of the run that is to be struck, with commas
+between them. With KILLED_SIGNAL, torchrun is sent that signal instead.
 """
 
 import io
 import os
-import random
 import signal
 import sys
 from pathlib import Path
@@ -67,12 +66,11 @@ def run(flags: list[str], moment: int, number: int) -> None:
 
 
 if __name__ == "__main__":
+    strikes = os.environ["KILLED_AT"].split(",")
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    rng = random.Random(f"{os.environ['KILLED_SEED']} {start}")
-    victim, moment = rng.randrange(int(os.environ["WORLD_SIZE"])), rng.randint(1, 30)
-    if start < int(os.environ["KILLED_TIMES"]) and victim == int(os.environ["RANK"]):
-        if "KILLED_SIGNAL" in os.environ:
-            kill_at(moment, int(os.environ["KILLED_SIGNAL"]), os.getppid())
-        else:
-            kill_at(moment)
+    victim, moment = strikes[start].split(":") if start < len(strikes) else ("", "0")
+    if victim == os.environ["RANK"] and "KILLED_SIGNAL" in os.environ:
+        kill_at(int(moment), int(os.environ["KILLED_SIGNAL"]), os.getppid())
+    elif victim == os.environ["RANK"]:
+        kill_at(int(moment))
     main.run()

@@ -1,6 +1,7 @@
 """Several processes: they are found however they are started, and change no result."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,12 +135,13 @@ def test_evaluation_on_two_processes_counts_every_image_once(shapes, tmp_path, r
         assert torch.equal(results[0][key], results[1][key])
 
 
-def killed_run(shapes, output, processes: int, times: int, start, *more: object, **env: object) -> subprocess.Popen:
+def killed_run(shapes, output, processes: int, killed_at: str, start, *more: object, **env: object) -> subprocess.Popen:
     """Two epochs under torchrun in which `killed` strikes; torchrun brings the run back."""
-    launcher = ("-m", MODULE, "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={times}")
+    restarts = f"--max-restarts={killed_at.count(':')}"
+    launcher = ("-m", MODULE, "--standalone", f"--nproc_per_node={processes}", restarts)
     recipe = ("--epochs", 2, "--batch_size", 1, "--dropout", 0.1, "--save_every", 1, *more)
     script = (ROOT / "tests" / "killed.py", *flags(shapes, output, *recipe))
-    return start(*launcher, *script, KILLED_SEED=0, KILLED_TIMES=times, **env)
+    return start(*launcher, *script, KILLED_AT=killed_at or ":", **env)
 
 
 def output_of(process: subprocess.Popen, exit_code: int | None = 0) -> str:
@@ -148,35 +150,36 @@ def output_of(process: subprocess.Popen, exit_code: int | None = 0) -> str:
     return printed
 
 
-@pytest.mark.parametrize(("processes", "times"), [(2, 1), pytest.param(3, 6, marks=pytest.mark.slow)])
-def test_torchrun_restarts_a_run_whose_process_dies(processes, times, shapes, tmp_path, start):
+@pytest.mark.parametrize(
+    ("processes", "killed_at"), [(2, "1:12"), pytest.param(3, "0:17,1:6,2:1,0:25,2:7,0:11", marks=pytest.mark.slow)]
+)
+def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes, tmp_path, start):
     """With three processes, the order of the sum over them matters, too."""
-    output_of(killed_run(shapes, tmp_path / "whole", processes, 0, start))
+    output_of(killed_run(shapes, tmp_path / "whole", processes, "", start))
     began = time.time()
-    printed = output_of(killed_run(shapes, tmp_path / "killed", processes, times, start))
-    assert "Signal 9 (SIGKILL)" in printed
-    assert printed.count("loading") >= 1
+    printed = output_of(killed_run(shapes, tmp_path / "killed", processes, killed_at, start))
+    times = killed_at.count(":")
+    assert printed.count("failed (exitcode: -9)") == times
+    assert printed.count("loading") == times
     assert (time.time() - began) / (times + 1) < 60
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
-    """Its processes finish their step and write a checkpoint before it would kill them."""
-    printed = output_of(killed_run(shapes, tmp_path / "ended", 2, 1, start, KILLED_SIGNAL=int(signal.SIGTERM)), None)
+    """Its processes finish their step and write a checkpoint before it would kill them; fewer can go on."""
+    ended = tmp_path / "ended"
+    sigterm = int(signal.SIGTERM)
+    printed = output_of(killed_run(shapes, ended, 2, "1:5", start, KILLED_SIGNAL=sigterm), None)
     assert f"ended on request (exit code {EXIT_CODE})" in printed
-    output_of(killed_run(shapes, tmp_path / "ended", 2, 0, start, "--resume", "auto"))
-    output_of(killed_run(shapes, tmp_path / "whole", 2, 0, start))
-    assert_same_end(tmp_path / "ended", tmp_path / "whole")
-
-
-def test_going_on_with_fewer_processes(shapes, tmp_path, start, run_main):
-    """At the image where the run was, with all of its averages that the remaining process has."""
-    env = {"KILLED_SIGNAL": int(signal.SIGTERM)}
-    output_of(killed_run(shapes, tmp_path, 2, 1, start, **env), None)
-    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    step = checkpoint["step"]
+    step = torch.load(ended / "checkpoint.pth", weights_only=True)["step"]
     assert 0 < step < 7
-    done = run_main(*flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2, "--resume", "auto"))
-    assert done.returncode == 0, done.stderr
-    assert f"[{step}/7]" in done.stdout
-    assert f"[{step - 1}/7]" not in done.stdout
+    shutil.copytree(ended, tmp_path / "fewer")
+
+    output_of(killed_run(shapes, ended, 2, "", start, "--resume", "auto"))
+    output_of(killed_run(shapes, tmp_path / "whole", 2, "", start))
+    assert_same_end(ended, tmp_path / "whole")
+
+    more = ("--epochs", 1, "--batch_size", 2, "--resume", "auto")
+    printed = output_of(start(ROOT / "main.py", *flags(shapes, tmp_path / "fewer", *more)))
+    assert f"[{step}/7]" in printed
+    assert f"[{step - 1}/7]" not in printed

@@ -82,9 +82,9 @@ def test_asked_to_end(number, moment, shapes, tmp_path, run, whole):
 def test_the_published_reader_repeats_an_interrupted_epoch(shapes, tmp_path, run):
     assert run(flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 1), 12, signal.SIGTERM) == EXIT_CODE
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 4)
-    checkpoint = torch.load(tmp_path / "checkpoint_previous.pth", weights_only=True)
     assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 3)
+    checkpoint = torch.load(tmp_path / "checkpoint_previous.pth", weights_only=True)
+    assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 2)
 
 
 def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_taken(shapes, tmp_path, run, run_main, whole):

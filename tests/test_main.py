@@ -155,6 +155,26 @@ def test_a_mistake_is_one_line_on_the_terminal(shapes, tmp_path, run_main):
     assert "Traceback" not in done.stderr
 
 
+def test_bad_images_are_skipped_on_request(shapes, tmp_path, capsys):
+    broken = tmp_path / "coco"
+    shutil.copytree(shapes, broken)
+    (broken / "images" / "train2017" / "000003.jpg").write_bytes(b"no image")
+    (broken / "images" / "val2017" / "000005.jpg").unlink()
+    train(broken, tmp_path / "out", "--epochs", 1, "--on_bad_image", "skip")
+    printed = capsys.readouterr().out
+    assert "1 of the 7 images of" in printed
+    assert "warning: 1 images could not be read and were skipped: 000003.jpg (image id 3)" in printed
+    assert "warning: 1 images could not be read and were skipped: 000005.jpg (image id 5)" in printed
+    assert len(torch.load(tmp_path / "out" / "eval" / "latest.pth", weights_only=True)["params"]["imgIds"]) == 6
+
+
+def test_a_new_run_does_not_write_over_another(shapes, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(InputError, match=r"holds the checkpoints of a run: go on with it by --resume auto, or name"):
+        train(shapes, tmp_path / "run", "--epochs", 1)
+    assert log_lines(tmp_path / "run") == log_lines(trained)
+
+
 def test_a_checkpoint_of_another_model(shapes, trained):
     resume = ("--eval", "--resume", trained / "checkpoint.pth")
     for more, message in (

@@ -84,9 +84,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
             )
         torch.cuda.set_device(args.gpu)
     store, *_ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size))
-    if (
-        env.get("GROUP_WORLD_SIZE") == "1"
-    ):  # restarted by torchrun on one node: not the addresses of the processes before
+    if env.get("GROUP_WORLD_SIZE") == "1":  # the store outlives a restart, with the dead addresses
         store = dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group(
         backend="nccl" if on_cuda else "gloo",

@@ -62,7 +62,7 @@ class StepGuard:
         self.max_skipped = max_skipped
         self.dump_dir = dump_dir
         self.description = description or {}
-        self.stop_request = stop_request or StopRequest()
+        self.stop_request = StopRequest() if stop_request is None else stop_request
         self.stopping = False
         self.step: Step | None = None  # the latest
         self.unsettled: Step | None = None  # the latest whose verdict has not been read
