@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks the style and runs the tests in .venv, which is made if need be. Further arguments go to pytest.
-# The slow tests run too: `scripts/test.sh -m "not slow"` leaves them out.
+# The slow tests are left out: `scripts/test.sh -m slow` runs them alone, `-m ""` all.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh" requirements-test.txt
 ruff check .

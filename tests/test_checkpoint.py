@@ -3,6 +3,7 @@
 import argparse
 import functools
 import http.server
+import os
 import threading
 
 import pytest
@@ -19,12 +20,18 @@ from util.checkpoint import (
     save_on_master,
 )
 from util.errors import InputError
+from util.log_file import append_log, read_log, trim_log
 from util.optim import build_optimizer, build_schedule, restore_optimizer
 
 
 class Malice:
     def __reduce__(self):
         return (open, ("executed", "w"))
+
+
+class SystemCall:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
 
 
 def small(epoch: int = 0, **extra) -> dict:
@@ -52,6 +59,19 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert load_checkpoint(tmp_path / "c.pth")["epoch"] == 1
 
 
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    """/dev/full takes nothing, as a full disk."""
+    latest, previous = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth"
+    for epoch in (1, 2):
+        save_on_master(small(epoch=epoch), latest, keep_old_as=previous)
+    (tmp_path / ".checkpoint.pth.tmp").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"checkpoint.pth: cannot be written .*No space left.* before is intact"):
+        save_on_master(small(epoch=3, much=torch.zeros(10**6)), latest, keep_old_as=previous)
+    assert [load_checkpoint(path)["epoch"] for path in (latest, previous)] == [2, 1]
+    with pytest.raises(InputError, match=r"/dev/full: cannot be written .*No space left"):
+        append_log("/dev/full", {"epoch": 0})
+
+
 def test_published_checkpoints_hold_a_namespace(tmp_path):
     torch.save(small(args=argparse.Namespace(dilation=True, backbone="resnet50")), tmp_path / "c.pth")
     assert load_checkpoint(tmp_path / "c.pth")["args"] == {"dilation": True, "backbone": "resnet50"}
@@ -61,6 +81,8 @@ def test_published_checkpoints_hold_a_namespace(tmp_path):
     ("write", "message"),
     [
         (lambda path: torch.save(small(bad=Malice()), path), "refused, it carries code"),
+        (lambda path: torch.save(small(bad=SystemCall()), path), "refused, it carries code"),
+        (lambda path: path.write_bytes(b"x\n"), "not a checkpoint, or a damaged one"),
         (lambda path: path.write_bytes(b"text"), "not a checkpoint, or a damaged one"),
         (lambda path: path.write_bytes(b""), "not a checkpoint, or a damaged one"),
         (lambda path: torch.save([1], path), "holds no 'model'"),
@@ -98,6 +120,31 @@ def test_latest_is_the_furthest_that_can_be_read(tmp_path):
     assert "checkpoint0019.pth" in reports[0]
     (tmp_path / "checkpoint.pth").write_bytes(b"cut off")
     assert load_latest_checkpoint(tmp_path, reports.append)[0]["epoch"] == 9
+    (tmp_path / "checkpoint0009.pth").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="none of its checkpoints can be read; move them elsewhere"):
+        load_latest_checkpoint(tmp_path, reports.append)
+
+
+def test_the_previous_one_counts_where_the_latest_is_missing(tmp_path):
+    """As between the two renames of a checkpoint's writing."""
+    save_on_master(small(epoch=-1, step=3), tmp_path / "checkpoint_previous.pth")
+    checkpoint, path = load_latest_checkpoint(tmp_path)
+    assert (checkpoint["step"], path.name) == (3, "checkpoint_previous.pth")
+
+
+def test_the_log_has_whole_lines_of_earlier_epochs_only(tmp_path, capsys):
+    log = tmp_path / "log.txt"
+    assert read_log(log) == []
+    for epoch in range(3):
+        append_log(log, {"epoch": epoch, "train_loss": 0.1})
+    trim_log(log, 3)
+    assert capsys.readouterr().out == ""
+    log.write_text(log.read_text() + '{"epoch": 3, "train_l')
+    assert [entry["epoch"] for entry in read_log(log)] == [0, 1, 2]
+    trim_log(log, 2)
+    assert "log.txt: 2 lines of epoch 2 and later are dropped" in capsys.readouterr().out
+    append_log(log, {"epoch": 2})
+    assert [entry["epoch"] for entry in read_log(log)] == [0, 1, 2]
 
 
 def test_urls(tmp_path):

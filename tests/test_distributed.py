@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,12 +30,13 @@ def start():
     """Starts Python in the background; what still runs at the end of the test is killed."""
     with ExitStack() as stack:
 
-        def start(*command: object, **env: object) -> subprocess.Popen:
+        def start(*command: object, cwd: Path = ROOT, **env: object) -> subprocess.Popen:
             process = subprocess.Popen(
                 [sys.executable, *map(str, command)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                cwd=cwd,
                 env=os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in env.items()},
                 start_new_session=True,
             )
@@ -135,6 +137,23 @@ def test_evaluation_on_two_processes_counts_every_image_once(shapes, tmp_path, r
         assert torch.equal(results[0][key], results[1][key])
 
 
+def test_processes_that_read_different_checkpoints(shapes, tmp_path, start):
+    """As where --output_dir is a folder of each node's own."""
+    port = free_port()
+    tasks = []
+    for rank in range(2):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        torch.save({"model": {}, "epoch": rank, "args": {}}, folder / "checkpoint.pth")
+        env = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = (ROOT / "main.py", *flags(shapes, ".", "--resume", "auto"))
+        tasks.append(start(*command, cwd=folder, **env))
+    for rank, task in enumerate(tasks):
+        printed = output_of(task, 1)
+        assert f"error: process {rank}: checkpoint.pth: process 1 reads another file" in printed
+        assert "Traceback" not in printed
+
+
 def killed_run(shapes, output, processes: int, killed_at: str, start, *more: object, **env: object) -> subprocess.Popen:
     """Two epochs under torchrun in which `killed` strikes; torchrun brings the run back."""
     restarts = f"--max-restarts={killed_at.count(':')}"
@@ -181,5 +200,6 @@ def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
 
     more = ("--epochs", 1, "--batch_size", 2, "--resume", "auto")
     printed = output_of(start(ROOT / "main.py", *flags(shapes, tmp_path / "fewer", *more)))
-    assert f"[{step}/7]" in printed
-    assert f"[{step - 1}/7]" not in printed
+    assert f"0 epochs trained and {step} steps" in printed
+    assert "[6/7]" in printed
+    assert "[0/7]" not in printed

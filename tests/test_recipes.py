@@ -50,3 +50,23 @@ def test_settings_from_the_environment_and_further_flags(call):
     assert processes == "--nproc_per_node=2"
     args = get_args_parser().parse_args(flags)
     assert (args.coco_path, args.output_dir, args.epochs, args.lr_drop) == ("/my data", "out", 75, 60)
+
+
+@pytest.mark.parametrize("ends_with", [0, 1, 75])
+def test_slurm_puts_a_job_that_was_asked_to_end_back_to_the_queue(ends_with, tmp_path):
+    """With an srun and an scontrol that only write down what they are asked."""
+    for name, code in (("srun", ends_with), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.txt\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "slurm_train.sh"), "--dilation"], env=env, capture_output=True, check=False
+    )
+    assert done.returncode == ends_with
+    kill, python, script, *flags = (tmp_path / "srun.txt").read_text().splitlines()
+    assert (kill, python, script) == ("--kill-on-bad-exit=1", "python", "main.py")
+    args = get_args_parser().parse_args(flags)
+    assert (args.resume, args.save_every, args.dilation) == ("auto", 500, True)
+    requeued = tmp_path / "scontrol.txt"
+    assert requeued.exists() == (ends_with == 75)
+    assert not requeued.exists() or requeued.read_text().split() == ["requeue", "7"]

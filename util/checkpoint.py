@@ -72,11 +72,11 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{source}: no such checkpoint") from error
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if re.search(r"GLOBAL|Can only (build|create)", str(error)):
             raise InputError(f"{source}: refused, it carries code or objects beyond tensors and plain data") from error
         raise InputError(f"{source}: not a checkpoint, or a damaged one") from error
     except Exception as error:  # a truncated file makes torch.load raise many types
-        raise InputError(f"{source}: not a checkpoint, or a damaged one ({reason(error)})") from error
+        raise InputError(f"{source}: not a checkpoint, or a damaged one ({reason(error).split('. ')[0]})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise InputError(f"{source}: holds no 'model'")
     args = checkpoint.get("args") or {}
@@ -90,6 +90,9 @@ def load_latest_checkpoint(
     """The furthest checkpoint that a run left in its folder, and its path; None where there is none.
 
     One that cannot be read is named through `report` and passed over.
+
+    Raises:
+        InputError: where there are some, but none can be read.
     """
     folder = Path(output_dir)
     numbered = {int(m[1]): p for p in folder.glob("checkpoint*.pth") if (m := re.fullmatch(r"checkpoint(\d+)", p.stem))}
@@ -106,8 +109,9 @@ def load_latest_checkpoint(
     for epoch in sorted(numbered, reverse=True):
         if latest and latest[0].get("epoch", -1) >= epoch:
             break
-        if further := try_to_load(numbered[epoch]):
-            return further
+        latest = try_to_load(numbered[epoch]) or latest
+    if (written or numbered) and not latest:
+        raise InputError(f"{folder}: none of its checkpoints can be read; move them elsewhere to start anew")
     return latest
 
 

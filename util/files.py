@@ -34,4 +34,5 @@ def replacing(path: Path, keep_old_as: Path | None = None) -> Iterator[BinaryIO]
     except (OSError, RuntimeError) as error:  # torch.save's writer turns some of the system's errors into its own
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise InputError(f"{path}: cannot be written ({reason(error)}); what was there before is intact") from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise InputError(f"{path}: cannot be written ({reason(cause)}); what was there before is intact") from error
