@@ -22,7 +22,7 @@ class FoldedNorm(FrozenBatchNorm2d):
 
 
 class FoldedConv2d(nn.Module):
-    """A convolution without bias and the frozen norm behind it in one: norm(w ∗ x) = (scale · w) ∗ x + shift.
+    """A convolution without bias and the frozen norm behind it in one: norm(w * x) = (scale · w) * x + shift.
 
     That spares two passes over every activation. While gradients are recorded, the weights are folded at every call, so
     that gradients reach w. Without gradients they are folded once and kept, outside the state dict, until a tensor that
