@@ -173,7 +173,7 @@ class Transformer(nn.Module):
         checkpoint_activations: keep only the inputs of the layers for the backward pass, which computes the rest anew.
 
     Raises:
-        InputError: for a width that does not divide, or without a decoder layer.
+        InputError: for a width that does not divide, without a decoder layer, or where all would be dropped.
     """
 
     def __init__(
@@ -191,6 +191,8 @@ class Transformer(nn.Module):
             raise InputError(f"--hidden_dim {dim} must be a multiple of 4 and of --nheads {num_heads}")
         if num_encoder_layers < 0 or num_decoder_layers < 1:
             raise InputError("--enc_layers must be at least 0 and --dec_layers at least 1")
+        if not 0 <= dropout < 1:
+            raise InputError(f"--dropout {dropout} must be at least 0 and less than 1")
         layer_args = (dim, num_heads, dim_feedforward, dropout)
         self.encoder = Encoder(num_encoder_layers, *layer_args, checkpoint_activations=checkpoint_activations)
         self.decoder = Decoder(num_decoder_layers, *layer_args, checkpoint_activations=checkpoint_activations)
