@@ -22,7 +22,7 @@ def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion
     """The randomly initialised model, its criterion and its postprocessors, from the flags of `main.get_args_parser`.
 
     Reads and downloads nothing: pretrained weights are loaded by the caller. Namespaces of the published code work too;
-    what they lack takes its default (91 classes, frozen norms).
+    what they lack takes its default (91 classes, frozen norms, no activation checkpointing).
 
     Raises:
         InputError: for a flag that is not supported or that contradicts another.
@@ -46,6 +46,7 @@ def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion
             num_decoder_layers=args.dec_layers,
             dim_feedforward=args.dim_feedforward,
             dropout=args.dropout,
+            checkpoint_activations=getattr(args, "checkpoint_activations", False),
         ),
         dim=args.hidden_dim,
         num_classes=getattr(args, "num_classes", None) or COCO_NUM_CLASSES,

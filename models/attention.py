@@ -1,6 +1,6 @@
-"""Multi-head attention, the part that encoder and decoder share.
+"""Multi-head attention, the part that encoder and decoder share, and the choice of its kernel.
 
-Shapes: B images, h heads, N queries, S keys, C width, d = C / h.
+Shapes: B images, h heads, N queries, S keys, C width, d = C / h, e the width of queries and keys.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.dropout import dropout
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -18,6 +20,32 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[B, h, N, d] to [B, N, h * d]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:
+    """softmax(q kᵀ / sqrt(e)) v, with dropout on the weights, by the kernel that suits the device.
+
+    PyTorch's fused kernels never hold the N×S table of weights, so that memory grows with N + S. Those for GPUs take
+    everything that this model needs. The one for CPUs wants values as wide as the queries and knows no dropout; without
+    it PyTorch falls back to the table, in float32 whatever the input. Hence on CPUs values are widened by zeros, and
+    training with dropout computes the table here, in the input's precision and with cheaper random numbers.
+
+    Args:
+        query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
+        visible: [B, 1, 1, S], False for keys that are not to be seen; None where all are.
+        p: the probability that a weight is dropped.
+
+    Returns [B, h, N, d].
+    """
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=p)
+    if p > 0:
+        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, h, N, S]
+        if visible is not None:
+            logits = logits + torch.where(visible, 0.0, -torch.inf).to(logits.dtype)
+        return dropout(logits.softmax(-1), p) @ value
+    widened = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # [B, h, S, e]
+    return F.scaled_dot_product_attention(query, key, widened, attn_mask=visible)[..., : value.shape[-1]]
 
 
 class Attention(nn.Module):
@@ -34,11 +62,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None) -> Tensor:
-        """[B, h, N, dk], [B, h, S, dk], [B, h, S, d] to [B, N, C]; keys where `padding` [B, S] is True are not seen."""
-        visible = None if padding is None else ~padding[:, None, None, :]  # [B, 1, 1, S]
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+        """[B, h, N, e], [B, h, S, e], [B, h, S, d] to [B, N, C]; `visible` [B, 1, 1, S] as in `attend`."""
+        x = attend(query, key, value, visible, self.dropout if self.training else 0.0)
         return self.out_proj(merge_heads(x))
 
 
@@ -51,11 +77,11 @@ class SelfAttention(Attention):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None = None) -> Tensor:
-        """X and position [B, S, C], padding [B, S] to [B, S, C]."""
+    def forward(self, x: Tensor, position: Tensor, visible: Tensor | None = None) -> Tensor:
+        """X and position [B, S, C], visible [B, 1, 1, S] to [B, S, C]."""
         dim = x.shape[-1]
         w_qk, w_v = self.in_proj_weight.split([2 * dim, dim])
         b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])
         query, key = F.linear(x + position, w_qk, b_qk).chunk(2, dim=-1)
         value = F.linear(x, w_v, b_v)
-        return super().forward(*(split_heads(t, self.num_heads) for t in (query, key, value)), padding)
+        return super().forward(*(split_heads(t, self.num_heads) for t in (query, key, value)), visible)

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
+from models.frozen_norm import FoldedNorm, fold_norms
 from util.errors import InputError, reason
 
 CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
+NORMS = {"frozen": FoldedNorm, "batch": nn.BatchNorm2d}
 
 
 class Backbone(nn.Module):
@@ -44,6 +44,7 @@ class Backbone(nn.Module):
         resnet = getattr(torchvision.models, name)(
             weights=None, replace_stride_with_dilation=[False, False, dilation], norm_layer=NORMS[norm]
         )
+        fold_norms(resnet)
         stages = [(key, module) for key, module in resnet.named_children() if key not in ("avgpool", "fc")]
         self.body = nn.Sequential(OrderedDict(stages))
         self.num_channels = CHANNELS[name]
@@ -53,7 +54,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] and its mask [B, H, W] to features [B, C', H', W'] and their mask [B, H', W']."""
-        features = self.body(images)
+        features = self.body(images.contiguous(memory_format=torch.channels_last))  # the faster layout of convolutions
         padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:], mode="nearest")
         return features, padding[:, 0].bool()
 

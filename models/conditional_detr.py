@@ -16,6 +16,7 @@ from models.backbone import BackboneWithPosition
 from models.transformer import MLP, Transformer
 from util.box_ops import inverse_sigmoid
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.precision import at_least_float32
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -74,11 +75,15 @@ class ConditionalDETR(nn.Module):
         features, padding, position = self.backbone(images, padding)  # [B, C', H', W'], [B, H', W'], [B, H', W', C]
         x = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, S, C]
         query_pos = self.query_embed.weight  # [Q, C]
-        hs, reference = self.transformer(x, position.flatten(1, 2), padding.flatten(1), query_pos)
+        position = position.flatten(1, 2).to(query_pos.dtype)  # [B, S, C]
+        padding = padding.flatten(1) if samples.has_padding else None  # [B, S]
+        hs, reference = self.transformer(x, position, padding, query_pos)  # [L, B, Q, C], [Q, 2]
 
-        logits = self.class_embed(hs)  # [L, B, Q, K]
-        offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]: boxes are predicted around the reference points
-        boxes = (self.bbox_embed(hs) + offset).sigmoid()  # [L, B, Q, 4]
+        with torch.autocast(hs.device.type, enabled=False):  # predictions keep at least float32
+            hs = hs.to(query_pos.dtype)
+            logits = at_least_float32(self.class_embed(hs))  # [L, B, Q, K]
+            offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]: boxes are offsets from the reference points
+            boxes = (self.bbox_embed(hs) + offset).sigmoid()  # [L, B, Q, 4]
 
         layers = [{"pred_logits": layer[0], "pred_boxes": layer[1]} for layer in zip(logits, boxes, strict=True)]
         return layers[-1] | {"aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]

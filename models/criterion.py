@@ -24,7 +24,7 @@ class SetCriterion(nn.Module):
         focal_alpha: the focal loss's weight of positives.
 
     `weight_dict` holds the weight of every loss by name. The last layer's losses have the plain names, those of the
-    earlier layers i the suffix `_i`.
+    earlier layers i the suffix `_i`. The host waits for the device once, for the costs of the matching.
     """
 
     def __init__(
@@ -47,14 +47,15 @@ class SetCriterion(nn.Module):
         boxes = torch.stack([layer["pred_boxes"] for layer in layers])  # [L, B, Q, 4]
         matches = self.matcher(logits, boxes, targets)
         pairs, rows = self.matched_index(matches, targets, logits.device)
+        matched_boxes = boxes[pairs]  # [L, M, 4]
         labels = torch.cat([t["labels"] for t in targets])[rows]  # [L, M]
         target_boxes = torch.cat([t["boxes"] for t in targets])[rows]  # [L, M, 4]
         num_boxes = self.mean_num_boxes(targets, logits.device)
 
         by_layer = {
             "loss_ce": self.loss_labels(logits, pairs, labels) / num_boxes,
-            "loss_bbox": (boxes[pairs] - target_boxes).abs().sum((1, 2)) / num_boxes,
-            "loss_giou": self.loss_giou(boxes[pairs], target_boxes) / num_boxes,
+            "loss_bbox": (matched_boxes - target_boxes).abs().sum((1, 2)) / num_boxes,
+            "loss_giou": self.loss_giou(matched_boxes, target_boxes) / num_boxes,
             "cardinality_error": self.cardinality_error(logits.detach(), targets),
         }
         losses = {
@@ -71,7 +72,7 @@ class SetCriterion(nn.Module):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """The matches of B images as (layer, image, query), which indexes [L, B, Q, ..], and as rows of all targets.
 
-        Each index is [L, M].
+        Each index is [L, M]; all travel to the device in one copy.
         """
         queries, rows, images, offset = [], [], [], 0
         for image, ((query, row), target) in enumerate(zip(matches, targets, strict=True)):
@@ -79,7 +80,8 @@ class SetCriterion(nn.Module):
             rows.append(row + offset)
             images.append(torch.full_like(query, image))
             offset += len(target["labels"])
-        image, query, row = (torch.cat(parts, dim=1).to(device) for parts in (images, queries, rows))
+        index = torch.stack([torch.cat(parts, dim=1) for parts in (images, queries, rows)])  # [3, L, M]
+        image, query, row = copy_to_device(index, device)
         layer = torch.arange(len(query), device=device)[:, None].expand_as(query)
         return (layer, image, query), row
 
@@ -101,7 +103,7 @@ class SetCriterion(nn.Module):
     def class_error(matched_logits: Tensor, labels: Tensor) -> Tensor:
         """Per cent of the matched pairs [M, K], [M] whose highest class is wrong; 100 where there is no pair."""
         if len(labels) == 0:
-            return matched_logits.new_tensor(100.0)
+            return matched_logits.new_full((), 100.0)
         return 100 * (matched_logits.argmax(-1) != labels).float().mean()
 
     @staticmethod
@@ -111,14 +113,19 @@ class SetCriterion(nn.Module):
         DETR's count of predicted objects; with sigmoid classes, which have no background, it says little.
         """
         counts = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # [L, B]
-        num_targets = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
+        num_targets = copy_to_device(torch.tensor([len(t["labels"]) for t in targets]), logits.device)  # [B]
         return (counts - num_targets).abs().float().mean(-1)
 
     @staticmethod
     def mean_num_boxes(targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """The targets of the batch, averaged over the processes; at least 1."""
-        num_boxes = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
+        num_boxes = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)
         return (reduce_sum(num_boxes) / get_world_size()).clamp(min=1)
+
+
+def copy_to_device(host: Tensor, device: torch.device) -> Tensor:
+    """The copy of a CPU tensor on a device; the host does not wait for a GPU, which reads from pinned memory."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def layer_suffixes(num_layers: int) -> list[str]:

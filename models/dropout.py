@@ -1,0 +1,28 @@
+"""Dropout, with cheaper random numbers on CPUs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zeroes elements with probability p, 0 ≤ p < 1, and scales the others by 1 / (1 - p).
+
+    On CPUs PyTorch draws 64 random bits an element, which takes as long as the attention around it; 16 do, with p in
+    steps of 2⁻¹⁶.
+    """
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    dropped = round(p * 2**16)  # of the 2¹⁶ equally likely values
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = draws[: x.numel()].view(x.shape) >= dropped - 2**15
+    return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
+
+
+class Dropout(nn.Dropout):
+    """`dropout` while training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training and self.p > 0 else x
