@@ -45,6 +45,9 @@ class Backbone(nn.Module):
             weights=None, replace_stride_with_dilation=[False, False, dilation], norm_layer=NORMS[norm]
         )
         fold_norms(resnet)
+        # The faster layout of convolutions. With trained norms the gradients of plain 1×1 convolutions would come in
+        # strides that DistributedDataParallel warns about.
+        self.memory_format = torch.channels_last if norm == "frozen" else torch.contiguous_format
         stages = [(key, module) for key, module in resnet.named_children() if key not in ("avgpool", "fc")]
         self.body = nn.Sequential(OrderedDict(stages))
         self.num_channels = CHANNELS[name]
@@ -54,7 +57,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] and its mask [B, H, W] to features [B, C', H', W'] and their mask [B, H', W']."""
-        features = self.body(images.contiguous(memory_format=torch.channels_last))  # the faster layout of convolutions
+        features = self.body(images.contiguous(memory_format=self.memory_format))
         padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:], mode="nearest")
         return features, padding[:, 0].bool()
 

@@ -11,11 +11,11 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Zeroes elements with probability p, 0 ≤ p < 1, and scales the others by 1 / (1 - p).
 
     On CPUs PyTorch draws 64 random bits an element, which takes as long as the attention around it; 16 do, with p in
-    steps of 2⁻¹⁶.
+    steps of 2⁻¹⁶. Compiled code draws its own.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    dropped = round(p * 2**16)  # of the 2¹⁶ equally likely values
+    dropped = int(p * 2**16)  # of the 2¹⁶ equally likely values
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = draws[: x.numel()].view(x.shape) >= dropped - 2**15
     return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))

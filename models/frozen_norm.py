@@ -52,8 +52,8 @@ class FoldedConv2d(nn.Module):
         """The weight [C', C, k, k], in the memory format of the activations, and the bias [C']."""
         (norm,) = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = self.weight.contiguous(memory_format=torch.channels_last) * scale[:, None, None, None]
-        return weight, norm.bias - norm.running_mean * scale
+        weight = (self.weight.flatten(1) * scale[:, None]).view_as(self.weight)
+        return weight.contiguous(memory_format=torch.channels_last), norm.bias - norm.running_mean * scale
 
     def fold_once(self) -> tuple[Tensor, Tensor]:
         """As `fold`, from memory where weight and norm are still those of the last call."""
@@ -62,9 +62,10 @@ class FoldedConv2d(nn.Module):
         if any(source.is_inference() for source in sources):  # their changes are not counted
             return self.fold()
         versions = [(id(source), source._version) for source in sources]
-        if self.kept is None or self.kept[0] != versions:
-            self.kept = versions, self.fold(), sources
-        return self.kept[1]
+        kept = self.kept
+        if kept is None or kept[0] != versions:
+            kept = self.kept = versions, self.fold(), sources
+        return kept[1]
 
     def train(self, mode: bool = True) -> FoldedConv2d:
         self.kept = None
@@ -75,7 +76,7 @@ class FoldedConv2d(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"kept": None}  # neither copied nor pickled
+        return super().__getstate__() | {"kept": None}  # neither copied nor pickled
 
 
 def fold_norms(network: nn.Module) -> None:

@@ -1,0 +1,36 @@
+"""What PyTorch is asked to compute."""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Recorder(TorchDispatchMode):
+    """Within `with Recorder() as recorder`, notes the operators, their arguments and the sizes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple, dict]] = []
+        self.largest = 0  # elements of the largest result
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.calls.append((func.overloadpacket.__name__, args, kwargs))
+        self.largest = max([self.largest, *(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))])
+        return result
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.calls]
+
+    def count_waits(self) -> int:
+        """Operators that make the host wait for a GPU: reading a value, or a result whose size depends on values."""
+        by_mask = [
+            name
+            for name, args, _ in self.calls
+            if name.startswith("index")
+            and any(t.dtype is torch.bool for t in tree_leaves(args[1]) if torch.is_tensor(t))
+        ]
+        return len(by_mask) + sum(self.names.count(n) for n in ("_local_scalar_dense", "nonzero", "masked_select"))
