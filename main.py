@@ -282,19 +282,21 @@ def run() -> None:
     )
     for number in SIGNALS:
         signal.signal(number, end_at_once)
+    status: int | str = 0
     try:
         main(parser.parse_args())
-        leave_process_group()
     except Preempted:
         log(f"ended on request (exit code {EXIT_CODE}); --resume auto goes on from here", "yellow")
-        sys.exit(EXIT_CODE)
+        status = EXIT_CODE
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        status = "interrupted"
     except (InputError, RuntimeError) as error:
         if not (line := what_to_do(error)):
             raise
         process = f"process {get_rank()}: " if get_world_size() > 1 else ""
-        sys.exit(colored("error: ", "red", no_color=not sys.stderr.isatty()) + process + line)
+        status = colored("error: ", "red", no_color=not sys.stderr.isatty()) + process + line
+    leave_process_group(orderly=not status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

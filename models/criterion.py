@@ -88,7 +88,7 @@ class SetCriterion(nn.Module):
     def loss_labels(self, logits: Tensor, pairs: tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
         """Sigmoid focal loss over all queries and classes, [L]."""
         one_hot = torch.zeros_like(logits)
-        one_hot[(*pairs, labels)] = 1
+        one_hot.index_put_((*pairs, labels), one_hot.new_ones(()))  # of a plain 1, the host would wait for the copy
         return sigmoid_focal_loss(logits, one_hot, alpha=self.focal_alpha, gamma=GAMMA).sum((1, 2, 3))
 
     @staticmethod

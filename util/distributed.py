@@ -47,9 +47,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def leave_process_group() -> None:
-    """Ends what `init_distributed_mode` began."""
-    if is_dist_avail_and_initialized():
+def leave_process_group(orderly: bool = True) -> None:
+    """Ends what `init_distributed_mode` began.
+
+    Where a run does not end in order, NCCL might wait for processes that are gone: the process's own end ends it.
+    """
+    if is_dist_avail_and_initialized() and (orderly or dist.get_backend() != "nccl"):
         dist.destroy_process_group()
 
 
