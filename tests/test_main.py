@@ -108,6 +108,21 @@ def test_evaluating_every_other_epoch(shapes, tmp_path):
     assert ["test_loss" in line for line in log_lines(tmp_path)] == [False, True, True]
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_precision_of_the_forward_pass(amp, shapes, trained, tmp_path):
+    common = ("--amp", amp, "--dropout", 0, "--lr_drop", 2, "--resume", "auto")
+    for epochs in (1, 2):
+        train(shapes, tmp_path, "--epochs", epochs, *common)
+    scaler = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["scaler"]
+    if amp == "fp16":
+        assert 0 < scaler["scale"] < 2**16  # steps that overflow come first, and lower it
+    else:
+        assert scaler == {}
+    for ours, float32 in zip(log_lines(tmp_path), log_lines(trained), strict=False):
+        assert ours["train_loss"] == pytest.approx(float32["train_loss"], rel=0.1)
+        assert ours["train_loss"] != float32["train_loss"]
+
+
 def test_start_epoch_without_a_checkpoint(shapes, tmp_path):
     train(shapes, tmp_path, "--epochs", 3, "--start_epoch", 2, "--lr_drop", 2)
     (line,) = log_lines(tmp_path)
