@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
 from util.checkpoint import save_on_master
@@ -32,6 +33,7 @@ def train_one_epoch(
     epoch: int,
     max_norm: float = 0,
     amp: str = "none",
+    accum_steps: int = 1,
     progress: Progress | None = None,
     guard: StepGuard | None = None,
     after_step: Callable[[], None] = lambda: None,
@@ -40,6 +42,7 @@ def train_one_epoch(
 
     Args:
         amp: the precision of the model's forward pass, none or a key of `AUTOCAST`.
+        accum_steps: so many batches make one step, as if they were one batch; left-over ones are dropped.
         progress: what an interrupted epoch had gathered; the loader then yields the remaining batches.
         guard: decides about steps that are not finite; by default the first one ends the run.
         after_step: called behind every step.
@@ -55,17 +58,22 @@ def train_one_epoch(
     guard = guard or StepGuard(model)
     logger, scaler = progress.logger, progress.scaler
     skipped: set[int] = set()
-    for samples, targets in logger.log_every(data_loader, PRINT_FREQ, f"Epoch [{epoch}]", progress.step):
-        skipped |= ids_of_skipped(targets)
-        samples, targets = to_device(samples, targets, device)
-        guard.begin(epoch, progress.step, samples, targets)
-        with autocast(device, amp):
-            outputs = model(samples)
-        losses = logged_losses(criterion(outputs, targets), criterion.weight_dict)
-        guard.settle(progress)  # the matching has just waited for the device, so the last step's verdict is there
-
+    steps = Steps(data_loader, accum_steps)
+    for batches in logger.log_every(steps, PRINT_FREQ, f"Epoch [{epoch}]", progress.step):
+        skipped |= ids_of_skipped(target for _, targets in batches for target in targets)
+        batches = [to_device(samples, targets, device) for samples, targets in batches]
+        num_boxes = criterion.mean_num_boxes([target for _, targets in batches for target in targets], device)
+        guard.begin(epoch, progress.step, batches)
         optimizer.zero_grad()
-        scaler.scale(losses["loss"]).backward()
+        parts = []
+        for samples, targets in batches:
+            with autocast(device, amp), sync_gradients(model, last=len(parts) == len(batches) - 1):
+                outputs = model(samples)
+            parts.append(logged_losses(criterion(outputs, targets, num_boxes), criterion.weight_dict))
+            guard.settle(progress)  # the matching has just waited for the device, so the last step's verdict is there
+            scaler.scale(parts[-1]["loss"]).backward()
+        losses = sum_of_losses(parts)
+
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf)
         left_out = guard.step_optimizer(optimizer, scaler, losses, grad_norm)
@@ -126,9 +134,36 @@ def evaluate(
     return logger.averages() | numbers, evaluator
 
 
+class Steps:
+    """The batches of a loader, `accum_steps` at a time, without an incomplete last group."""
+
+    def __init__(self, loader: Iterable, accum_steps: int) -> None:
+        self.loader = loader
+        self.accum_steps = accum_steps
+
+    def __len__(self) -> int:
+        return len(self.loader) // self.accum_steps
+
+    def __iter__(self) -> Iterator[tuple]:
+        return zip(*[iter(self.loader)] * self.accum_steps, strict=False)
+
+
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """The context of a forward pass in the precision `amp`."""
     return nullcontext() if amp == "none" else torch.autocast(device.type, AUTOCAST[amp])
+
+
+def sync_gradients(model: nn.Module, last: bool) -> AbstractContextManager:
+    """The context of a batch's forward pass: on several processes, only the `last` of a step sends its gradients."""
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def sum_of_losses(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The losses of a step from those of its batches, which share one num_boxes; errors are averaged."""
+    if len(parts) == 1:
+        return parts[0]
+    totals = {name: sum(part[name].detach() for part in parts) for name in parts[0]}
+    return {name: total / len(parts) if "error" in name else total for name, total in totals.items()}
 
 
 def ids_of_skipped(targets: Iterable[dict[str, Tensor]]) -> set[int]:

@@ -63,6 +63,8 @@ def main(args: argparse.Namespace) -> None:
     init_distributed_mode(args)
     device = torch.device(args.device)
     seed_everything(args.seed + get_rank())
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     if args.deterministic:
         use_deterministic_kernels()
     output_dir = make_output_dir(args.output_dir)
@@ -92,6 +94,8 @@ def main(args: argparse.Namespace) -> None:
         load_backbone_weights(model.backbone[0], args.backbone, args.backbone_weights)
     print_summary(args, model, dataset_train, dataset_val)
     model.to(device)
+    if args.compile:
+        model.compile()
     parallel_model = distribute(model, device, args.distributed, args.backbone_norm == "batch", trains=not args.eval)
 
     base_ds = get_coco_api_from_dataset(dataset_val)
@@ -150,6 +154,7 @@ class TrainingRun:
         self.output_dir = output_dir
         self.stop_request = stop_request
         self.device = torch.device(args.device)
+        self.images_a_step = args.batch_size * args.accum_steps  # of this process
         self.optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
         self.lr_scheduler = build_schedule(self.optimizer, args.lr_drop, args.start_epoch)
         self.progress = Progress(torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16"))
@@ -159,12 +164,12 @@ class TrainingRun:
     def restore(self, checkpoint: dict[str, Any], source: str) -> None:
         """Goes on where a checkpoint of this run, or a published one, was written."""
         restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
-        self.progress.restore(checkpoint, self.args.batch_size)
+        self.progress.restore(checkpoint, self.images_a_step)
 
     def train_epoch(self, epoch: int) -> None:
         """Trains an epoch, or what is left of it, writes its checkpoint, evaluates, and logs."""
         self.loader.dataset.set_epoch(epoch)
-        self.loader.sampler.set_epoch(epoch, start=self.progress.step * self.args.batch_size)
+        self.loader.sampler.set_epoch(epoch, start=self.progress.step * self.images_a_step)
         stats = train_one_epoch(
             self.parallel_model,
             self.criterion,
@@ -174,6 +179,7 @@ class TrainingRun:
             epoch,
             self.args.clip_max_norm,
             self.args.amp,
+            self.args.accum_steps,
             self.progress,
             self.guard,
             partial(self.save_within_epoch, epoch),
@@ -188,7 +194,8 @@ class TrainingRun:
     def save_within_epoch(self, epoch: int) -> None:
         """Called behind every step: a checkpoint every `--save_every` of them, and where a signal asks for the end."""
         every = self.args.save_every
-        if self.guard.stopping or (every and self.progress.step % every == 0 and self.progress.step < len(self.loader)):
+        within = self.progress.step < len(self.loader) // self.args.accum_steps
+        if self.guard.stopping or (every and within and self.progress.step % every == 0):
             self.guard.settle(self.progress)
             self.save(epoch - 1)
         self.end_if_asked()
@@ -259,7 +266,9 @@ def print_summary(
     )
     if not args.eval:
         world_size = get_world_size()
-        log(f"batch: {args.batch_size} images × {world_size} processes = {args.batch_size * world_size} a step")
+        accumulated = f" × {args.accum_steps} batches" if args.accum_steps > 1 else ""
+        images = args.batch_size * world_size * args.accum_steps
+        log(f"batch: {args.batch_size} images × {world_size} processes{accumulated} = {images} a step")
         if args.backbone_weights == "none" and args.backbone_norm == "frozen" and not args.resume:
             warn("a backbone without pretrained weights hardly learns with frozen norms: add --backbone_norm batch")
 

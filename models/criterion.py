@@ -37,9 +37,12 @@ class SetCriterion(nn.Module):
             name + s: weight for s in layer_suffixes(num_layers) for name, weight in loss_weights.items()
         }
 
-    def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: dict, targets: list[dict[str, Tensor]], num_boxes: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Outputs of the model and B targets (`labels` [T_b], `boxes` [T_b, 4] normalised cxcywh) to scalars by name.
 
+        `num_boxes` divides the losses: `mean_num_boxes` of all batches of a step, by default that of this one.
         `loss_*` are unweighted; `class_error` and `cardinality_error` are for the log only.
         """
         layers = [outputs, *outputs.get("aux_outputs", [])]  # the last decoder layer first
@@ -50,7 +53,7 @@ class SetCriterion(nn.Module):
         matched_boxes = boxes[pairs]  # [L, M, 4]
         labels = torch.cat([t["labels"] for t in targets])[rows]  # [L, M]
         target_boxes = torch.cat([t["boxes"] for t in targets])[rows]  # [L, M, 4]
-        num_boxes = self.mean_num_boxes(targets, logits.device)
+        num_boxes = self.mean_num_boxes(targets, logits.device) if num_boxes is None else num_boxes
 
         by_layer = {
             "loss_ce": self.loss_labels(logits, pairs, labels) / num_boxes,

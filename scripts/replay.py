@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import autocast, logged_losses
+from engine import autocast, logged_losses, sum_of_losses, to_device
 from models import build_model
 from util.errors import InputError
 from util.nested_tensor import NestedTensor
@@ -28,11 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     try:
         dump = torch.load(flags.dump, map_location="cpu", weights_only=True)
-        step = dump["place"], dump["targets"]
+        place, batches = dump["place"], dump["batches"]
     except Exception as error:  # whatever an unreadable file makes torch.load raise
         raise InputError(f"{flags.dump}: not the dump of a step") from error
-    place, targets = step
-    ids = [int(target["image_id"]) for target in targets]
+    ids = [int(target["image_id"]) for *_, targets in batches for target in targets]
     print(f"epoch {place['epoch']}, step {place['step']}, process {place['process']}, images {ids}")
     losses, first = repeat(dump, torch.device(flags.device))
     for name, value in losses.items():
@@ -60,12 +59,15 @@ def repeat(dump: dict[str, Any], device: torch.device) -> tuple[dict[str, Tensor
 
     for name, module in model.named_modules():
         module.register_forward_hook(check(name))
-    samples = NestedTensor(dump["images"], dump["padding"]).to(device)
-    targets = [{key: value.to(device) for key, value in target.items()} for target in dump["targets"]]
     set_torch_rng_states(dump["random"])
-    with autocast(device, args.amp):
-        outputs = model(samples)
-    losses = logged_losses(criterion(outputs, targets), criterion.weight_dict)
+    batches = [to_device(NestedTensor(images, mask), targets, device) for images, mask, targets in dump["batches"]]
+    num_boxes = criterion.mean_num_boxes([target for _, targets in batches for target in targets], device)
+    parts = []
+    for samples, targets in batches:
+        with autocast(device, args.amp):
+            outputs = model(samples)
+        parts.append(logged_losses(criterion(outputs, targets, num_boxes), criterion.weight_dict))
+    losses = sum_of_losses(parts)
     return {name: value for name, value in losses.items() if name in criterion.weight_dict}, (failing or [""])[0]
 
 

@@ -8,6 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from models import build_model
+from tests import two_processes
+from tests.conftest import free_port
 from tests.operators import Recorder
 from tests.small import FLAGS, build_small
 
@@ -88,3 +90,22 @@ def test_compiled_code_gives_the_same_outputs():
         expected = model(IMAGES)
         model.compile()
         assert_close(model(IMAGES), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accumulated_batches_are_one_large_batch(processes, parse, tmp_path):
+    """Images of one size with different numbers of boxes, frozen norms, no dropout."""
+    found = []
+    for accum_steps in (1, 2):
+        args = parse(*FLAGS, "--dropout", 0, "--accum_steps", accum_steps, "--clip_max_norm", 0)
+        output = tmp_path / str(accum_steps)
+        output.mkdir()
+        arguments = (processes, free_port(), args, output)
+        torch.multiprocessing.spawn(two_processes.step, arguments, nprocs=processes)
+        found.append(torch.load(output / f"{processes}-0.pth"))
+    whole, accumulated = found
+    for name, value in whole["stats"].items():
+        if "error" not in name:  # means over images that differ in their number of boxes
+            assert accumulated["stats"][name] == pytest.approx(value, rel=1e-5), name
+    for name, gradient in whole["gradients"].items():
+        assert_close(accumulated["gradients"][name], gradient, rtol=1e-4, atol=1e-5)

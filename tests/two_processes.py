@@ -39,8 +39,14 @@ def step(rank: int, world_size: int, port: int, args: argparse.Namespace, output
     parallel_model = distribute(model, torch.device("cpu"), args.distributed, trained_norms=False, trains=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     images, targets = (values[rank::world_size] for values in images_and_targets(4))
-    batches = [(nested_tensor_from_tensor_list(images), tuple(targets))]
-    stats = train_one_epoch(parallel_model, criterion, batches, optimizer, torch.device("cpu"), epoch=0)
+    size = len(images) // args.accum_steps
+    batches = [
+        (nested_tensor_from_tensor_list(images[i : i + size]), tuple(targets[i : i + size]))
+        for i in range(0, len(images), size)
+    ]
+    stats = train_one_epoch(
+        parallel_model, criterion, batches, optimizer, torch.device("cpu"), epoch=0, accum_steps=args.accum_steps
+    )
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     torch.save(
         {"stats": stats, "gradients": gradients, "model": model.state_dict()}, output / f"{world_size}-{rank}.pth"

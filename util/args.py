@@ -24,6 +24,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr_drop", default=40, type=int, help="multiply the learning rates by 0.1 after every so many epochs")
     add("--clip_max_norm", default=0.1, type=float, help="largest total norm of the gradients; 0: no clipping")
 
+    add("--accum_steps", default=1, type=int, help="batches that make one step, as if they were one batch")
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
 
     add = parser.add_argument_group("model").add_argument
@@ -83,6 +84,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", default=42, type=int, help="seed of weights, order and augmentation")
     add("--resume", default="", help="checkpoint to go on from: a path, a URL, or auto (the furthest in --output_dir)")
     add("--start_epoch", default=0, type=int, help="first epoch, where no checkpoint says otherwise")
+    add("--compile", action="store_true", help="compile the model by torch.compile; the first steps take minutes")
+    add("--checkpoint_activations", action="store_true", help="less memory in training, by computing some things twice")
     add("--save_every", default=0, type=int, help="also write checkpoint.pth after every so many steps; 0: epochs only")
     add("--skip_nonfinite", default=0, type=int, help="steps with infinite or NaN losses to leave out before giving up")
     add("--deterministic", action="store_true", help="the same numbers from every run on a GPU, too; slower")
@@ -102,7 +105,15 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, default in segmentation.items():
         if getattr(args, flag) != default:
             raise InputError(f"--{flag}: segmentation is not supported yet; drop the flag")
-    smallest = {"batch_size": 1, "epochs": 1, "lr_drop": 1, "eval_every": 1, "num_queries": 1, "dim_feedforward": 1}
+    smallest = {
+        "batch_size": 1,
+        "accum_steps": 1,
+        "epochs": 1,
+        "lr_drop": 1,
+        "eval_every": 1,
+        "num_queries": 1,
+        "dim_feedforward": 1,
+    }
     smallest |= {
         "min_size": 1,
         "max_size": args.min_size,
@@ -111,7 +122,7 @@ def check_args(args: argparse.Namespace) -> None:
         "lr": 0,
         "lr_backbone": 0,
     }
-    smallest |= {"weight_decay": 0, "clip_max_norm": 0, "save_every": 0, "skip_nonfinite": 0}
+    smallest |= {"weight_decay": 0, "clip_max_norm": 0}
     for flag, least in smallest.items():
         if not getattr(args, flag) >= least:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}")

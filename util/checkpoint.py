@@ -42,6 +42,7 @@ TRAINING_FLAGS = (
     "lr_drop",
     "weight_decay",
     "batch_size",
+    "accum_steps",
     "clip_max_norm",
     "dropout",
     "focal_alpha",

@@ -43,16 +43,17 @@ class Progress:
             "processes": all_gather_plain(mine),
         }
 
-    def restore(self, checkpoint: dict[str, Any], batch_size: int) -> None:
+    def restore(self, checkpoint: dict[str, Any], images_a_step: int) -> None:
         """Goes on from a checkpoint with this state in it; a published one, without, is an epoch's end.
 
-        With another number of processes or another batch size, the position is that behind the images already seen.
+        With other numbers of processes or of `images_a_step` of each, the position is behind the images already seen.
         """
         if "processes" not in checkpoint:
             return
         processes = checkpoint["processes"]
-        images_seen = checkpoint["step"] * checkpoint["args"]["batch_size"] * len(processes)
-        self.step = math.ceil(images_seen / (batch_size * get_world_size()))
+        flags = checkpoint["args"]
+        images_seen = checkpoint["step"] * flags["batch_size"] * flags["accum_steps"] * len(processes)
+        self.step = math.ceil(images_seen / (images_a_step * get_world_size()))
         self.skipped = checkpoint["skipped"]
         if self.scaler.is_enabled() and checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])

@@ -23,14 +23,15 @@ from util.preemption import StopRequest
 from util.progress import Progress
 from util.rng import torch_rng_states
 
+Batches = list[tuple[NestedTensor, list[dict[str, Tensor]]]]
+
 
 @dataclass
 class Step:
     """What it takes to report a step and to repeat it. Tensors are on the device but for the verdict."""
 
     place: dict[str, int]
-    samples: NestedTensor
-    targets: list[dict[str, Tensor]]
+    batches: Batches
     random: dict[str, Tensor]
     losses: dict[str, Tensor] = field(default_factory=dict)
     verdict: Tensor | None = None
@@ -70,10 +71,10 @@ class StepGuard:
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.statistics_before: list[Tensor] = []
 
-    def begin(self, epoch: int, number: int, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> None:
-        """To be called with every batch before the model sees it."""
+    def begin(self, epoch: int, number: int, batches: Batches) -> None:
+        """To be called with the batches of every step before the model sees them."""
         place = {"epoch": epoch, "step": number, "process": get_rank()}
-        self.step = Step(place, samples, targets, torch_rng_states())
+        self.step = Step(place, batches, torch_rng_states())
         self.statistics_before = [buffer.clone() for buffer in self.statistics]
 
     def step_optimizer(
@@ -135,7 +136,7 @@ class StepGuard:
         values = {name: value.item() for name, value in step.losses.items()}
         shown = ("loss", "loss_ce", "loss_bbox", "loss_giou", "gradient norm")
         parts = ", ".join(f"{name} {values[name]:g}" for name in shown if name in values)
-        ids = [int(target["image_id"]) for target in step.targets]
+        ids = [int(target["image_id"]) for _, targets in step.batches for target in targets]
         where = f"process {get_rank()}: " if get_world_size() > 1 else ""
         story = "; ".join(all_gather_plain(f"{where}{parts} on images {ids}"))
         place = f"epoch {step.place['epoch']}, step {step.place['step']}"
@@ -154,9 +155,7 @@ class StepGuard:
         contents = {
             "place": step.place,
             "model": self.model.state_dict(),
-            "images": step.samples.tensors,
-            "padding": step.samples.mask,
-            "targets": step.targets,
+            "batches": [(images.tensors, images.mask, list(targets)) for images, targets in step.batches],
             "random": step.random,
             "losses": step.losses,
             **self.description,
