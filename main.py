@@ -42,13 +42,14 @@ from util.distributed import (
     leave_process_group,
 )
 from util.errors import InputError, what_to_do
+from util.kernels import use_deterministic_kernels, use_fast_kernels
 from util.log_file import append_log, trim_log
 from util.logger import log, warn
 from util.optim import build_optimizer, build_schedule, restore_optimizer
 from util.preemption import EXIT_CODE, SIGNALS, Preempted, StopRequest, end_at_once, noticing_signals
 from util.progress import Progress
 from util.resume import choose_num_classes, first_epoch, holds_training, read_checkpoint, unlogged_epoch
-from util.rng import seed_everything, use_deterministic_kernels
+from util.rng import seed_everything
 from util.step_guard import StepGuard
 
 
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     seed_everything(args.seed + get_rank())
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
+        use_fast_kernels()
     if args.deterministic:
         use_deterministic_kernels()
     output_dir = make_output_dir(args.output_dir)

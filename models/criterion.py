@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from models.matcher import GAMMA, HungarianMatcher
+from models.matcher import GAMMA, HungarianMatcher, copy_to_device
 from util.box_ops import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from util.distributed import get_world_size, reduce_sum
 
@@ -97,10 +97,8 @@ class SetCriterion(nn.Module):
     @staticmethod
     def loss_giou(boxes: Tensor, target_boxes: Tensor) -> Tensor:
         """1 - GIoU summed over the matched pairs, [L]."""
-        giou = paired_generalized_box_iou(
-            box_cxcywh_to_xyxy(boxes).flatten(0, 1), box_cxcywh_to_xyxy(target_boxes).flatten(0, 1)
-        )
-        return (1 - giou).view(boxes.shape[:2]).sum(1)
+        giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
+        return (1 - giou).sum(1)
 
     @staticmethod
     def class_error(matched_logits: Tensor, labels: Tensor) -> Tensor:
@@ -124,11 +122,6 @@ class SetCriterion(nn.Module):
         """The targets of the batch, averaged over the processes; at least 1."""
         num_boxes = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)
         return (reduce_sum(num_boxes) / get_world_size()).clamp(min=1)
-
-
-def copy_to_device(host: Tensor, device: torch.device) -> Tensor:
-    """The copy of a CPU tensor on a device; the host does not wait for a GPU, which reads from pinned memory."""
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def layer_suffixes(num_layers: int) -> list[str]:

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine import autocast, logged_losses
 from main import get_args_parser
 from models import build_model
+from util.kernels import use_fast_kernels
 from util.nested_tensor import NestedTensor
 from util.optim import build_optimizer
 
@@ -57,7 +58,7 @@ def main() -> None:
     flags = parser.parse_args()
     device = torch.device(flags.device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as in main.py
+        use_fast_kernels()
 
     machine = describe_machine(device, flags.amp)
     print(json.dumps(machine, indent=1), flush=True)

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -16,11 +16,20 @@ def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 
 def paired_generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Generalised IoU of each box with its partner: two [N, 4] xyxy tensors to [N].
+    """Generalised IoU of each box with its partner: two [..., 4] xyxy tensors to [...] (Rezatofighi et al., 2019).
 
-    The diagonal of `generalized_box_iou(boxes1, boxes2)` without the N×N table around it.
+    The diagonal of torchvision's `generalized_box_iou(boxes1, boxes2)` without the N×N table around it.
     """
-    return torch.vmap(generalized_box_iou)(boxes1[:, None], boxes2[:, None]).flatten()
+    intersection = _area(boxes1[..., :2].maximum(boxes2[..., :2]), boxes1[..., 2:].minimum(boxes2[..., 2:]))
+    union = _area(*boxes1.split(2, dim=-1)) + _area(*boxes2.split(2, dim=-1)) - intersection
+    hull = _area(boxes1[..., :2].minimum(boxes2[..., :2]), boxes1[..., 2:].maximum(boxes2[..., 2:]))
+    return intersection / union - (hull - union) / hull
+
+
+def _area(top_left: Tensor, bottom_right: Tensor) -> Tensor:
+    """The area between corners [..., 2], 0 where they have changed places."""
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    return width * height
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

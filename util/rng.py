@@ -1,8 +1,7 @@
-"""What makes runs repeatable: seeds, the states of the random number generators, deterministic kernels."""
+"""The random number generators of a process: seeding, saving and restoring them."""
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any
 
@@ -49,10 +48,3 @@ def set_all_rng_states(states: dict[str, Any]) -> None:
     np.random.set_state(tuple(states["numpy"]))
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
-
-
-def use_deterministic_kernels() -> None:
-    """The same numbers from the same machine every time, also on GPUs, where sums otherwise depend on timing."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
