@@ -41,6 +41,18 @@ def test_running_workers_see_the_epoch(shapes, parse):
     assert len(seen[0]) == 2
 
 
+def test_batches_keep_the_channels_last_until_the_device(shapes, parse):
+    """The device has the same batch in the usual layout, and targets that can be changed."""
+    args = parse("--coco_path", shapes, *SMALL, "--num_workers", 1)
+    for samples, targets in build_loader(build_dataset("val", args), args, train=False):
+        assert samples.tensors.is_contiguous(memory_format=torch.channels_last)
+        moved = samples.to("cpu")
+        assert moved.tensors.is_contiguous()
+        assert torch.equal(moved.tensors, samples.tensors)
+        for target in targets:
+            target["boxes"] += 1
+
+
 def test_workers_have_one_thread(shapes, parse):
     args = parse("--coco_path", shapes, *SMALL, "--num_workers", 1)
     dataset = build_dataset("val", args)

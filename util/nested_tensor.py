@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,11 +57,25 @@ def nested_tensor_from_tensor_list(
     return NestedTensor(tensors, mask, has_padding=any(image.shape[1:] != (height, width) for image in images))
 
 
-def collate_fn(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, tuple[dict, ...]]:
+class Targets(tuple):
+    """The targets of a batch, dicts of small tensors, which leave a worker as arrays.
+
+    Each tensor would take a file and a mapping of shared memory, in the worker and in the main process.
+    """
+
+    def __reduce__(self) -> tuple:
+        return _targets_of_arrays, ([{key: value.numpy() for key, value in target.items()} for target in self],)
+
+
+def _targets_of_arrays(targets: list[dict[str, np.ndarray]]) -> Targets:
+    return Targets({key: torch.from_numpy(value) for key, value in target.items()} for target in targets)
+
+
+def collate_fn(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, Targets]:
     """(image, target) pairs to (padded images, targets).
 
     The channels stay last in memory, as images are decoded: to reorder them costs a worker as much as the resize, and
     the device next to nothing.
     """
     images, targets = zip(*batch, strict=True)
-    return nested_tensor_from_tensor_list(images, torch.channels_last), targets
+    return nested_tensor_from_tensor_list(images, torch.channels_last), Targets(targets)
