@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,7 +12,8 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from datasets.coco import CocoDetection
-from datasets.transforms import make_coco_transforms
+from datasets.samplers import EpochSampler, same_shape_batches
+from datasets.transforms import make_coco_transforms, resized_size
 from util.distributed import get_rank, get_world_size
 from util.errors import InputError
 from util.nested_tensor import collate_fn
@@ -53,37 +53,35 @@ def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
     return dataset.coco
 
 
-class EpochSampler(DistributedSampler):
-    """DistributedSampler, which can also begin within an epoch."""
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the order, and how many of this process's samples are passed over."""
-        super().set_epoch(epoch)
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.start, None)
-
-
 def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) -> DataLoader:
-    """This process's batches: in training shuffled by (seed, epoch), without a partial last one; else all, in order.
+    """This process's batches: in training shuffled by (seed, epoch), without a partial last one.
+
+    In evaluation, the images of a batch have one shape, so that nothing is padded; every image is in a batch of one of
+    the processes, and some batches are repeated where the processes would not have equally many.
 
     `len` counts all batches of an epoch, also where the sampler begins within it.
 
-    Raises InputError where the data does not fill a batch.
+    Raises InputError where the data does not fill a batch in training.
     """
-    sampler = EpochSampler(dataset, get_world_size(), get_rank(), shuffle=train, seed=args.seed)
-    sampler.set_epoch(0)
+    if train:
+        sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=args.seed)
+        sampler.set_epoch(0)
+        batches = {"sampler": sampler, "batch_size": args.batch_size, "drop_last": True}
+    else:
+        sizes = dataset.records.sizes.tolist()
+        shapes = [resized_size(*size, args.min_size, args.max_size) if all(size) else None for size in sizes]
+        of_all = same_shape_batches(shapes, args.batch_size)
+        mine = DistributedSampler(of_all, get_world_size(), get_rank(), shuffle=False)
+        batches = {"batch_sampler": [of_all[i] for i in mine]}
     loader = DataLoader(
         dataset,
-        args.batch_size,
-        sampler=sampler,
-        drop_last=train,
+        **batches,
         collate_fn=collate_fn,
         num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
         # Forked workers share the annotations with this process, and end when it is killed.
         multiprocessing_context="fork" if args.num_workers and sys.platform == "linux" else None,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_worker,
         pin_memory=torch.device(args.device).type == "cuda",
         generator=torch.Generator(),  # of its own, so that loading draws nothing from the model's random numbers
     )
@@ -93,3 +91,9 @@ def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) 
             f"on each of {get_world_size()} processes; lower --batch_size"
         )
     return loader
+
+
+def start_worker(_worker: int) -> None:
+    """Prepares a process that loads data; torch gives it a single thread."""
+    ignore_signals()
+    gc.freeze()  # or the collector would write to all that is shared with the main process, and so copy it

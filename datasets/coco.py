@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.annotations import check_image_files, read_annotations
-from datasets.transforms import Target, Transform, prepare_for_model
+from datasets.images import decode
+from datasets.records import Objects, Records
+from datasets.transforms import Target, Transform, normalize_boxes
 from util.errors import InputError, reason
 
 MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less may vanish when float32 scales it
@@ -74,21 +76,26 @@ class CocoDetection(Dataset):
         self.annotation_file = Path(annotation_file)
         self.coco = read_annotations(annotation_file, remove_difficult)
         check_image_files(self.coco, self.image_folder, annotation_file, on_bad_image)
-        self.ids = sorted(self.coco.imgs)
+        self.records = Records(self.coco)
         self.class_names = {entry["id"]: entry["name"] for entry in self.coco.dataset["categories"]}
         self.transforms = transforms
         self.on_bad_image = on_bad_image
         self.seed = seed
-        self.epoch = 0
-        if not self.ids:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are at work see it change
+        if len(self) == 0:
             raise InputError(f"{annotation_file}: lists no images")
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the augmentation of the samples that are loaded from now on."""
-        self.epoch = epoch
+        """Chooses the augmentation of the samples that are loaded from now on, by running workers too."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.records)
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the images, in the order of the samples."""
+        return self.records.ids.tolist()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """A uint8 image [3, H, W] and its target.
@@ -101,48 +108,48 @@ class CocoDetection(Dataset):
             InputError: where the image is bad, or in skipping, where all are.
         """
         index, image, skipped = self._load_from(range(len(self))[index])
-        image_id = self.ids[index]
-        target = make_target(image_id, self.coco.imgToAnns[image_id], *image.size)
+        height, width = image.shape[1:]
+        target = make_target(int(self.records.ids[index]), self.records.objects_of(index), width, height)
         if skipped:
             target["skipped"] = torch.tensor(skipped)
-        rng = random.Random(f"{self.seed} {self.epoch} {index}")
-        return prepare_for_model(*self.transforms(image, target, rng))
+        rng = random.Random(f"{self.seed} {self._epoch.item()} {index}")
+        image, target = self.transforms(image, target, rng)
+        return image, normalize_boxes(target, width=image.shape[2], height=image.shape[1])
 
-    def _load_from(self, start: int) -> tuple[int, Image.Image, list[int]]:
+    def _load_from(self, start: int) -> tuple[int, Tensor, list[int]]:
         """The first image from index `start` on that can be used: its index, itself, the ids of those skipped."""
         skipped: list[int] = []
         while True:
             index = (start + len(skipped)) % len(self)
             try:
-                return index, self.load_image(self.ids[index]), skipped
+                return index, self.load_image(index), skipped
             except InputError as error:
                 if self.on_bad_image == "error":
                     raise InputError(f"{error}; --on_bad_image skip goes on without such images") from error
-                skipped.append(self.ids[index])
+                skipped.append(int(self.records.ids[index]))
                 if len(skipped) == len(self):
                     raise InputError(f"none of {len(self)} images can be used; the last: {error}") from error
 
-    def load_image(self, image_id: int) -> Image.Image:
-        """The image as stored (EXIF orientation is not applied: COCO's coordinates are those of the stored pixels).
+    def load_image(self, index: int) -> Tensor:
+        """uint8 [3, H, W] as stored (EXIF orientation is not applied: COCO's coordinates are of the stored pixels).
 
         Raises InputError where it cannot be decoded or its size is not the annotated one.
         """
-        entry = self.coco.imgs[image_id]
-        path = self.image_folder / entry["file_name"]
+        path = self.image_folder / self.records.file_name(index)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about sizes and metadata that keep no image from being used
                 with Image.open(path) as file:
-                    problem = self._size_problem(file, entry)
+                    problem = self._size_problem(file, *self.records.sizes[index].tolist())
                     if not problem:
-                        return to_rgb(file)
+                        return decode(file)
         except Exception as error:  # decoders raise many types on broken files
             problem = f"cannot be decoded ({reason(error)})"
-        raise InputError(f"{path} (image id {image_id}): {problem}")
+        raise InputError(f"{path} (image id {self.records.ids[index]}): {problem}")
 
-    def _size_problem(self, file: Image.Image, entry: dict) -> str:
-        """What is wrong with the size of an image file, if anything."""
-        width, height = entry.get("width") or file.width, entry.get("height") or file.height
+    def _size_problem(self, file: Image.Image, width: int, height: int) -> str:
+        """What is wrong with the size of an image file, of which width and height are annotated (0: unknown)."""
+        width, height = width or file.width, height or file.height
         if file.size == (width, height):
             return ""
         problem = f"is {file.width}×{file.height}, but {self.annotation_file} says {width}×{height}"
@@ -161,9 +168,8 @@ class CocoDetection(Dataset):
 
     def check_classes(self, num_classes: int) -> None:
         """Raises InputError where a category id in use has no logit in a head of `num_classes`."""
-        used = {entry["category_id"] for entry in self.coco.dataset["annotations"]}
-        if used and max(used) >= num_classes:
-            worst = max(used)
+        worst = int(self.records.objects.labels.max(initial=-1))
+        if worst >= num_classes:
             raise InputError(
                 f"{self.annotation_file}: category id {worst} ({self.class_names[worst]}) does not fit the class head "
                 f"of {num_classes} logits (ids 0 to {num_classes - 1}); --num_classes {worst + 1} or more is needed"
@@ -176,50 +182,47 @@ class CocoDetection(Dataset):
 
     def summary(self) -> Summary:
         """Counts over all annotations, without opening an image."""
-        counts = {"boxes": 0, "crowds": 0, "dropped": 0}
-        filled, labels = set(), set()
-        for entry in self.coco.dataset["annotations"]:
-            image = self.coco.imgs[entry["image_id"]]
-            visible = visible_corners(entry["bbox"], image.get("width") or math.inf, image.get("height") or math.inf)
-            kind = "crowds" if entry["iscrowd"] else "boxes" if visible else "dropped"
-            counts[kind] += 1
-            if kind == "boxes":
-                filled.add(entry["image_id"])
-                labels.add(entry["category_id"])
-        return Summary(images=len(self), empty_images=len(self) - len(filled), classes=len(labels), **counts)
+        objects, image_of_object = self.records.objects, self.records.image_of_object
+        sizes = np.where(self.records.sizes > 0, self.records.sizes, np.inf)[image_of_object]
+        _, visible = visible_corners(objects.boxes, *sizes.T)
+        kept = visible & ~objects.crowds
+        return Summary(
+            images=len(self),
+            empty_images=len(self) - len(np.unique(image_of_object[kept])),
+            boxes=int(kept.sum()),
+            crowds=int(objects.crowds.sum()),
+            dropped=int((~visible & ~objects.crowds).sum()),
+            classes=len(np.unique(objects.labels[kept])),
+        )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode with 8 bits for each of red, green and blue; what is transparent keeps its colour."""
-    if image.mode.startswith("I"):  # 16 bits of grey, of which PIL would clip all but the darkest 256 to white
-        image = image.convert("I").point(lambda value: value / 257 + 0.5)
-    return image.convert("RGB")
-
-
-def make_target(image_id: int, annotations: list[dict], width: int, height: int) -> Target:
+def make_target(image_id: int, objects: Objects, width: int, height: int) -> Target:
     """The training target of an image, with boxes as absolute xyxy clipped to the image.
 
     Crowds and boxes without area are left out.
     """
-    visible = [(visible_corners(entry["bbox"], width, height), entry) for entry in annotations]
-    visible = [(corners, entry) for corners, entry in visible if corners and not entry.get("iscrowd")]
+    corners, visible = visible_corners(objects.boxes, width, height)
+    kept = visible & ~objects.crowds
     size = torch.tensor([height, width])
     return {
-        "boxes": torch.tensor([corners for corners, _ in visible], dtype=torch.float32).view(-1, 4),
-        "labels": torch.tensor([entry["category_id"] for _, entry in visible], dtype=torch.int64),
+        "boxes": torch.from_numpy(corners[kept]).float(),
+        "labels": torch.from_numpy(objects.labels[kept]),
         "image_id": torch.tensor([image_id]),
-        "area": torch.tensor([entry["area"] for _, entry in visible], dtype=torch.float32),
-        "iscrowd": torch.zeros(len(visible), dtype=torch.int64),
+        "area": torch.from_numpy(objects.areas[kept]).float(),
+        "iscrowd": torch.zeros(int(kept.sum()), dtype=torch.int64),
         "orig_size": size,
         "size": size,
     }
 
 
-def visible_corners(box: list[float], width: float, height: float) -> tuple[float, float, float, float] | None:
-    """A box [x, y, width, height] as corners clipped to an image; None where nothing of it is left.
+def visible_corners(
+    boxes: np.ndarray, width: float | np.ndarray, height: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (x, y, width, height) as xyxy clipped to an image, [N, 4], and whether anything of them is left, [N].
 
-    On Python's floats: float32 would lose the far corner of a box that begins far outside.
+    `width` and `height` are the image's, or [N], those of every box's image.
     """
-    x, y, w, h = box
-    x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-    return (x1, y1, x2, y2) if min(x2 - x1, y2 - y1) > MIN_SIDE else None
+    x, y, w, h = boxes.T
+    corners = np.stack([np.maximum(x, 0), np.maximum(y, 0), np.minimum(x + w, width), np.minimum(y + h, height)], 1)
+    extent = corners[:, 2:] - corners[:, :2]
+    return corners, (extent > MIN_SIDE).all(1)

@@ -192,7 +192,7 @@ def test_category_ids_beyond_the_head(load):
 
 
 def test_a_batch_has_to_be_filled_in_training(load, parse):
-    assert len(build_loader(load(), parse("--batch_size", 3), train=False)) == 1
+    assert len(build_loader(load(), parse("--batch_size", 3), train=False)) == 2
     with pytest.raises(InputError, match="2 images are fewer than a batch of 3"):
         build_loader(load(), parse("--batch_size", 3), train=True)
 

@@ -14,8 +14,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datasets import build_dataset
 from datasets import transforms as T
-from datasets.coco import CocoDetection, make_target, to_rgb
+from datasets.coco import CocoDetection
+from datasets.images import decode, to_rgb
 from tests.test_bad_annotations import TRAIN, VAL, assert_usable, reproducible, write
+from tests.test_transforms import blank, whole_image
 from util.errors import InputError
 
 PIXELS = 50_000  # the decoder's limit in these tests; beyond the double, it refuses
@@ -142,11 +144,27 @@ def test_every_mode_becomes_rgb(kind, mode, build):
     """With the colours that the mode's own conversion has; what is transparent keeps its colour."""
     image = noise(mode, (30, 20))
     exact = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
-    loaded = build(encode(image, kind, **exact), (30, 20)).load_image(1)
-    assert loaded.mode == "RGB"
+    loaded = build(encode(image, kind, **exact), (30, 20)).load_image(0)
+    assert loaded.shape == (3, 20, 30)
     expected = image.convert("I").point(lambda value: value / 257 + 0.5) if mode == "I;16" else image
-    difference = pil_to_tensor(loaded).float() - pil_to_tensor(expected.convert("RGB")).float()
+    difference = loaded.float() - pil_to_tensor(expected.convert("RGB")).float()
     assert difference.abs().mean() < (2 if kind == "JPEG" else 1e-6)
+
+
+@settings(reproducible, max_examples=150)
+@given(damage=damaged())
+def test_the_fast_decoder_agrees_with_pil(damage):
+    """On every pixel, and about what is too damaged to be used."""
+    file, _ = damage
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            expected = pil_to_tensor(to_rgb(Image.open(io.BytesIO(file))))
+        except Exception as error:
+            with pytest.raises(type(error)):
+                decode(Image.open(io.BytesIO(file)))
+        else:
+            assert torch.equal(decode(Image.open(io.BytesIO(file))), expected)
 
 
 def test_16_bits_of_grey_keep_their_range():
@@ -190,14 +208,13 @@ def test_extreme_shapes_stay_small(size, monkeypatch):
     made = []
     resize = T.F.resize
     monkeypatch.setattr(T.F, "resize", lambda image, shape, *rest: made.append(shape) or resize(image, shape, *rest))
-    picture = Image.new("L", size)
-    target = make_target(1, [{"bbox": [0, 0, *size], "category_id": 1, "area": 1.0}], *size)
+    picture, target = blank(*size), whole_image(*size)
     for split in ("train", "val"):
         for seed in range(16):
             image, result = T.make_coco_transforms(split, 200, 333)(picture, target, random.Random(seed))
-            assert result["size"].tolist() == [image.height, image.width]
+            assert result["size"].tolist() == list(image.shape[1:])
             assert (result["boxes"][:, 2:] > result["boxes"][:, :2]).all()
-            assert max(image.size) <= 1.5 * 333
+            assert max(image.shape) <= 1.5 * 333
     assert all(min(shape) > 0 and max(shape) <= 1.5 * 10 * 333 for shape in made)
 
 
@@ -216,15 +233,14 @@ def test_skipping(damage, build, capsys):
     assert dataset.describe_skipped([1, 1]) == "1 images could not be read and were skipped: 1.jpg (image id 1)"
 
 
-def test_skipping_wraps_around(build, root, monkeypatch):
+def test_skipping_wraps_around(build):
     dataset = build(encode(noise("RGB", (30, 20))), (30, 20), on_bad_image="skip")
-    monkeypatch.setitem(dataset.coco.imgs[2], "width", 31)
-    monkeypatch.setitem(dataset.coco.imgs[3], "width", 31)
+    dataset.records.sizes[1:] = 31
     assert [(int(t["image_id"]), t["skipped"].tolist()) for _, t in (dataset[1], dataset[2])] == [
         (1, [2, 3]),
         (1, [3]),
     ]
-    monkeypatch.setitem(dataset.coco.imgs[1], "width", 31)
+    dataset.records.sizes[:] = 31
     with pytest.raises(InputError, match=r"none of 3 images can be used; the last: .*2.png \(image id 2\): is 30×20"):
         dataset[2]
 

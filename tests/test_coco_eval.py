@@ -1,5 +1,6 @@
 """The evaluator: pycocotools' numbers, whatever the order and number of images."""
 
+import copy
 import gzip
 import json
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as mask_api
+from pycocotools.cocoeval import COCOeval
 
-from datasets.annotations import read_annotations
+from datasets.annotations import index, read_annotations
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
 from tests.reference import DATA
 
@@ -53,6 +55,23 @@ def score(coco, iou_type: str, batches: list[dict]) -> CocoEvaluator:
     return evaluator
 
 
+def assert_as_pycocotools(evaluator: CocoEvaluator, iou_type: str) -> None:
+    """Everything that pycocotools leaves behind, from the same detections."""
+    ours = evaluator.coco_eval[iou_type]
+    reference = COCOeval(copy.deepcopy(evaluator.coco_gt), copy.deepcopy(ours.cocoDt), iou_type)
+    reference.params = copy.deepcopy(ours.params)
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    np.testing.assert_allclose(ours.stats, reference.stats, atol=1e-9, rtol=0)
+    assert ours.eval.keys() == reference.eval.keys()
+    assert ours.eval["counts"] == reference.eval["counts"]
+    for key in ("precision", "recall", "scores"):
+        assert ours.eval[key].dtype == reference.eval[key].dtype
+        np.testing.assert_allclose(ours.eval[key], reference.eval[key], atol=1e-9, rtol=0)
+    assert vars(ours.params).keys() == vars(reference.params).keys()
+
+
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_the_twelve_numbers(iou_type, sample, coco, capsys):
     by_image = predictions(sample, iou_type)
@@ -63,6 +82,43 @@ def test_the_twelve_numbers(iou_type, sample, coco, capsys):
     printed = capsys.readouterr().out
     assert printed.count(" Average ") == 12
     assert "toothbrush" in printed
+    assert_as_pycocotools(evaluator, iou_type)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_crowded_scenes_are_scored_as_by_pycocotools(seed):
+    """Overlaps, crowds, areas that are ignored, ties of scores, more than 100 detections, or none."""
+    rng = np.random.default_rng(seed)
+    images = [{"id": i} for i in range(1, 13)]
+    annotations, found = [], {}
+    for image in images:
+        boxes = rng.integers(0, 20, (rng.integers(0, 9), 4)) * [9, 9, 12, 12] + [0, 0, 1, 1]
+        for box in boxes.tolist():
+            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "category_id": rng.integers(1, 4)})
+            annotations[-1] |= {"bbox": box, "area": box[2] * box[3] * 0.6, "iscrowd": int(rng.random() < 0.2)}
+        n = int(rng.choice([0, 3, 130])) if len(boxes) else 5
+        guesses = (boxes if len(boxes) else np.ones((1, 4)))[rng.integers(0, max(len(boxes), 1), n)]
+        guesses = guesses + rng.integers(-3, 4, (n, 4))
+        found[image["id"]] = {
+            "scores": torch.from_numpy(rng.integers(0, 40, n) / 40),
+            "labels": torch.from_numpy(rng.integers(1, 5, n)),
+            "boxes": torch.from_numpy(np.concatenate([guesses[:, :2], guesses[:, :2] + guesses[:, 2:]], 1)),
+        }
+    categories = [{"id": i, "name": str(i)} for i in (1, 2, 3, 7)]
+    evaluator = score(index({"images": images, "annotations": annotations, "categories": categories}), "bbox", [found])
+    assert 0 < evaluator.coco_eval["bbox"].stats[0] < 1
+    assert_as_pycocotools(evaluator, "bbox")
+
+
+def test_parameters_that_were_set_count(sample, coco):
+    evaluator = CocoEvaluator(coco, ["bbox"])
+    params = evaluator.coco_eval["bbox"].params
+    params.iouThrs, params.catIds = np.array([0.5, 0.75]), [1, 3, 18]
+    evaluator.update(predictions(sample, "bbox"))
+    evaluator.accumulate()
+    evaluator.coco_eval["bbox"].summarize()
+    assert evaluator.coco_eval["bbox"].eval["precision"].shape == (2, 101, 3, 4, 3)
+    assert_as_pycocotools(evaluator, "bbox")
 
 
 def test_an_image_counts_once(sample, coco):

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 
 from models.backbone import CHANNELS
 from util.errors import InputError
+
+MAX_AUTO_WORKERS = 16  # more feed no GPU faster
+
+
+def worker_count(text: str) -> int:
+    """A number, or for "auto" that of the CPUs which fall to this process.
+
+    Those that it may use are shared by torchrun's processes of a node; srun's tasks have their own.
+    """
+    if text != "auto":
+        return int(text)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), MAX_AUTO_WORKERS)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -91,7 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--deterministic", action="store_true", help="the same numbers from every run on a GPU, too; slower")
     add("--eval", action="store_true", help="evaluate only")
     add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
-    add("--num_workers", default=2, type=int, help="processes that load data")
+    add("--num_workers", default=2, type=worker_count, help="processes that load data; auto: as the CPUs suffice for")
     add("--world_size", default=1, type=int, help="set by the launcher")
     add("--dist_url", default="env://", help="where the processes meet")
     add("--local-rank", "--local_rank", dest="local_rank", default=None, type=int, help=argparse.SUPPRESS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +25,9 @@ class NestedTensor:
         self.has_padding = has_padding
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
+        """The batch on a device, with the channels first in memory (`collate_fn`)."""
         tensors, mask = (t.to(device, non_blocking=non_blocking) for t in self.decompose())
-        return NestedTensor(tensors, mask, self.has_padding)
+        return NestedTensor(tensors.contiguous(), mask, self.has_padding)
 
     def pin_memory(self) -> NestedTensor:
         """Called by the data loader when it pins batches for the copy to the GPU."""
@@ -38,12 +40,16 @@ class NestedTensor:
         return f"NestedTensor({list(self.tensors.shape)}, {self.tensors.dtype})"
 
 
-def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
+def nested_tensor_from_tensor_list(
+    images: Sequence[Tensor], memory_format: torch.memory_format = torch.contiguous_format
+) -> NestedTensor:
     """Pads [3, h, w] images with zeros at the right and bottom to the largest height and width among them."""
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
-    tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=tensors.device)
+    dtype, device = images[0].dtype, images[0].device
+    shape = len(images), images[0].shape[0], height, width
+    tensors = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format).zero_()
+    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=device)
     for i, image in enumerate(images):
         h, w = image.shape[1:]
         tensors[i, :, :h, :w] = image
@@ -51,7 +57,25 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
     return NestedTensor(tensors, mask, has_padding=any(image.shape[1:] != (height, width) for image in images))
 
 
-def collate_fn(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, tuple[dict, ...]]:
-    """(image, target) pairs to (padded images, targets)."""
+class Targets(tuple):
+    """The targets of a batch, dicts of small tensors, which leave a worker as arrays.
+
+    Each tensor would take a file and a mapping of shared memory, in the worker and in the main process.
+    """
+
+    def __reduce__(self) -> tuple:
+        return _targets_of_arrays, ([{key: value.numpy() for key, value in target.items()} for target in self],)
+
+
+def _targets_of_arrays(targets: list[dict[str, np.ndarray]]) -> Targets:
+    return Targets({key: torch.from_numpy(value) for key, value in target.items()} for target in targets)
+
+
+def collate_fn(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, Targets]:
+    """(image, target) pairs to (padded images, targets).
+
+    The channels stay last in memory, as images are decoded: to reorder them costs a worker as much as the resize, and
+    the device next to nothing.
+    """
     images, targets = zip(*batch, strict=True)
-    return nested_tensor_from_tensor_list(images), targets
+    return nested_tensor_from_tensor_list(images, torch.channels_last), Targets(targets)

@@ -68,7 +68,7 @@ def noticing_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def ignore_signals(_worker: int = 0) -> None:
+def ignore_signals() -> None:
     """For data-loading workers: clusters signal every process, but the step under way still needs its images."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

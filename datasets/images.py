@@ -1,0 +1,35 @@
+"""Reading image files as uint8 tensors."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+
+def decode(file: Image.Image) -> Tensor:
+    """The stored pixels of a file that PIL has opened, as uint8 [3, H, W], in memory with the channels last.
+
+    Opening has checked the header, and the number of pixels that it claims. JPEGs without a fourth channel are decoded
+    by torchvision, to the pixels that PIL would return; PIL decodes everything else, and finds the words for what is
+    damaged. Other formats gain nothing: PNGs take as long to inflate, and torchvision's decoder prints warnings.
+
+    Raises what PIL raises for files that cannot be decoded.
+    """
+    if file.format == "JPEG" and file.mode in ("L", "RGB"):
+        file.fp.seek(0)
+        encoded = torch.frombuffer(bytearray(file.fp.read()), dtype=torch.uint8)
+        with contextlib.suppress(RuntimeError):
+            return decode_jpeg(encoded, ImageReadMode.RGB)
+    return pil_to_tensor(to_rgb(file))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode with 8 bits for each of red, green and blue; what is transparent keeps its colour."""
+    if image.mode.startswith("I"):  # 16 bits of grey, of which PIL would clip all but the darkest 256 to white
+        image = image.convert("I").point(lambda value: value / 257 + 0.5)
+    return image.convert("RGB")
