@@ -45,7 +45,7 @@ from util.errors import InputError, what_to_do
 from util.log_file import append_log, trim_log
 from util.logger import log, warn
 from util.optim import build_optimizer, build_schedule, restore_optimizer
-from util.preemption import EXIT_CODE, SIGNALS, Preempted, StopRequest, end_at_once, noticing_signals
+from util.preemption import EXIT_CODE, SIGNALS, Preempted, StopRequest, end_at_once, kill_workers, noticing_signals
 from util.progress import Progress
 from util.resume import choose_num_classes, first_epoch, holds_training, read_checkpoint, unlogged_epoch
 from util.rng import seed_everything, use_deterministic_kernels
@@ -295,6 +295,8 @@ def run() -> None:
             raise
         process = f"process {get_rank()}: " if get_world_size() > 1 else ""
         sys.exit(colored("error: ", "red", no_color=not sys.stderr.isatty()) + process + line)
+    finally:
+        kill_workers()  # at exit, the data loader would wait for each of them first
 
 
 if __name__ == "__main__":
