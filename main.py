@@ -46,7 +46,7 @@ from util.kernels import use_deterministic_kernels, use_fast_kernels
 from util.log_file import append_log, trim_log
 from util.logger import log, warn
 from util.optim import build_optimizer, build_schedule, restore_optimizer
-from util.preemption import EXIT_CODE, SIGNALS, Preempted, StopRequest, end_at_once, noticing_signals
+from util.preemption import EXIT_CODE, SIGNALS, Preempted, StopRequest, end_at_once, kill_workers, noticing_signals
 from util.progress import Progress
 from util.resume import choose_num_classes, first_epoch, holds_training, read_checkpoint, unlogged_epoch
 from util.rng import seed_everything
@@ -305,6 +305,8 @@ def run() -> None:
             raise
         process = f"process {get_rank()}: " if get_world_size() > 1 else ""
         status = colored("error: ", "red", no_color=not sys.stderr.isatty()) + process + line
+    finally:
+        kill_workers()  # at exit, the data loader would wait for each of them first
     leave_process_group(orderly=not status)
     sys.exit(status)
 

@@ -75,7 +75,8 @@ def ignore_signals() -> None:
 
 
 @atexit.register  # runs before multiprocessing's own handler, which would wait for a SIGTERM to end the workers
-def _kill_workers() -> None:
+def kill_workers() -> None:
+    """Ends the processes that load data; what others would end them by, they ignore."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's own handler raises an error for dead workers
     for child in multiprocessing.active_children():
         if child.daemon:
