@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine import autocast, logged_losses
 from main import get_args_parser
 from models import build_model
+from scripts.benchmark_data import measure_data, measure_evaluator
+from scripts.timing import alternate, synchronize
 from util.kernels import use_fast_kernels
 from util.nested_tensor import NestedTensor
 from util.optim import build_optimizer
@@ -45,7 +47,7 @@ BOXES = 7  # an image, about as many as COCO has
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=[*PARTS, *HOST_PARTS], choices=[*PARTS, *HOST_PARTS])
     parser.add_argument("--variants", nargs="+", default=["r50"], choices=VARIANTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", nargs=2, type=int, default=(800, 1066), metavar=("HEIGHT", "WIDTH"))
@@ -65,8 +67,8 @@ def main() -> None:
     report: dict[str, Any] = {"machine": machine}
     for part in flags.parts:
         report[part] = []
-        for variant in flags.variants:
-            rows = PARTS[part](variant, flags, machine)
+        measured = (PARTS[part](variant, flags, machine) for variant in flags.variants)
+        for rows in measured if part in PARTS else [HOST_PARTS[part](flags.repeats)]:
             print_table(rows)
             report[part] += rows
     if flags.json:
@@ -94,25 +96,6 @@ def describe_machine(device: torch.device, precisions: list[str]) -> dict[str, A
 
 def read_lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def alternate(runs: dict[Hashable, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Hashable, float]:
-    """The median seconds of every run; they take turns, after two rounds that do not count."""
-    seconds: dict[Hashable, list[float]] = {name: [] for name in runs}
-    for turn in range(-2, repeats):
-        for name, run in runs.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
@@ -328,7 +311,11 @@ def measure_training(variant: str, flags: argparse.Namespace, _machine: dict[str
     return rows
 
 
-PARTS = {"inference": measure_inference, "training": measure_training}
+PARTS = {
+    "inference": measure_inference,
+    "training": measure_training,
+}
+HOST_PARTS = {"data": measure_data, "evaluator": measure_evaluator}
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,151 @@
+"""Measures what the host does in a run: loading images, and scoring detections."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image
+from pycocotools.cocoeval import COCOeval
+
+from datasets.annotations import index
+from datasets.coco import CocoDetection
+from datasets.coco_eval import CocoEvaluator
+from datasets.transforms import make_coco_transforms, resized_size
+from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
+from scripts.timing import alternate
+
+WIDTH, HEIGHT = 640, 480  # as most photos of COCO
+OBJECTS, DETECTIONS = 7, 100  # an image
+NUM_CATEGORIES = 80
+
+
+def random_coco(rng: np.random.Generator, images: int) -> dict[str, Any]:
+    """COCO instance annotations of images that need not exist."""
+    annotations = []
+    for number in range(images * OBJECTS):
+        x, y, width, height = (*rng.uniform(0, 300, 2), *rng.uniform(20, 180, 2))
+        annotations.append(
+            {
+                "id": number + 1,
+                "image_id": number // OBJECTS + 1,
+                "category_id": int(rng.integers(1, NUM_CATEGORIES + 1)),
+                "bbox": [x, y, width, height],
+                "area": width * height,
+                "iscrowd": 0,
+            }
+        )
+    return {
+        "images": [{"id": i + 1, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT} for i in range(images)],
+        "annotations": annotations,
+        "categories": [{"id": k + 1, "name": str(k + 1)} for k in range(NUM_CATEGORIES)],
+    }
+
+
+def write_photos(folder: Path, rng: np.random.Generator, images: int) -> None:
+    """JPEGs with edges and noise, whose size in bytes is about that of photos."""
+    for i in range(images):
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((WIDTH, HEIGHT))
+        noisy = np.asarray(coarse).astype(int) + rng.integers(-12, 13, (HEIGHT, WIDTH, 1))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+
+
+def loading_runs(folder: Path, images: int, split: str) -> dict[str, Callable[[], None]]:
+    """One core's loading of all images of a folder, here and by PIL up to normalised floats.
+
+    In training, PIL is spared the augmentation but for the resize.
+    """
+    annotations = folder / "annotations.json"
+    annotations.write_text(json.dumps(random_coco(np.random.default_rng(0), images)), encoding="utf-8")
+    dataset = CocoDetection(folder, annotations, make_coco_transforms(split))
+    rng = random.Random(0)
+    sizes = list(range(480, 801, 32)) if split == "train" else [800]
+
+    def ours() -> None:
+        for i in range(images):
+            dataset[i]
+
+    def by_pil() -> None:
+        for i in range(images):
+            image = Image.open(folder / f"{i}.jpg").convert("RGB")
+            width, height = resized_size(*image.size, rng.choice(sizes), 1333)
+            F.normalize(F.to_tensor(F.resize(image, [height, width])), IMAGENET_MEAN, IMAGENET_STD)
+
+    return {"": ours, " PIL": by_pil}
+
+
+def scoring_runs(rng: np.random.Generator, images: int) -> dict[str, Callable[[], None]]:
+    """The scoring of random detections, here at the end and by pycocotools image by image."""
+    truth = index(random_coco(rng, images))
+    corners = torch.from_numpy(rng.uniform(0, 300, (images, DETECTIONS, 2)))
+    boxes = torch.cat([corners, corners + torch.from_numpy(rng.uniform(20, 180, (images, DETECTIONS, 2)))], dim=-1)
+    labels = torch.from_numpy(rng.integers(1, NUM_CATEGORIES + 1, (images, DETECTIONS)))
+    scores = torch.from_numpy(rng.uniform(0, 1, (images, DETECTIONS)))
+    found = {i + 1: {"boxes": boxes[i], "labels": labels[i], "scores": scores[i]} for i in range(images)}
+
+    def ours() -> None:
+        evaluator = CocoEvaluator(truth, ("bbox",))
+        evaluator.update(found)
+        evaluator.synchronize_between_processes()
+        evaluator.accumulate()
+
+    def image_by_image() -> None:
+        evaluators = []
+        for image_id, detections in found.items():
+            x1, y1, x2, y2 = detections["boxes"].unbind(-1)
+            columns = torch.stack([x1, y1, x2 - x1, y2 - y1, detections["scores"]], dim=-1).tolist()
+            results = [
+                {"image_id": image_id, "category_id": label, "bbox": column[:4], "score": column[4]}
+                for label, column in zip(detections["labels"].tolist(), columns, strict=True)
+            ]
+            with contextlib.redirect_stdout(io.StringIO()):
+                evaluator = COCOeval(truth, truth.loadRes(results), "bbox")
+                evaluator.params.imgIds = [image_id]
+                evaluator.evaluate()
+            evaluators.append(evaluator)
+
+    return {"": ours, " pycocotools": image_by_image}
+
+
+def measure_data(repeats: int) -> list[dict[str, Any]]:
+    """Loading 640×480 JPEGs on one core, in turns with PIL's arithmetic on floats."""
+    images, rows = 16, []
+    with tempfile.TemporaryDirectory() as folder:
+        write_photos(Path(folder), np.random.default_rng(0), images)
+        for split in ("train", "val"):
+            runs = loading_runs(Path(folder), images, split)
+            with one_thread():
+                seconds = alternate(runs, torch.device("cpu"), repeats)
+            rows += [
+                {"images": split + kind, "images/s and core": round(images / value, 1)}
+                for kind, value in seconds.items()
+            ]
+    return rows
+
+
+def measure_evaluator(repeats: int) -> list[dict[str, Any]]:
+    """Scoring 1,000 images with 100 detections each, in turns with pycocotools image by image."""
+    runs = scoring_runs(np.random.default_rng(0), images=1000)
+    seconds = alternate(runs, torch.device("cpu"), min(repeats, 3))
+    return [{"scoring 1,000 × 100": f"boxes{kind}", "s": round(value, 2)} for kind, value in seconds.items()]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As loading processes compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

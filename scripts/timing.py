@@ -1,0 +1,29 @@
+"""Comparing how long things take on machines where nothing takes as long twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from statistics import median
+from typing import Any
+
+import torch
+
+
+def alternate(runs: dict[Hashable, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Hashable, float]:
+    """The median seconds of every run; they take turns, after two rounds that do not count."""
+    seconds: dict[Hashable, list[float]] = {name: [] for name in runs}
+    for turn in range(-2, repeats):
+        for name, run in runs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
