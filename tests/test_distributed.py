@@ -201,5 +201,5 @@ def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
     more = ("--epochs", 1, "--batch_size", 2, "--resume", "auto")
     printed = output_of(start(ROOT / "main.py", *flags(shapes, tmp_path / "fewer", *more)))
     assert f"0 epochs trained and {step} steps" in printed
-    assert "[6/7]" in printed
-    assert "[0/7]" not in printed
+    assert "Epoch [0]  [6/7]" in printed
+    assert "Epoch [0]  [0/7]" not in printed
