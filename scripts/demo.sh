@@ -11,5 +11,5 @@ python -m datasets.shapes --output "$out/data"
 python main.py --coco_path "$out/data" --output_dir "$out" \
   --backbone resnet18 --backbone_weights none --backbone_norm batch --min_size 96 --max_size 160 \
   --enc_layers 1 --dec_layers 2 --dim_feedforward 512 --dropout 0 --num_queries 20 \
-  --lr 1e-4 --lr_backbone 1e-4 --clip_max_norm 0 --batch_size 8 --epochs 4 --lr_drop 3 --num_workers 1 "$@"
+  --lr 1e-4 --lr_backbone 1e-4 --clip_max_norm 0 --batch_size 8 --epochs 6 --lr_drop 5 --num_workers 1 "$@"
 python -m scripts.demo_pictures --output_dir "$out"
