@@ -178,7 +178,7 @@ def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes
     began = time.time()
     printed = output_of(killed_run(shapes, tmp_path / "killed", processes, killed_at, start))
     times = killed_at.count(":")
-    assert printed.count("failed (exitcode: -9)") == times
+    assert printed.count("failed (exitcode: ") == times  # of the killed process, or of one that misses it
     assert printed.count("loading") == times
     assert (time.time() - began) / (times + 1) < 60
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
