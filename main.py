@@ -31,7 +31,7 @@ from engine import evaluate, train_one_epoch
 from models import build_model
 from models.backbone import load_backbone_weights
 from util.args import check_args, get_args_parser
-from util.checkpoint import load_model_weights, save_on_master
+from util.checkpoint import classes_of, load_model_weights, save_on_master
 from util.distributed import (
     barrier,
     distribute,
@@ -78,9 +78,12 @@ def main(args: argparse.Namespace) -> None:
             log(f"finished: {source} has all {args.epochs} epochs; raise --epochs to train on", "green")
             return
 
-    dataset_train = None if args.eval else build_dataset("train", args)
-    dataset_val = build_dataset("val", args)
-    args.num_classes = choose_num_classes(args, checkpoint, source, (dataset_train or dataset_val).num_classes)
+    classes = checkpoint and classes_of(checkpoint, source)
+    dataset_train = None if args.eval else build_dataset("train", args, classes)
+    classes = classes or (dataset_train and dataset_train.classes)
+    dataset_val = build_dataset("val", args, classes)
+    classes = classes or dataset_val.classes
+    args.num_classes = choose_num_classes(args, checkpoint, source, classes.num_labels)
     for dataset in filter(None, (dataset_train, dataset_val)):
         dataset.check_classes(args.num_classes)
     loader_train = dataset_train and build_loader(dataset_train, args, train=True)
@@ -217,7 +220,7 @@ class TrainingRun:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "epoch": epoch,
             "args": vars(self.args),
-            "class_names": self.loader.dataset.class_names,
+            **self.loader.dataset.classes.state_dict(),
             **self.progress.state_dict(),
             **more,
         }

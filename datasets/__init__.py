@@ -14,36 +14,56 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from datasets.coco import CocoDetection
 from datasets.samplers import EpochSampler, same_shape_batches
 from datasets.transforms import make_coco_transforms, resized_size
+from util.classes import Classes
 from util.distributed import get_rank, get_world_size
 from util.errors import InputError
 from util.nested_tensor import collate_fn
 from util.preemption import ignore_signals
 
 
-def build_dataset(image_set: str, args: argparse.Namespace) -> CocoDetection:
-    """The "train" or "val" split of the COCO data under `args.coco_path`.
+def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | None = None) -> CocoDetection:
+    """The "train" or "val" split of the data that the flags name.
 
-    Annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or `{split}2017/`.
+    Under `args.coco_path`, annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or
+    `{split}2017/`; `args.{split}_annotations` and `args.{split}_images` name others.
+
+    Args:
+        image_set: the split.
+        args: the flags.
+        classes: those whose labels are to be used: of the model, or of the training data.
 
     Raises:
         InputError: where the data set is of another kind, files are missing or annotations are not usable.
     """
     if args.dataset_file != "coco":
         raise InputError(f"--dataset_file {args.dataset_file}: only coco is supported so far")
-    if not args.coco_path:
-        raise InputError("--coco_path is needed: the folder with annotations/ and images/")
-    root = Path(args.coco_path)
-    if not root.is_dir():
-        raise InputError(f"--coco_path {root}: no such folder")
-    folders = [root / "images" / f"{image_set}2017", root / f"{image_set}2017"]
+    images, annotations = (getattr(args, f"{image_set}_{part}", None) for part in ("images", "annotations"))
+    if not (images and annotations):
+        root = coco_folder(args.coco_path, image_set)
+        folders = [root / "images" / f"{image_set}2017", root / f"{image_set}2017"]
+        images = images or next((folder for folder in folders if folder.is_dir()), folders[0])
+        annotations = annotations or root / "annotations" / f"instances_{image_set}2017.json"
     return CocoDetection(
-        next((folder for folder in folders if folder.is_dir()), folders[0]),
-        root / "annotations" / f"instances_{image_set}2017.json",
+        images,
+        annotations,
         make_coco_transforms(image_set, getattr(args, "min_size", 800), getattr(args, "max_size", 1333)),
         seed=args.seed,
         remove_difficult=args.remove_difficult,
         on_bad_image=getattr(args, "on_bad_image", "error"),
+        classes=classes,
     )
+
+
+def coco_folder(path: str | None, image_set: str) -> Path:
+    """The folder of `--coco_path`, which has to be there."""
+    if not path:
+        raise InputError(
+            f"no {image_set} data: name the folder with annotations/ and images/ by --coco_path, "
+            f"or both --{image_set}_images and --{image_set}_annotations"
+        )
+    if not Path(path).is_dir():
+        raise InputError(f"--coco_path {path}: no such folder")
+    return Path(path)
 
 
 def get_coco_api_from_dataset(dataset: Dataset) -> COCO:

@@ -17,21 +17,26 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
+from util.classes import Classes
 from util.errors import InputError, reason
 from util.logger import warn
 
 MAX_PIXELS = 10**9  # of a coordinate or side: no image is so large, and sums and areas stay finite in float32
-MAX_CATEGORY_ID = 65_535  # the class head has a logit for every id up to the highest
 MISSPELT_ISCROWD = frozenset({"is_crowd", "isCrowd", "IsCrowd", "is-crowd"})
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # tear a line or cannot be printed
 
 
-def read_annotations(path: str | Path, remove_difficult: bool = False) -> COCO:
-    """The checked and completed contents of a COCO JSON file, indexed by pycocotools.
+def read_annotations(
+    path: str | Path, remove_difficult: bool = False, classes: Classes | None = None
+) -> tuple[COCO, Classes]:
+    """The checked and completed contents of a COCO JSON file, indexed by pycocotools, and its classes.
+
+    In the index, labels have the place of category ids (`Classes`).
 
     Args:
         path: a file with lists `images`, `annotations` and `categories`.
         remove_difficult: leave out annotations marked `difficult`.
+        classes: those that a model knows already, whose labels are to be used.
 
     Raises:
         InputError: where the file is missing, is not COCO JSON, or an entry is not usable; names the entry.
@@ -55,7 +60,9 @@ def read_annotations(path: str | Path, remove_difficult: bool = False) -> COCO:
     annotations = [checker.annotation(entry, images, categories) for entry in data["annotations"]]
     data["annotations"] = [entry for entry in annotations if not (remove_difficult and entry.get("difficult"))]
     _number_annotations(data["annotations"])
-    return index(data)
+    classes = classes.of_categories(data["categories"]) if classes else Classes.from_categories(data["categories"])
+    _label(data, classes)
+    return index(data), classes
 
 
 def index(data: dict[str, Any]) -> COCO:
@@ -77,7 +84,7 @@ class _Checker:
         self.position = -1
 
     def fail(self, entry: Any, reason: str) -> None:
-        named = isinstance(entry, dict) and _is_int(entry.get("id"))
+        named = isinstance(entry, dict) and (_is_int(entry.get("id")) or _is_line(entry.get("id")))
         name = f"{self.kind} id {show(entry['id'])}" if named else f"{self.kind} number {self.position}"
         raise InputError(f"{self.path}: {name}: {reason}")
 
@@ -88,10 +95,13 @@ class _Checker:
         if needs_id or entry.get("id") is not None:
             if not _is_int(entry.get("id")) or not -(2**63) <= entry["id"] < 2**63:
                 self.fail(entry, f"its id must be a 64-bit integer, not {show(entry.get('id'))}")
-            if entry["id"] in self.seen:
-                self.fail(entry, "the id is used twice")
-            self.seen.add(entry["id"])
+            self.note(entry)
         return entry
+
+    def note(self, entry: dict[str, Any]) -> None:
+        if entry["id"] in self.seen:
+            self.fail(entry, "the id is used twice")
+        self.seen.add(entry["id"])
 
     def image(self, entry: Any) -> dict[str, Any]:
         entry = self.entry(entry)
@@ -106,13 +116,14 @@ class _Checker:
         return entry
 
     def category(self, entry: Any) -> dict[str, Any]:
-        entry = self.entry(entry)
-        if not 0 <= entry["id"] <= MAX_CATEGORY_ID:
-            self.fail(
-                entry, f"ids of categories must be 0 to {MAX_CATEGORY_ID}: they index the class head; renumber them"
-            )
+        self.position += 1
+        if not isinstance(entry, dict):
+            self.fail(entry, f"not a JSON object but {show(entry)}")
+        if not _is_int(entry.get("id")) and not _is_line(entry.get("id")):
+            self.fail(entry, f"its id must be an integer or text of one line, not {show(entry.get('id'))}")
+        self.note(entry)
         name = entry["id"] if entry.get("name") is None else entry["name"]
-        if not isinstance(name, str | int) or CONTROL_CHARACTERS.search(str(name)):
+        if not isinstance(name, int) and not _is_line(name):
             self.fail(entry, f"'name' must be text of one line, not {show(name)}")
         entry["name"] = str(name)
         return entry
@@ -120,7 +131,7 @@ class _Checker:
     def annotation(self, entry: Any, images: dict[int, dict], categories: dict[int, dict]) -> dict[str, Any]:
         entry = self.entry(entry, needs_id=False)
         for key, known in (("image_id", images), ("category_id", categories)):
-            if not _is_int(entry.get(key)) or entry[key] not in known:
+            if not isinstance(entry.get(key), str | int) or isinstance(entry[key], bool) or entry[key] not in known:
                 self.fail(entry, f"its {key} {show(entry.get(key))} is not among the file's {key[:-3]} ids")
         box = entry.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value, MAX_PIXELS) for value in box):
@@ -150,6 +161,14 @@ def _number_annotations(annotations: list[dict[str, Any]]) -> None:
         if not entry.get("id"):
             entry["id"] = next_id
             next_id += 1
+
+
+def _label(data: dict[str, Any], classes: Classes) -> None:
+    """Writes labels in the place of category ids."""
+    label_of = {class_id: label for label, class_id in classes.ids.items()}
+    for entries, key in ((data["categories"], "id"), (data["annotations"], "category_id")):
+        for entry in entries:
+            entry[key] = label_of[entry[key]]
 
 
 def check_image_files(coco: COCO, folder: Path, source: str | Path, on_bad_image: str = "error") -> None:
@@ -195,6 +214,10 @@ def _is_file(entry: os.DirEntry) -> bool:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str) and not CONTROL_CHARACTERS.search(value)
 
 
 def _is_number(value: Any, limit: int) -> bool:

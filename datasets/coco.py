@@ -18,6 +18,7 @@ from datasets.annotations import check_image_files, read_annotations
 from datasets.images import decode
 from datasets.records import Objects, Records
 from datasets.transforms import Target, Transform, normalize_boxes
+from util.classes import Classes
 from util.errors import InputError, reason
 
 MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less may vanish when float32 scales it
@@ -58,6 +59,9 @@ class CocoDetection(Dataset):
         remove_difficult: leave out annotations marked `difficult`.
         on_bad_image: what becomes of an image that is missing, cannot be decoded, or contradicts the annotated size:
             "error" raises InputError, "skip" takes the next one in its place.
+        classes: those of a model or of the training data, whose labels are to be used; by default the file's own.
+
+    `classes` then holds those of the file, and `coco` its contents, with labels in the place of category ids.
 
     Raises:
         InputError: where the annotations are not usable or image files are missing.
@@ -71,13 +75,13 @@ class CocoDetection(Dataset):
         seed: int = 0,
         remove_difficult: bool = False,
         on_bad_image: str = "error",
+        classes: Classes | None = None,
     ) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
-        self.coco = read_annotations(annotation_file, remove_difficult)
+        self.coco, self.classes = read_annotations(annotation_file, remove_difficult, classes)
         check_image_files(self.coco, self.image_folder, annotation_file, on_bad_image)
         self.records = Records(self.coco)
-        self.class_names = {entry["id"]: entry["name"] for entry in self.coco.dataset["categories"]}
         self.transforms = transforms
         self.on_bad_image = on_bad_image
         self.seed = seed
@@ -167,18 +171,18 @@ class CocoDetection(Dataset):
         return f"{len(names)} images could not be read and were skipped: {first}"
 
     def check_classes(self, num_classes: int) -> None:
-        """Raises InputError where a category id in use has no logit in a head of `num_classes`."""
+        """Raises InputError where a category in use has no logit in a head of `num_classes`."""
         worst = int(self.records.objects.labels.max(initial=-1))
-        if worst >= num_classes:
-            raise InputError(
-                f"{self.annotation_file}: category id {worst} ({self.class_names[worst]}) does not fit the class head "
-                f"of {num_classes} logits (ids 0 to {num_classes - 1}); --num_classes {worst + 1} or more is needed"
-            )
-
-    @property
-    def num_classes(self) -> int:
-        """The logits that a class head for this data needs: the highest category id + 1."""
-        return max(self.class_names, default=0) + 1
+        if worst < num_classes:
+            return
+        class_id, name = self.classes.id_of(worst), self.classes.name_of(worst)
+        advice = f"--num_classes {worst + 1} or more is needed"
+        if class_id != worst:
+            advice = "the model was trained without it, start from it by --finetune"
+        raise InputError(
+            f"{self.annotation_file}: category id {class_id} ({name}) does not fit the class head of {num_classes} "
+            f"logits; {advice}"
+        )
 
     def summary(self) -> Summary:
         """Counts over all annotations, without opening an image."""

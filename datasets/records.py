@@ -18,7 +18,7 @@ class Objects(NamedTuple):
 
     boxes: [N, 4] float64, x, y, width, height in pixels; float32 would lose the far corner of a box that begins far
         outside its image.
-    labels: [N] int64, category ids.
+    labels: [N] int64.
     areas: [N] float64, in pixels.
     crowds: [N] bool, regions of many objects.
     """

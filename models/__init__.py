@@ -13,9 +13,8 @@ from models.matcher import HungarianMatcher
 from models.position_encoding import build_position_embedding
 from models.postprocess import PostProcess
 from models.transformer import Transformer
+from util.classes import COCO_NUM_CLASSES
 from util.errors import InputError
-
-COCO_NUM_CLASSES = 91  # COCO's ids run to 90
 
 
 def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion, dict[str, nn.Module]]:

@@ -37,7 +37,7 @@ def draw_predictions(run: Path, threshold: float) -> Path:
     load_model_weights(model, checkpoint, source)
     model.eval()
     dataset = build_dataset("val", args)
-    names = dataset.class_names
+    names = dataset.classes.names
 
     figure = Figure(figsize=(3.3 * PAIRS, 1.75 * ROWS), layout="constrained")
     pairs = figure.subplots(ROWS, 2 * PAIRS).reshape(-1, 2)

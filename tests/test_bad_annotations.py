@@ -117,7 +117,7 @@ def assert_usable(dataset: CocoDetection, image: torch.Tensor, target: dict) -> 
     assert ((target["boxes"] >= 0) & (target["boxes"] <= 1 + 1e-6)).all()  # scaling rounds
     assert (target["boxes"][:, 2:] > 0).all()
     assert target["area"].isfinite().all()
-    assert ((target["labels"] >= 0) & (target["labels"] < dataset.num_classes)).all()
+    assert ((target["labels"] >= 0) & (target["labels"] < dataset.classes.num_labels)).all()
 
 
 def evaluate(dataset: CocoDetection) -> None:
@@ -200,7 +200,11 @@ def test_files_of_any_json(data, folder):
         ("images", {"file_name": "x" * 300 + "/a.jpg"}, "1 of the 3 images of .* are missing: xxx"),
         ("images", {"width": 10**400}, "image id 1: 'width' must be a positive number of pixels, not 1000"),
         ("images", {"height": 0}, "image id 1: 'height' must be a positive number of pixels, not 0"),
-        ("categories", {"id": 65_536}, "category id 65536: ids of categories must be 0 to 65535"),
+        (
+            "categories",
+            {"id": "a\nb"},
+            r"category number 0: its id must be an integer or text of one line, not 'a\\nb'",
+        ),
         ("categories", {"name": ["cat"]}, r"category id 0: 'name' must be text of one line, not \['cat'\]"),
         ("categories", {"name": "cat\ndog"}, r"category id 0: 'name' must be text of one line, not 'cat\\ndog'"),
         ("annotations", {"id": -(2**63) - 1}, "its id must be a 64-bit integer"),
@@ -226,7 +230,7 @@ def test_mistakes_that_do_no_harm(folder):
     data["categories"][0] |= {"name": 7, "supercategory": []}
     data["info"] = 1
     dataset = build(folder, data)
-    assert dataset.class_names == {0: "7", 3: "3"}
+    assert dataset.classes.names == {0: "7", 3: "3"}
     assert dataset.summary().boxes == 3
     evaluate(dataset)
 
@@ -245,7 +249,8 @@ def test_a_box_that_begins_far_outside_keeps_its_visible_part(folder):
 def test_entries_that_are_left_out_are_checked_and_counted(folder):
     path = folder / "difficult.json"
     path.write_text(json.dumps(with_entry("annotations", difficult=1)))
-    assert len(read_annotations(path, remove_difficult=True).anns) == 3
+    coco, _ = read_annotations(path, remove_difficult=True)
+    assert len(coco.anns) == 3
     path.write_text(json.dumps(with_entry("annotations", difficult=1, bbox=None)))
     with pytest.raises(InputError, match="annotation id 1: 'bbox'"):
         read_annotations(path, remove_difficult=True)

@@ -113,7 +113,7 @@ def test_signatures():
     evaluated = ["model", "criterion", "postprocessors", "data_loader", "base_ds", "device", "output_dir"]
     assert names(engine.train_one_epoch)[:7] == trained
     assert names(engine.evaluate)[:7] == evaluated
-    assert names(datasets.build_dataset) == ["image_set", "args"]
+    assert names(datasets.build_dataset)[:2] == ["image_set", "args"]
     assert names(datasets.get_coco_api_from_dataset) == ["dataset"]
     assert names(CocoEvaluator) == ["coco_gt", "iou_types"]
     for entry in ("resnet50", "resnet50_dc5", "resnet101", "resnet101_dc5"):

@@ -33,7 +33,7 @@ def test_what_a_run_leaves(trained):
     assert {path.name for path in trained.iterdir()} == checkpoints | {"log.txt", "eval"}
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
     published = {"model", "optimizer", "lr_scheduler", "epoch", "args"}
-    ours = {"class_names", "step", "scaler", "skipped", "processes", "train_stats"}
+    ours = {"class_ids", "class_names", "step", "scaler", "skipped", "processes", "train_stats"}
     assert set(checkpoint) == published | ours
     assert (checkpoint["epoch"], checkpoint["step"], len(checkpoint["processes"])) == (2, 0, 1)
     assert checkpoint["args"]["num_classes"] == 4

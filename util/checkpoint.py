@@ -18,6 +18,7 @@ from urllib.request import url2pathname
 import torch
 from torch import nn
 
+from util.classes import Classes
 from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError, reason
 from util.files import replacing
@@ -50,6 +51,16 @@ TRAINING_FLAGS = (
     "max_size",
     "seed",
 )
+PUBLISHED = {
+    f"conditional_detr_{model}": "https://github.com/DeppMeng/ConditionalDETR/releases/download/v1.0/"
+    f"ConditionalDETR_{name}_epoch50.pth"
+    for model, name in {
+        "resnet50": "r50",
+        "resnet50_dc5": "r50dc5",
+        "resnet101": "r101",
+        "resnet101_dc5": "r101dc5",
+    }.items()
+}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -61,12 +72,15 @@ def save_on_master(obj: Any, path: str | Path, keep_old_as: Path | None = None) 
 
 
 def load_checkpoint(source: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint file or URL on the CPU, its `args` as a plain dict.
+    """The contents of a checkpoint on the CPU, its `args` as a plain dict.
+
+    Args:
+        source: a file, a URL, or the name of a hub entry (`PUBLISHED`).
 
     Raises:
         InputError: where it is missing, unreadable, carries more than tensors and plain data, or holds no model.
     """
-    path = _local_path(str(source))
+    path = _local_path(PUBLISHED.get(str(source), str(source)))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -125,6 +139,11 @@ def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
         return len(checkpoint["model"]["class_embed.bias"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{source}: not a Conditional DETR, it has no class head (class_embed.bias)") from error
+
+
+def classes_of(checkpoint: dict[str, Any], source: str | Path) -> Classes:
+    """The classes that a checkpoint's model tells apart."""
+    return Classes.from_checkpoint(checkpoint, num_classes_of(checkpoint, source))
 
 
 def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: Iterable[str]) -> list[str]:

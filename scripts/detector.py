@@ -1,0 +1,66 @@
+"""A trained model with all it takes to find objects in images: what the tools in this folder start from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torchvision.transforms.v2.functional as F
+from torch import Tensor
+
+from datasets.transforms import resized_size
+from models import build_model
+from models.conditional_detr import ConditionalDETR
+from models.postprocess import PostProcess
+from util.args import get_args_parser
+from util.checkpoint import classes_of, load_checkpoint, load_model_weights, num_classes_of
+from util.classes import Classes
+
+
+@dataclass
+class Detector:
+    """A model in evaluation mode, without auxiliary outputs.
+
+    Attributes:
+        classes: what its labels stand for.
+        args: the flags of its training, completed by today's defaults.
+    """
+
+    model: ConditionalDETR
+    postprocess: PostProcess
+    classes: Classes
+    args: argparse.Namespace
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.query_embed.weight.device
+
+    def resize(self, image: Tensor) -> Tensor:
+        """An image [3, h, w] at the size that the model is evaluated at (`args.min_size`, `args.max_size`)."""
+        width, height = resized_size(image.shape[2], image.shape[1], self.args.min_size, self.args.max_size)
+        return F.resize(image, [height, width])
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """What is found in uint8 images [3, h, w] of any sizes: as `PostProcess`, in their pixels, on the CPU."""
+        sizes = torch.tensor([image.shape[1:] for image in images])
+        outputs = self.model([self.resize(image).to(self.device) for image in images])
+        found = self.postprocess(outputs, sizes.to(self.device))
+        return [{name: value.cpu() for name, value in image.items()} for image in found]
+
+
+def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
+    """The detector of a checkpoint: a file, a URL or a hub entry's name.
+
+    Raises:
+        InputError: where there is none, or its weights do not fit the flags that it was trained with.
+    """
+    checkpoint = load_checkpoint(source)
+    args = get_args_parser().parse_args([], argparse.Namespace(**checkpoint["args"]))
+    args.num_classes = num_classes_of(checkpoint, source)
+    args.aux_loss = False
+    model, _, postprocessors = build_model(args)
+    load_model_weights(model, checkpoint, source)
+    return Detector(model.to(device).eval(), postprocessors["bbox"], classes_of(checkpoint, source), args)
