@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from termcolor import colored
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
@@ -32,6 +31,7 @@ from models import build_model
 from models.backbone import load_backbone_weights
 from util.args import check_args, get_args_parser
 from util.checkpoint import classes_of, load_model_weights, save_on_master
+from util.command import error_line
 from util.distributed import (
     barrier,
     distribute,
@@ -307,7 +307,7 @@ def run() -> None:
         if not (line := what_to_do(error)):
             raise
         process = f"process {get_rank()}: " if get_world_size() > 1 else ""
-        status = colored("error: ", "red", no_color=not sys.stderr.isatty()) + process + line
+        status = error_line(process + line)
     finally:
         kill_workers()  # at exit, the data loader would wait for each of them first
     leave_process_group(orderly=not status)

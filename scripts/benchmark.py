@@ -29,6 +29,7 @@ from main import get_args_parser
 from models import build_model
 from scripts.benchmark_data import measure_data, measure_evaluator
 from scripts.timing import alternate, synchronize
+from util.command import run_command
 from util.kernels import use_fast_kernels
 from util.nested_tensor import NestedTensor
 from util.optim import build_optimizer
@@ -318,4 +319,4 @@ PARTS = {
 HOST_PARTS = {"data": measure_data, "evaluator": measure_evaluator}
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

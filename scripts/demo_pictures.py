@@ -18,6 +18,7 @@ from datasets import build_dataset
 from models import build_model
 from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoint import load_checkpoint, load_model_weights
+from util.command import run_command
 from util.pictures import draw_boxes, plot_log
 
 ROWS, PAIRS = 4, 3  # of (ground truth, prediction) pairs on the page
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,7 +6,6 @@ Usage: python -m scripts.replay output/run/nonfinite-epoch0003-step000012-proces
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from engine import autocast, logged_losses, sum_of_losses, to_device
 from models import build_model
+from util.command import run_command
 from util.errors import InputError
 from util.nested_tensor import NestedTensor
 from util.rng import set_torch_rng_states
@@ -72,7 +72,4 @@ def repeat(dump: dict[str, Any], device: torch.device) -> tuple[dict[str, Tensor
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

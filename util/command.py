@@ -1,0 +1,49 @@
+"""What the command-line tools share: how they end on mistakes, and libraries that only some of them need."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from termcolor import colored
+
+from util.errors import InputError, what_to_do
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Runs a tool and exits with the status that it returns (None: 0); a mistake of the user ends in one line and 1."""
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = "interrupted"
+    except (InputError, RuntimeError) as error:
+        if not (line := what_to_do(error)):
+            raise
+        status = error_line(line)
+    sys.exit(status)
+
+
+def error_line(message: str) -> str:
+    """What a tool says about a mistake; red where standard error is a terminal."""
+    return colored("error: ", "red", no_color=not sys.stderr.isatty()) + message
+
+
+def need(module: str, packages: str, purpose: str) -> ModuleType:
+    """An optional library's module.
+
+    Args:
+        module: its name, as for `import`.
+        packages: what pip installs it by.
+        purpose: what it is needed for: the beginning of the error.
+
+    Raises InputError where it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{purpose} needs {packages}: pip install {packages} (all extras: pip install -r requirements-extras.txt)"
+        ) from error
