@@ -287,6 +287,8 @@ def print_training(args: argparse.Namespace, loader: DataLoader, from_scratch: b
         f"training: {args.batch_size} images × {get_world_size()} processes{accumulated} = {images} a step; "
         f"{args.epochs} epochs, {steps:,} steps; learning rate {args.lr * lr_factor(args, images):.3g}"
     )
+    if args.overfit:
+        log(f"overfitting: {args.overfit} images, each many times an epoch, without augmentation")
     for line in advice(args, images, steps, from_scratch):
         warn(line)
 

@@ -47,12 +47,11 @@ def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | N
         folders = [root / "images" / f"{split}2017", root / f"{split}2017"]
         images = images or next((folder for folder in folders if folder.is_dir()), folders[0])
         annotations = annotations or root / "annotations" / f"instances_{split}2017.json"
+    sizes = getattr(args, "min_size", 800), getattr(args, "max_size", 1333)
     dataset = CocoDetection(
         images,
         annotations,
-        make_coco_transforms(
-            "val" if overfit else image_set, getattr(args, "min_size", 800), getattr(args, "max_size", 1333)
-        ),
+        make_coco_transforms("val" if overfit else image_set, *sizes),
         seed=args.seed,
         remove_difficult=args.remove_difficult,
         on_bad_image=getattr(args, "on_bad_image", "error"),

@@ -42,7 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--lr_scale",
         default="none",
         choices=("none", "sqrt", "linear"),
-        help="scale the learning rates with the images a step, of which the recipe has 16: by their ratio's root or by it",
+        help="multiply the learning rates by the images a step over the recipe's 16, or by the root of that",
     )
     add("--accum_steps", default=1, type=int, help="batches that make one step, as if they were one batch")
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
@@ -111,13 +111,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="",
         help="start from the weights of another model as far as they fit: a checkpoint, a URL or a hub entry's name",
     )
-    add(
-        "--overfit",
-        default=0,
-        type=int,
-        metavar="N",
-        help="train and evaluate on the first N images only: do they learn?",
-    )
+    add("--overfit", default=0, type=int, metavar="N", help="train and evaluate on the first N training images only")
     add("--start_epoch", default=0, type=int, help="first epoch, where no checkpoint says otherwise")
     add("--compile", action="store_true", help="compile the model by torch.compile; the first steps take minutes")
     add("--checkpoint_activations", action="store_true", help="less memory in training, by computing some things twice")
@@ -175,8 +169,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--device {args.device}: torch sees no GPU here; pass --device cpu")
     if args.finetune and (args.eval or args.resume not in ("", "auto")):
         raise InputError(
-            "--finetune starts a new training: without --eval, and beside --resume only with auto, which goes before it; "
-            "--resume takes a checkpoint that is to be evaluated or trained on"
+            "--finetune starts a new training: it goes neither with --eval nor with --resume, but for --resume auto; "
+            "name a model that is to be evaluated or trained on by --resume alone"
         )
     if args.resume == "auto" and not args.output_dir:
         raise InputError("--resume auto looks for checkpoints in --output_dir: name it")
