@@ -112,21 +112,23 @@ def test_outputs_are_the_models(exported, checkpoint):
                 torch.testing.assert_close(found[name][i], value)
 
 
-def test_the_mask_is_shrunk_as_pytorch_does():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_mask_is_shrunk_as_pytorch_does(tmp_path):
     class Shrink(torch.nn.Module):
         def forward(self, mask, features):
             return F.interpolate(mask, size=features.shape[-2:], mode="nearest")
 
-    def export(path):
-        example = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 2, 2)
-        axes = {name: {2: "height", 3: "width"} for name in names}
-        torch.onnx.export(Shrink(), example, path, input_names=names, dynamic_axes=axes, opset_version=17, dynamo=False)
-
-    names = ["mask", "features"]
     torch.onnx.register_custom_op_symbolic("aten::upsample_nearest2d", export_onnx.nearest_neighbours, 17)
-    with export_onnx.tempfile.TemporaryDirectory() as folder, pytest.warns(DeprecationWarning):
-        export(f"{folder}/shrink.onnx")
-        session = ort.InferenceSession(f"{folder}/shrink.onnx", providers=["CPUExecutionProvider"])
+    torch.onnx.export(
+        Shrink(),
+        (torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 2, 2)),
+        str(tmp_path / "shrink.onnx"),
+        input_names=["mask", "features"],
+        dynamic_axes={name: {2: "height", 3: "width"} for name in ("mask", "features")},
+        opset_version=17,
+        dynamo=False,
+    )
+    session = ort.InferenceSession(tmp_path / "shrink.onnx", providers=["CPUExecutionProvider"])
     for size in range(33, 300):
         small = -(-size // 32)
         mask = torch.arange(2.0 * size).view(1, 1, 2, size)

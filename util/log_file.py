@@ -17,7 +17,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The entries of a log file; lines that are not whole, as a full disk leaves them, are passed over."""
     if not Path(path).exists():
         return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     return [entry for entry in map(_parse, lines) if entry]
 
 
