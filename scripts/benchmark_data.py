@@ -78,7 +78,7 @@ def loading_runs(folder: Path, images: int, split: str) -> dict[str, Callable[[]
     def load(sample: Callable[[int], tuple[Tensor, dict[str, Tensor]]]) -> Callable[[], None]:
         def run() -> None:
             for first in range(0, images, BATCH_SIZE):
-                collate_fn([sample(i) for i in range(first, first + BATCH_SIZE)])
+                collate_fn([sample(i) for i in range(first, min(first + BATCH_SIZE, images))])
 
         return run
 
