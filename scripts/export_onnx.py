@@ -13,6 +13,8 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from models.conditional_detr import ConditionalDETR
+from models.frozen_norm import FoldedConv2d
 from models.postprocess import PostProcess
 from scripts.detector import Detector, load_detector
 from util.command import need, run_command
@@ -28,6 +31,7 @@ from util.files import replacing
 from util.nested_tensor import NestedTensor
 
 OPSET = 17  # the first with LayerNormalization
+FOLDED = "folded_weight", "folded_bias"  # as initializers are named, where quantizers look for weights
 # What the same sums in another order may change, in logits, scores, and boxes as a part of the image. The norms amplify
 # rounding: PyTorch's own logits are up to 2e-4 from those in 64 bits.
 TOLERANCE = 1e-3
@@ -53,6 +57,7 @@ class ExportedModel(nn.Module):
         super().__init__()
         self.model = model
         self.postprocess = postprocess
+        fix_folded_weights(model)
         self.inputs = ["images", "padding_mask"]
         self.outputs = ["pred_logits", "pred_boxes"]
         if postprocess:
@@ -64,6 +69,16 @@ class ExportedModel(nn.Module):
         predicted = self.model(NestedTensor(images, padding_mask))
         outputs = predicted["pred_logits"], predicted["pred_boxes"]
         return (*outputs, *self.postprocess.batched(predicted, *target_sizes)) if self.postprocess else outputs
+
+
+@torch.no_grad()
+def fix_folded_weights(model: nn.Module) -> None:
+    """Keeps what norms and convolutions fold to, so that the file holds the result and not the way to it."""
+    for module in model.modules():
+        if isinstance(module, FoldedConv2d):
+            for name, tensor in zip(FOLDED, module.fold(), strict=True):
+                module.register_buffer(name, tensor)
+            module.fold = partial(attrgetter(*FOLDED), module)
 
 
 def example_inputs(batch_size: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,8 +135,13 @@ def export(exported: ExportedModel) -> bytes:
         return path.read_bytes()
 
 
-def describe(model: Any, detector: Detector) -> None:
+@torch.no_grad()
+def describe(model: Any, exported: ExportedModel, detector: Detector) -> None:
     """Adds to an `onnx.ModelProto` what its users need to know."""
+    outputs = exported(*example_inputs(1, 64, 96)[: len(exported.inputs)])
+    for value, tensor in zip(model.graph.output, outputs, strict=True):
+        for dim, size in zip(value.type.tensor_type.shape.dim[1:], tensor.shape[1:], strict=True):
+            dim.dim_value = size  # tracing leaves names instead
     model.producer_name = "Conditional DETR"
     model.graph.doc_string = "Meng et al., Conditional DETR for Fast Training Convergence, ICCV 2021"
     for value in (*model.graph.input, *model.graph.output):
@@ -188,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     detector = load_detector(flags.checkpoint)
     exported = ExportedModel(detector.model, detector.postprocess if flags.postprocess else None).eval()
     model = onnx.load_from_string(export(exported))
-    describe(model, detector)
+    describe(model, exported, detector)
     contents = model.SerializeToString()
     check(onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"]), exported)
     with replacing(flags.output) as file:

@@ -85,7 +85,12 @@ def test_the_file_says_what_it_takes_and_gives(exported):
     if exported.stem == "postprocess":
         expected |= {"target_sizes", "scores", "labels", "boxes"}
     assert shapes.keys() == expected
-    assert all(shape[0] == "batch" for shape in shapes.values())
+    assert shapes["pred_logits"] == ["batch", 7, 2]
+    assert shapes["pred_boxes"] == ["batch", 7, 4]
+    if exported.stem == "postprocess":
+        assert shapes["target_sizes"] == ["batch", 2]
+        assert shapes["scores"] == shapes["labels"] == ["batch", 14]
+        assert shapes["boxes"] == ["batch", 14, 4]
     assert all(value.doc_string for value in (*model.graph.input, *model.graph.output))
     facts = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert facts["class_names"] == {"0": "cat", "1": "fridge"}
@@ -148,6 +153,11 @@ def test_a_variant_is_compared(tmp_path, capsys):
         (batch, size) for batch in "12" for size in ("96×128", "104×112", "165×131")
     ]
     assert re.match(rf"wrote {output} \(\d+ MB\)", lines[-1])
+    graph = onnx.load(output).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    weights = [name for node in graph.node if node.op_type == "Conv" for name in node.input[1:]]
+    assert len(weights) == 2 * 54
+    assert stored.issuperset(weights)
 
 
 def test_differences_leave_no_file(checkpoint, tmp_path, monkeypatch):
