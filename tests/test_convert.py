@@ -117,6 +117,7 @@ def test_from_a_folder_of_the_hub(weights, tmp_path):
     """Names and fields of version 4, which transformers still reads and, but for the fields, writes."""
     pytest.importorskip("timm")
     theirs = transformers.ConditionalDetrForObjectDetection(transformers.ConditionalDetrConfig(**HUB_CONFIG)).eval()
+    theirs.load_state_dict(reference_weights(theirs.state_dict()))
     theirs.save_pretrained(tmp_path)
     if weights != "model.safetensors":
         tensors = pytest.importorskip("safetensors.torch").load_file(tmp_path / "model.safetensors")
