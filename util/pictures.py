@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,8 +14,105 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 mpl.use("Agg")  # draws to files; no screen is needed
+
+Colour = tuple[int, int, int]
+Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of the image's area
+MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only where a text would be wider than its image
+GAP = 8  # pixels between pictures of a sheet
+GOLDEN_RATIO = 0.618034  # hues in steps of it keep apart
+
+
+def annotate(
+    image: Image.Image, boxes: Sequence[Sequence[float]], labels: Sequence[int], texts: Sequence[str]
+) -> Image.Image:
+    """A copy of an RGB image with boxes (xyxy in pixels), a colour for each label, and a text at each box.
+
+    Lines and letters grow with the image. The first boxes lie on top of later ones. Boxes that leave the image end at
+    its border; texts lie inside it and, where there is room, beside each other. Quick enough for thousands of photos.
+    """
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    size = max(MIN_TEXT, round(TEXT_SCALE * (image.width * image.height) ** 0.5))
+    right, bottom = image.width - 1, image.height - 1
+    inside = [
+        (min(max(x1, 0), right), min(max(y1, 0), bottom), min(max(x2, 0), right), min(max(y2, 0), bottom))
+        for x1, y1, x2, y2 in boxes
+    ]
+    fonts = [_font_for(text, size, image.width) for text in texts]
+    places: list[Region] = []
+    for box, text, font in zip(inside, texts, fonts, strict=True):
+        extent = font.getlength(text) + 2 * _padding(font), sum(font.getmetrics())
+        places.append(_place(extent, box, image.size, places))
+
+    for box, label in reversed(list(zip(inside, labels, strict=True))):
+        draw.rectangle(box, outline=colour_of(label), width=max(1, round(size / 6)))
+    for place, text, font, label in reversed(list(zip(places, texts, fonts, labels, strict=True))):
+        colour = colour_of(label)
+        draw.rectangle(place, fill=colour)
+        draw.text((place[0] + _padding(font), place[1]), text, text_colour(colour), font)
+    return image
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int, cell: tuple[int, int] = (400, 300)) -> Image.Image:
+    """Pictures side by side, each scaled to fit into a cell (width, height), from left to right and top to bottom."""
+    rows = max(math.ceil(len(pictures) / columns), 1)
+    sheet = Image.new("RGB", (columns * (cell[0] + GAP) + GAP, rows * (cell[1] + GAP) + GAP), "white")
+    for i, picture in enumerate(pictures):
+        fitted = ImageOps.contain(picture, cell)
+        left, top = (
+            GAP + number * (side + GAP) for number, side in zip((i % columns, i // columns), cell, strict=True)
+        )
+        sheet.paste(fitted, (left + (cell[0] - fitted.width) // 2, top + (cell[1] - fitted.height) // 2))
+    return sheet
+
+
+def colour_of(label: int) -> Colour:
+    """A class's colour of 8 bits a channel, bright; those of neighbouring labels differ most."""
+    hue = label * GOLDEN_RATIO % 1
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.8, (1.0, 0.85)[label % 2]))
+
+
+def text_colour(background: Colour) -> Colour:
+    """Black or white, whichever is easier to read on a colour."""
+    red, green, blue = ((channel / 255) ** 2.2 for channel in background)
+    return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else (255, 255, 255)
+
+
+def _place(extent: tuple[float, float], box: Region, size: tuple[int, int], taken: Sequence[Region]) -> Region:
+    """Where in an image a text goes: above its box, else to another of its corners, the first that is not taken."""
+    (width, height), (x1, y1, x2, y2) = extent, box
+    places = []
+    for y in (y1 - height, y1, y2, y2 - height):
+        for x in (x1, x2 - width):
+            left, top = max(0, min(x, size[0] - width)), max(0, min(y, size[1] - height))
+            places.append((left, top, left + width, top + height))
+    free = (place for place in places if not any(_overlap(place, other) for other in taken))
+    return next(free, places[0])
+
+
+def _overlap(a: Region, b: Region) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _font_for(text: str, size: int, width: int) -> ImageFont.FreeTypeFont:
+    """A font of `size`, or of a smaller one where the text would be wider than `width`."""
+    length = _font(size).getlength(text) + 2 * _padding(_font(size))
+    return _font(max(SMALLEST_TEXT, min(size, int(size * width / length))))
+
+
+def _padding(font: ImageFont.FreeTypeFont) -> int:
+    return round(font.size / 5)
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that comes with matplotlib; what it has no glyphs for, such as Chinese, it shows as empty squares."""
+    return ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def draw_boxes(
