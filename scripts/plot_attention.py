@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 from torchvision.ops import nms
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from datasets.images import decode
 from scripts.detector import load_detector
@@ -85,8 +86,10 @@ def check_numbers(args: argparse.Namespace, num_queries: int, num_layers: int) -
 def read_image(path: Path) -> Tensor:
     """The stored pixels of an image file, uint8 [3, H, W].
 
-    Raises InputError where it cannot be decoded.
+    Raises InputError where there is none, or it cannot be decoded.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no such image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes and metadata that keep no image from being used
@@ -140,7 +143,7 @@ def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classe
     layout = Layout(width, height, heads, len(queries))
     page = Figure(figsize=(layout.page_width, layout.page_height), dpi=100)
     photo = image.permute(1, 2, 0).numpy()
-    backdrop = photo.mean(-1)
+    backdrop = rgb_to_grayscale(image)[0].numpy()
     points = seen.reference * torch.tensor([width, height])
     boxes = box_cxcywh_to_xyxy(seen.boxes) * torch.tensor([width, height, width, height])
     scores, labels = seen.logits.sigmoid().max(-1)
@@ -167,10 +170,10 @@ def draw_map(axes: Axes, backdrop: np.ndarray, attention: np.ndarray, box: Seque
     A cell is an equal share of the image, and its value belongs to its centre; between centres it is interpolated.
     """
     height, width = backdrop.shape
-    axes.imshow(backdrop, cmap="gray", vmin=0, vmax=2 * 255)  # dimmed
-    colours = {"cmap": COLOURS, "vmin": 0, "vmax": 1, "alpha": 0.75}
-    extent = (0, width, height, 0)
-    axes.imshow(attention / attention.max(), extent=extent, interpolation="bilinear", **colours)
+    attention = attention / attention.max()
+    axes.imshow(backdrop, cmap="gray", vmin=0, vmax=1.5 * 255)  # dimmed
+    where = {"extent": (0, width, height, 0), "interpolation": "bilinear"}
+    axes.imshow(attention, COLOURS, vmin=0, vmax=1, alpha=0.4 + 0.5 * attention, **where)
     x1, y1, x2, y2 = box
     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=1))
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
