@@ -171,9 +171,10 @@ def draw_map(axes: Axes, backdrop: np.ndarray, attention: np.ndarray, box: Seque
     """
     height, width = backdrop.shape
     attention = attention / attention.max()
-    axes.imshow(backdrop, cmap="gray", vmin=0, vmax=1.5 * 255)  # dimmed
-    where = {"extent": (0, width, height, 0), "interpolation": "bilinear"}
-    axes.imshow(attention, COLOURS, vmin=0, vmax=1, alpha=0.4 + 0.5 * attention, **where)
+    extent = (0, width, height, 0)  # whole numbers are edges of pixels, not centres
+    axes.imshow(backdrop, "gray", vmin=0, vmax=1.5 * 255, extent=extent)  # dimmed
+    shown = {"vmin": 0, "vmax": 1, "alpha": 0.4 + 0.5 * attention, "interpolation": "bilinear"}
+    axes.imshow(attention, COLOURS, extent=extent, **shown)
     x1, y1, x2, y2 = box
     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=1))
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])

@@ -130,6 +130,7 @@ def test_a_page_keeps_the_shape_of_any_image(size, model):
         assert axes.bbox.width / axes.bbox.height == pytest.approx(width / height)
         assert page.bbox.containsx(axes.bbox.x0)
         assert page.bbox.containsx(axes.bbox.x1)
+        assert all(tuple(layer.get_extent()) == (0, width, height, 0) for layer in axes.images)
     cx, cy, w, h = (seen.boxes[5] * torch.tensor([width, height, width, height])).tolist()
     for axes in pictures[: 1 + 3 * 8]:
         (box,) = (patch for patch in axes.patches if patch.get_width() > 0)
