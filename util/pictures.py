@@ -124,7 +124,7 @@ def draw_boxes(
     """Shows an image [H, W, 3] with boxes (xyxy in pixels), a colour for each label, and a text at each box."""
     colours = mpl.colormaps["tab10"].colors
     height, width = image.shape[:2]
-    axes.imshow(image)
+    axes.imshow(image, extent=(0, width, height, 0))
     for (x1, y1, x2, y2), label, text in zip(boxes, labels, texts, strict=True):
         colour = colours[label % len(colours)]
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.8))
