@@ -31,8 +31,9 @@ from datasets.report import write_report, write_test_results
 from engine import PRINT_FREQ, detect, evaluate, train_one_epoch
 from models import build_model
 from models.backbone import load_backbone_weights
+from util.advice import advice, lr_factor
 from util.args import check_args, get_args_parser
-from util.checkpoint import classes_of, load_model_weights, save_on_master
+from util.checkpoint import classes_of, load_checkpoint, load_model_weights, save_on_master
 from util.command import error_line
 from util.distributed import (
     barrier,
@@ -44,6 +45,7 @@ from util.distributed import (
     leave_process_group,
 )
 from util.errors import InputError, what_to_do
+from util.finetune import start_from
 from util.kernels import use_deterministic_kernels, use_fast_kernels
 from util.log_file import append_log, best_ap, trim_log
 from util.logger import log, warn
@@ -81,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
             log(f"finished: {source} has all {args.epochs} epochs; raise --epochs to train on", "green")
             return
 
+    start = load_checkpoint(args.finetune) if args.finetune and not checkpoint else None
     classes = checkpoint and classes_of(checkpoint, source)
     dataset_train = None if args.eval else build_dataset("train", args, classes)
     classes = classes or (dataset_train and dataset_train.classes)
@@ -98,9 +101,13 @@ def main(args: argparse.Namespace) -> None:
         load_model_weights(model, checkpoint, source)
     elif args.eval:
         warn("evaluating random weights: name a checkpoint with --resume")
-    elif args.backbone_weights != "none" and is_main_process():  # the other processes are sent the model's weights
-        load_backbone_weights(model.backbone[0], args.backbone, args.backbone_weights)
+    elif is_main_process():  # the other processes are sent the model's weights
+        has_backbone = start and start_from(model, classes, start, args.finetune, args)
+        if args.backbone_weights != "none" and not has_backbone:
+            load_backbone_weights(model.backbone[0], args.backbone, args.backbone_weights)
     print_summary(args, model, dataset_train, dataset_val)
+    if not args.eval:
+        print_training(args, loader_train, from_scratch=not (checkpoint or start))
     model.to(device)
     if args.compile:
         model.compile()
@@ -175,7 +182,8 @@ class TrainingRun:
         self.board = board
         self.device = torch.device(args.device)
         self.images_a_step = args.batch_size * args.accum_steps  # of this process
-        self.optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
+        factor = lr_factor(args, images_a_step(args))
+        self.optimizer = build_optimizer(model, args.lr * factor, args.lr_backbone * factor, args.weight_decay)
         self.lr_scheduler = build_schedule(self.optimizer, args.lr_drop, args.start_epoch)
         self.progress = Progress(torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16"))
         self.guard = StepGuard(model, args.skip_nonfinite, output_dir, {"args": vars(args)}, stop_request)
@@ -300,13 +308,26 @@ def print_summary(
         f"model: {total:,} parameters, {0 if args.eval else trained:,} of them trained; {args.backbone}"
         f"{' dilated' if args.dilation else ''}, {args.num_queries} queries, class ids 0 to {args.num_classes - 1}"
     )
-    if not args.eval:
-        world_size = get_world_size()
-        accumulated = f" × {args.accum_steps} batches" if args.accum_steps > 1 else ""
-        images = args.batch_size * world_size * args.accum_steps
-        log(f"batch: {args.batch_size} images × {world_size} processes{accumulated} = {images} a step")
-        if args.backbone_weights == "none" and args.backbone_norm == "frozen" and not args.resume:
-            warn("a backbone without pretrained weights hardly learns with frozen norms: add --backbone_norm batch")
+
+
+def print_training(args: argparse.Namespace, loader: DataLoader, from_scratch: bool) -> None:
+    """How much is about to be learnt from, and what can be said against it."""
+    accumulated = f" × {args.accum_steps} batches" if args.accum_steps > 1 else ""
+    images = images_a_step(args)
+    steps = len(loader) // args.accum_steps * args.epochs
+    log(
+        f"training: {args.batch_size} images × {get_world_size()} processes{accumulated} = {images} a step; "
+        f"{args.epochs} epochs, {steps:,} steps; learning rate {args.lr * lr_factor(args, images):.3g}"
+    )
+    if args.overfit:
+        log(f"overfitting: {args.overfit} images, each many times an epoch, without augmentation")
+    for line in advice(args, images, steps, from_scratch):
+        warn(line)
+
+
+def images_a_step(args: argparse.Namespace) -> int:
+    """The images that all processes together learn from in a step."""
+    return args.batch_size * args.accum_steps * get_world_size()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

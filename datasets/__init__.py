@@ -20,15 +20,16 @@ from util.errors import InputError
 from util.nested_tensor import collate_fn
 from util.preemption import ignore_signals
 
+OVERFIT_STEPS = 50  # an epoch of --overfit: the few images come again and again between two evaluations
 TEST_DEV = "image_info_test-dev2017.json"  # of the images in test2017, those that COCO's server scores
 
 
 def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | None = None) -> CocoDetection:
-    """The "train" or "val" split of the data that the flags name, or "test", COCO's test-dev, which is not annotated.
+    """The "train" or "val" split of the data that the flags name; with `args.overfit`, both are a few training images.
 
     Under `args.coco_path`, annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or
-    `{split}2017/`; `args.{split}_annotations` and `args.{split}_images` name others. Those of "test" are listed in
-    `annotations/image_info_test-dev2017.json`.
+    `{split}2017/`; `args.{split}_annotations` and `args.{split}_images` name others. "test" is COCO's test-dev, listed
+    without annotations in `annotations/image_info_test-dev2017.json`.
 
     Args:
         image_set: the split.
@@ -40,23 +41,30 @@ def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | N
     """
     if args.dataset_file != "coco":
         raise InputError(f"--dataset_file {args.dataset_file}: only coco is supported so far")
-    images, annotations = (getattr(args, f"{image_set}_{part}", None) for part in ("images", "annotations"))
+    overfit = getattr(args, "overfit", 0)
+    split = "train" if overfit else image_set
+    images, annotations = (getattr(args, f"{split}_{part}", None) for part in ("images", "annotations"))
     if not (images and annotations):
-        root = coco_folder(args.coco_path, image_set)
-        folders = [root / "images" / f"{image_set}2017", root / f"{image_set}2017"]
+        root = coco_folder(args.coco_path, split)
+        folders = [root / "images" / f"{split}2017", root / f"{split}2017"]
         images = images or next((folder for folder in folders if folder.is_dir()), folders[0])
-        name = TEST_DEV if image_set == "test" else f"instances_{image_set}2017.json"
+        name = TEST_DEV if split == "test" else f"instances_{split}2017.json"
         annotations = annotations or root / "annotations" / name
-    return CocoDetection(
+    sizes = getattr(args, "min_size", 800), getattr(args, "max_size", 1333)
+    dataset = CocoDetection(
         images,
         annotations,
-        make_coco_transforms(image_set, getattr(args, "min_size", 800), getattr(args, "max_size", 1333)),
+        make_coco_transforms("val" if overfit else image_set, *sizes),
         seed=args.seed,
         remove_difficult=args.remove_difficult,
         on_bad_image=getattr(args, "on_bad_image", "error"),
         classes=classes,
-        labelled=image_set != "test",
+        labelled=split != "test",
     )
+    if overfit:
+        images_a_step = args.batch_size * args.accum_steps * get_world_size()
+        dataset.keep_first(overfit, at_least=OVERFIT_STEPS * images_a_step if image_set == "train" else 0)
+    return dataset
 
 
 def coco_folder(path: str | None, image_set: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Iterable
@@ -97,6 +98,14 @@ class CocoDetection(Dataset):
         """Chooses the augmentation of the samples that are loaded from now on, by running workers too."""
         self._epoch.fill_(epoch)
 
+    def keep_first(self, number: int, at_least: int = 0) -> None:
+        """Leaves out all but the first `number` images with targets, which are repeated until there are `at_least`."""
+        _, targets = self._visible_objects()
+        kept = self.records.ids[np.unique(self.records.image_of_object[targets])[:number]].tolist()
+        if not kept:
+            raise InputError(f"{self.annotation_file}: no image has a box to learn")
+        self.records = Records(self.coco, kept * max(math.ceil(at_least / len(kept)), 1))
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -188,15 +197,19 @@ class CocoDetection(Dataset):
             f"logits; {advice}"
         )
 
+    def _visible_objects(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which of all objects are within their image, as far as its annotated size tells, and become targets: [N]."""
+        sizes = np.where(self.records.sizes > 0, self.records.sizes, np.inf)[self.records.image_of_object]
+        _, visible = visible_corners(self.records.objects.boxes, *sizes.T)
+        return visible, visible & ~self.records.objects.crowds
+
     def summary(self) -> Summary:
         """Counts over all annotations, without opening an image."""
-        objects, image_of_object = self.records.objects, self.records.image_of_object
-        sizes = np.where(self.records.sizes > 0, self.records.sizes, np.inf)[image_of_object]
-        _, visible = visible_corners(objects.boxes, *sizes.T)
-        kept = visible & ~objects.crowds
+        objects = self.records.objects
+        visible, kept = self._visible_objects()
         return Summary(
             images=len(self),
-            empty_images=len(self) - len(np.unique(image_of_object[kept])),
+            empty_images=len(self) - len(np.unique(self.records.image_of_object[kept])),
             boxes=int(kept.sum()),
             crowds=int(objects.crowds.sum()),
             dropped=int((~visible & ~objects.crowds).sum()),

@@ -6,7 +6,7 @@ reference counts, and so copies page by page the memory that it shares with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ class Objects(NamedTuple):
 
 
 class Records:
-    """The M images of a COCO index, in the order of their ids.
+    """The M images of a COCO index, in the order of their ids, or those with the given `ids`, in that order.
 
     Attributes:
         ids: [M] int64.
@@ -54,8 +54,8 @@ class Records:
         image_of_object: [N] int64, the positions of their images.
     """
 
-    def __init__(self, coco: COCO) -> None:
-        ids = sorted(coco.imgs)
+    def __init__(self, coco: COCO, ids: Sequence[int] | None = None) -> None:
+        ids = sorted(coco.imgs) if ids is None else ids
         images = [coco.imgs[image_id] for image_id in ids]
         annotations = [coco.imgToAnns.get(image_id, []) for image_id in ids]
         names = [entry["file_name"].encode() for entry in images]

@@ -116,7 +116,7 @@ def _draw_curves(axes: Axes, evaluator: CocoEvaluator) -> None:
     for name, chosen in (("0.50", thresholds == 0.5), ("0.75", thresholds == 0.75), ("0.50 to 0.95", thresholds > 0)):
         curve = precision[chosen].mean((0, 2))
         axes.plot(recalls, curve, label=f"IoU {name}: AP {curve.mean():.3f}")
-    axes.legend(loc="lower left")
+    axes.legend(loc="best", fontsize=9)
 
 
 def _draw_bars(axes: Axes, bars: list[tuple[str, float | None]]) -> None:

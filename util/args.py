@@ -39,6 +39,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr_drop", default=40, type=int, help="multiply the learning rates by 0.1 after every so many epochs")
     add("--clip_max_norm", default=0.1, type=float, help="largest total norm of the gradients; 0: no clipping")
 
+    add(
+        "--lr_scale",
+        default="none",
+        choices=("none", "sqrt", "linear"),
+        help="multiply the learning rates by the images a step over the recipe's 16, or by the root of that",
+    )
     add("--accum_steps", default=1, type=int, help="batches that make one step, as if they were one batch")
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
 
@@ -101,6 +107,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     add("--seed", default=42, type=int, help="seed of weights, order and augmentation")
     add("--resume", default="", help="checkpoint to go on from: a path, a URL, or auto (the furthest in --output_dir)")
+    add(
+        "--finetune",
+        default="",
+        help="start from the weights of another model as far as they fit: a checkpoint, a URL or a hub entry's name",
+    )
+    add("--overfit", default=0, type=int, metavar="N", help="train and evaluate on the first N training images only")
     add("--start_epoch", default=0, type=int, help="first epoch, where no checkpoint says otherwise")
     add("--compile", action="store_true", help="compile the model by torch.compile; the first steps take minutes")
     add("--checkpoint_activations", action="store_true", help="less memory in training, by computing some things twice")
@@ -143,6 +155,7 @@ def check_args(args: argparse.Namespace) -> None:
         "min_size": 1,
         "max_size": args.min_size,
         "num_workers": 0,
+        "overfit": 0,
         "start_epoch": 0,
         "lr": 0,
         "lr_backbone": 0,
@@ -162,10 +175,15 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--device {args.device}: not a device; cuda, cuda:N or cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: torch sees no GPU here; pass --device cpu")
+    if args.finetune and (args.eval or args.resume not in ("", "auto")):
+        raise InputError(
+            "--finetune starts a new training: it goes neither with --eval nor with --resume, but for --resume auto; "
+            "name a model that is to be evaluated or trained on by --resume alone"
+        )
     if args.resume == "auto" and not args.output_dir:
         raise InputError("--resume auto looks for checkpoints in --output_dir: name it")
-    if args.image_set == "test" and not (args.eval and args.output_dir):
-        raise InputError("--image_set test has no ground truth, only a file is written: add --eval and --output_dir")
+    if args.image_set == "test" and (args.overfit or not (args.eval and args.output_dir)):
+        raise InputError("--image_set test only writes detections: add --eval and --output_dir, without --overfit")
     if args.tensorboard and not args.output_dir:
         raise InputError("--tensorboard writes to --output_dir: name it")
     if args.tensorboard:

@@ -40,6 +40,7 @@ MODEL_FLAGS = (
 TRAINING_FLAGS = (
     "lr",
     "lr_backbone",
+    "lr_scale",
     "lr_drop",
     "weight_decay",
     "batch_size",

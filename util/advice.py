@@ -1,0 +1,51 @@
+"""What can be said about a training before it starts: warnings of settings under which it is bound to fail."""
+
+from __future__ import annotations
+
+import argparse
+
+RECIPE_IMAGES = 16  # a step, which the published learning rates are meant for
+RECIPE_LR = 1e-4
+# Fewer steps teach a transformer from random weights next to nothing. The demo's three layers, on the easiest of data,
+# take as many; COCO's recipe takes 370,000 for twelve.
+STEPS_A_LAYER = 600
+
+
+def lr_factor(args: argparse.Namespace, images_a_step: int) -> float:
+    """What `--lr_scale` multiplies the learning rates by, for so many images a step instead of the recipe's 16."""
+    exponent = {"none": 0, "sqrt": 0.5, "linear": 1}[args.lr_scale]
+    return (images_a_step / RECIPE_IMAGES) ** exponent
+
+
+def advice(args: argparse.Namespace, images_a_step: int, steps: int, from_scratch: bool) -> list[str]:
+    """Warnings about a training, each a line that says what to do instead.
+
+    Args:
+        args: the flags.
+        images_a_step: on all processes.
+        steps: of the whole training.
+        from_scratch: the transformer starts from random weights.
+    """
+    lines = []
+    needed = STEPS_A_LAYER * (args.enc_layers + args.dec_layers)
+    if from_scratch and not args.overfit and steps < needed:
+        lines.append(
+            f"{steps:,} steps are too few for a transformer from random weights (expect AP near 0 below {needed:,}): "
+            f"start from a trained model by --finetune {suggested_start(args)}, or raise --epochs"
+        )
+    if args.lr == RECIPE_LR and args.lr_scale == "none" and not 0.5 <= images_a_step / RECIPE_IMAGES <= 2:
+        scaled = RECIPE_LR * (images_a_step / RECIPE_IMAGES) ** 0.5
+        lines.append(
+            f"the learning rate {RECIPE_LR:g} is meant for {RECIPE_IMAGES} images a step, here are {images_a_step}: "
+            f"consider --lr_scale sqrt ({scaled:.2g})"
+        )
+    if args.backbone_weights == "none" and args.backbone_norm == "frozen" and from_scratch:
+        lines.append("a backbone without pretrained weights hardly learns with frozen norms: add --backbone_norm batch")
+    return lines
+
+
+def suggested_start(args: argparse.Namespace) -> str:
+    """The published model with this backbone, else any file."""
+    if args.backbone not in ("resnet50", "resnet101"):
+        return "CHECKPOINT"
+    return f"conditional_detr_{args.backbone}{'_dc5' if args.dilation else ''}"

@@ -1,0 +1,99 @@
+"""Starting a training from another model's weights: `--finetune`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from util.checkpoint import MODEL_FLAGS, changed_flags, classes_of
+from util.classes import Classes
+from util.errors import InputError
+from util.logger import log, warn
+
+CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
+BATCH_COUNTER = "num_batches_tracked"  # of trained norms; frozen ones have none, and nothing depends on it
+
+
+@torch.no_grad()
+def start_from(
+    model: nn.Module, classes: Classes, checkpoint: dict[str, Any], source: str, args: argparse.Namespace
+) -> bool:
+    """Fills a model with all weights of a checkpoint that fit it, and says which did not.
+
+    The class head's rows go by the names of the classes, whatever their ids; a class that the checkpoint does not know
+    keeps its initial row.
+
+    Args:
+        model: as it was built.
+        classes: those that the model is to tell apart.
+        checkpoint: of `util.checkpoint.load_checkpoint`.
+        source: what it is called in messages.
+        args: the model's flags, which are compared with the checkpoint's where something does not fit.
+
+    Returns whether the backbone was filled.
+
+    Raises InputError where nothing fits.
+    """
+    known = classes_of(checkpoint, source)
+    theirs, ours = checkpoint["model"], model.state_dict()
+    fits = [
+        name
+        for name, tensor in ours.items()
+        if name not in CLASS_HEAD and getattr(theirs.get(name), "shape", None) == tensor.shape
+    ]
+    if not fits:
+        raise InputError(f"--finetune {source}: none of its weights fits this model")
+    for name in fits:
+        ours[name].copy_(theirs[name])
+    rows = matching_rows(classes, known)
+    if ours[CLASS_HEAD[0]].shape[1] != theirs[CLASS_HEAD[0]].shape[1]:
+        rows = []  # heads of another width
+    for name in CLASS_HEAD:
+        for label, their_label in rows:
+            ours[name][label].copy_(theirs[name][their_label])
+
+    wanted = [name for name in ours.keys() | theirs.keys() if name not in CLASS_HEAD and BATCH_COUNTER not in name]
+    left_out = sorted(set(wanted) - set(fits))
+    log(f"starting from {source}: {len(fits)} tensors; {describe_classes(classes, rows)}")
+    if left_out:
+        warn(f"{len(left_out)} tensors do not fit and start anew: {describe_misfits(left_out, ours, theirs)}")
+        if changed := changed_flags(args, checkpoint, MODEL_FLAGS):
+            warn(f"that may be because of {'; '.join(changed)}")
+    return not any(name.startswith("backbone.0.") for name in left_out)
+
+
+def matching_rows(ours: Classes, theirs: Classes) -> list[tuple[int, int]]:
+    """The pairs of labels whose names agree, but for case and blanks."""
+    label_of = {normalized(name): label for label, name in theirs.names.items()}
+    pairs = [(label, label_of.get(normalized(name))) for label, name in ours.names.items()]
+    return [(label, their_label) for label, their_label in pairs if their_label is not None]
+
+
+def normalized(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def describe_classes(classes: Classes, rows: Iterable[tuple[int, int]]) -> str:
+    """Which classes the head already tells apart, and which are new to it."""
+    kept = {label for label, _ in rows}
+    known = [name for label, name in classes.names.items() if label in kept]
+    new = [name for label, name in classes.names.items() if label not in kept]
+    groups = (("classes known by name", known), ("new classes", new))
+    return ", ".join(f"{len(names)} {what} ({shortened(names)})" for what, names in groups if names)
+
+
+def describe_misfits(names: list[str], ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    """The first few tensors with their shapes on both sides."""
+
+    def shape(weights: dict[str, Tensor], name: str) -> str:
+        return str(list(weights[name].shape)) if name in weights else "nothing"
+
+    return shortened([f"{name} is {shape(ours, name)} here and {shape(theirs, name)} there" for name in names], 3)
+
+
+def shortened(texts: list[str], most: int = 8) -> str:
+    return ", ".join(texts[:most]) + (", .." if len(texts) > most else "")
