@@ -116,7 +116,7 @@ def _draw_curves(axes: Axes, evaluator: CocoEvaluator) -> None:
     for name, chosen in (("0.50", thresholds == 0.5), ("0.75", thresholds == 0.75), ("0.50 to 0.95", thresholds > 0)):
         curve = precision[chosen].mean((0, 2))
         axes.plot(recalls, curve, label=f"IoU {name}: AP {curve.mean():.3f}")
-    axes.legend(loc="best", fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False, columnspacing=1)
 
 
 def _draw_bars(axes: Axes, bars: list[tuple[str, float | None]]) -> None:
