@@ -116,7 +116,7 @@ def _draw_curves(axes: Axes, evaluator: CocoEvaluator) -> None:
     for name, chosen in (("0.50", thresholds == 0.5), ("0.75", thresholds == 0.75), ("0.50 to 0.95", thresholds > 0)):
         curve = precision[chosen].mean((0, 2))
         axes.plot(recalls, curve, label=f"IoU {name}: AP {curve.mean():.3f}")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8, frameon=False, columnspacing=1)
+    axes.figure.legend(loc="outside lower left", ncols=3, fontsize=9, frameon=False)
 
 
 def _draw_bars(axes: Axes, bars: list[tuple[str, float | None]]) -> None:
@@ -125,4 +125,5 @@ def _draw_bars(axes: Axes, bars: list[tuple[str, float | None]]) -> None:
     axes.bar_label(drawn, ["" if ap is None else f"{ap:.3f}" for _, ap in bars], padding=3, fontsize=8)
     axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
     axes.set(xlim=(0, 1.12), xlabel="AP", title="AP by class")
+    axes.margins(y=0.02)
     axes.invert_yaxis()

@@ -241,14 +241,14 @@ def test_the_curves_of_many_classes():
         evaluator.update({i: {"scores": torch.ones(1), "labels": torch.tensor([i]), "boxes": box}})
     evaluator.accumulate()
     figure = precision_recall(evaluator, Classes.from_categories(categories))
-    curves, bars = figure.axes
+    _, bars = figure.axes
     names = [label.get_text() for label in bars.get_yticklabels()]
     assert len(names) == MOST_BARS + 1
     assert names[0].startswith("$class_1$")
     assert names[-1].startswith("$class_80$")
     assert names[MOST_BARS // 2] == f".. {80 - MOST_BARS} more"
     assert max(map(len, names)) < 30
-    aps = [text.get_text().split("AP ")[1] for text in curves.get_legend().get_texts()]
+    aps = [text.get_text().split("AP ")[1] for text in figure.legends[0].get_texts()]
     assert float(aps[0]) == pytest.approx(
         evaluator.coco_eval["bbox"].eval["precision"][0, :, :, 0, -1].mean(), abs=1e-3
     )
