@@ -18,7 +18,7 @@ PARTS = {"train": "train_", "val": "test_"}  # runs as TensorBoard calls them, a
 
 
 class TensorBoard:
-    """Writes three "runs" that TensorBoard lays over each other: `train` and `val` by epoch, `steps` by step.
+    """Writes what TensorBoard calls runs: `train` and `val` by epoch, laid over each other, and `steps` by step.
 
     Args:
         folder: None writes nothing.
@@ -43,7 +43,7 @@ class TensorBoard:
         """The averages over the latest steps, behind `steps` of the run."""
         if self.writers:
             averages = {name: meter.avg for name, meter in logger.shown().items() if meter.window}
-            self._write("steps", averages, steps)
+            self._write("steps", "steps", averages, steps)
 
     def write_epoch(self, epochs: int, entry: dict[str, Any], evaluator: Any) -> None:
         """The epoch's line of the log, and the pictures of its evaluation, if it had one (else None)."""
@@ -52,18 +52,17 @@ class TensorBoard:
         for part, prefix in PARTS.items():
             values = {name.removeprefix(prefix): v for name, v in entry.items() if name.startswith(prefix)}
             numbers = dict(zip(COCO_NUMBERS, values.pop("coco_eval_bbox", ()), strict=False))
-            shown = {name: value for name, value in values.items() if is_shown(name)}
             known = {name: value for name, value in numbers.items() if value >= 0}  # -1: nothing to find
-            self._write(part, shown | known, epochs)
+            self._write(part, "epochs", {name: value for name, value in values.items() if is_shown(name)}, epochs)
+            self._write(part, "coco", known, epochs)
         for name, picture in self.draw(evaluator) if evaluator else ():
-            self.writers["val"].add_image(name, np.asarray(picture), epochs, dataformats="HWC")
+            self.writers["val"].add_image(f"images/{name}", np.asarray(picture), epochs, dataformats="HWC")
         for writer in self.writers.values():
             writer.flush()
 
-    def _write(self, part: str, values: dict[str, float], step: int) -> None:
+    def _write(self, run: str, group: str, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            group = "loss/" if name.startswith("loss") else "coco/" if name in COCO_NUMBERS else ""
-            self.writers[part].add_scalar(group + name, value, step)
+            self.writers[run].add_scalar(f"{group}/{name}", value, step)
 
     def __enter__(self) -> TensorBoard:
         return self
