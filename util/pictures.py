@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 mpl.use("Agg")  # draws to files; no screen is needed
 
@@ -22,7 +23,8 @@ Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of the image's area
 MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only where a text would be wider than its image
-TITLE_SIZE, GAP = 16, 8  # pixels, in pictures of several panels
+CELL, GAP = (400, 300), 8  # pixels: width and height of a picture on a sheet, and what is between two
+TITLE_SIZE = 16  # pixels, of the letters above a picture
 GOLDEN_RATIO = 0.618034  # hues in steps of it keep apart
 
 
@@ -69,6 +71,19 @@ def side_by_side(panels: Sequence[Image.Image], titles: Sequence[str]) -> Image.
         picture.paste(panel, (left, top))
         left += panel.width + GAP
     return picture
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures side by side, each scaled to fit into a cell, from left to right and top to bottom."""
+    rows = max(math.ceil(len(pictures) / columns), 1)
+    sheet = Image.new("RGB", (columns * (CELL[0] + GAP) + GAP, rows * (CELL[1] + GAP) + GAP), "white")
+    for i, picture in enumerate(pictures):
+        fitted = ImageOps.contain(picture, CELL)
+        left, top = (
+            GAP + number * (side + GAP) for number, side in zip((i % columns, i // columns), CELL, strict=True)
+        )
+        sheet.paste(fitted, (left + (CELL[0] - fitted.width) // 2, top + (CELL[1] - fitted.height) // 2))
+    return sheet
 
 
 def colour_of(label: int) -> Colour:
