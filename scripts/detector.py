@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision.transforms.v2.functional as F
@@ -52,12 +53,19 @@ class Detector:
 
 
 def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
-    """The detector of a checkpoint: a file, a URL or a hub entry's name.
+    """The detector of a checkpoint.
+
+    Args:
+        source: as for `util.checkpoint.load_checkpoint`: a file, a folder, a URL or a hub entry's name.
 
     Raises:
         InputError: where there is none, or its weights do not fit the flags that it was trained with.
     """
-    checkpoint = load_checkpoint(source)
+    return build_detector(load_checkpoint(source), source, device)
+
+
+def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.device = "cpu") -> Detector:
+    """As `load_detector`, of a checkpoint that is loaded; `source` names it in errors."""
     args = get_args_parser().parse_args([], argparse.Namespace(**checkpoint["args"]))
     args.num_classes = num_classes_of(checkpoint, source)
     args.aux_loss = False
