@@ -13,8 +13,6 @@ from pycocotools.cocoeval import COCOeval
 import main
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.coco_eval import CocoEvaluator
-from datasets.mistakes import compare
-from datasets.records import Objects
 from datasets.report import MOST_BARS, precision_recall, write_report
 from tests.conftest import TINY
 from util.classes import Classes
@@ -157,43 +155,6 @@ def test_the_worst_images(dataset, tmp_path):
     assert expected[0] == wrong
     picture = Image.open(tmp_path / "worst" / pictures[0])
     assert picture.width > 1.4 * picture.height
-
-
-def objects(*entries: tuple[list[float], int, bool]) -> Objects:
-    boxes, labels, crowds = zip(*entries, strict=True) if entries else ((), (), ())
-    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    return Objects(boxes, np.array(labels, dtype=np.int64), boxes[:, 2:].prod(1), np.array(crowds, dtype=bool))
-
-
-def detections(*entries: tuple[list[float], int, float]) -> np.ndarray:
-    rows = [[label, score, *box, 0, 0, 0] for box, label, score in entries]
-    return np.array(rows, dtype=np.float64).reshape(-1, 9)
-
-
-BOX, NEAR, FAR = [10, 10, 20, 20], [12, 10, 20, 20], [60, 60, 20, 20]
-
-
-@pytest.mark.parametrize(
-    ("found", "truth", "false", "missed"),
-    [
-        ([], [], [], []),
-        ([], [(BOX, 1, False)], [], [True]),
-        ([(BOX, 1, 0.9)], [], [True], []),
-        ([(NEAR, 1, 0.9)], [(BOX, 1, False)], [False], [False]),
-        ([(NEAR, 1, 0.9)], [(BOX, 2, False)], [True], [True]),  # another class
-        ([(FAR, 1, 0.9)], [(BOX, 1, False)], [True], [True]),
-        ([(BOX, 1, 0.49)], [(BOX, 1, False)], [], [True]),  # not confident
-        ([(BOX, 1, 0.6), (NEAR, 1, 0.9)], [(BOX, 1, False)], [False, True], [False]),  # the second of two
-        ([(NEAR, 1, 0.9), (BOX, 1, 0.8)], [(FAR, 1, False), (BOX, 1, False), (NEAR, 1, False)], None, [True, 0, 0]),
-        ([(BOX, 1, 0.9), (BOX, 2, 0.8)], [([0, 0, 99, 99], 1, True)], [False, True], []),  # within a crowd
-        ([], [([10, 10, 0, 20], 1, False)], [], []),  # nothing to find
-    ],
-)
-def test_mistakes(found, truth, false, missed):
-    comparison = compare(detections(*found), objects(*truth))
-    assert comparison.false.tolist() == (false or [False] * len(comparison.found))
-    assert comparison.missed.tolist() == missed
-    assert comparison.mistakes == sum(false or []) + sum(missed)
 
 
 def test_without_any_ground_truth_or_detection(data, dataset, parse, tmp_path):
