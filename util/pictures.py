@@ -22,6 +22,7 @@ Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of the image's area
 MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only where a text would be wider than its image
 CELL, GAP = (400, 300), 8  # pixels: width and height of a picture on a sheet, and what is between two
+TITLE_SIZE = 16  # pixels, of the letters above a picture
 GOLDEN_RATIO = 0.618034  # hues in steps of it keep apart
 
 
@@ -54,6 +55,20 @@ def annotate(
         draw.rectangle(place, fill=colour)
         draw.text((place[0] + _padding(font), place[1]), text, text_colour(colour), font)
     return image
+
+
+def side_by_side(panels: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """RGB images of one height in a row, on white, with a title above each."""
+    fonts = [_font_for(title, TITLE_SIZE, panel.width) for title, panel in zip(titles, panels, strict=True)]
+    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
+    top = 2 * TITLE_SIZE
+    picture = Image.new("RGB", (width, top + panels[0].height), "white")
+    draw, left = ImageDraw.Draw(picture), 0
+    for panel, title, font in zip(panels, titles, fonts, strict=True):
+        draw.text((left + panel.width / 2, top / 2), title, "black", font, anchor="mm")
+        picture.paste(panel, (left, top))
+        left += panel.width + GAP
+    return picture
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
