@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import main
+import training
 from util import files
 
 
@@ -53,7 +54,7 @@ def kill_at(moment: int, number: int = signal.SIGKILL, process: int | None = Non
     around(torch.optim.AdamW, "step")
     around(files.os, "fsync")
     around(Path, "replace")
-    around(main, "append_log")
+    around(training, "append_log")
 
 
 def run(flags: list[str], moment: int, number: int) -> None:

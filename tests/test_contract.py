@@ -10,6 +10,7 @@ import datasets
 import engine
 import hubconf
 import main
+import training
 from datasets.coco_eval import CocoEvaluator
 from models import build_model
 from models.criterion import SetCriterion
@@ -86,7 +87,7 @@ def test_state_dict(backbone, parameters, trained, parse):
 
 def test_optimizer_groups_are_in_state_dict_order(parse):
     model, _, _ = build_model(parse("--backbone", "resnet18"))
-    optimizer = main.build_optimizer(model, 1e-4, 1e-5, 1e-4)
+    optimizer = training.build_optimizer(model, 1e-4, 1e-5, 1e-4)
     names = [key for key, p in model.state_dict(keep_vars=True).items() if p.requires_grad]
     shapes = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
     for group, is_backbone in zip(shapes, (False, True), strict=True):

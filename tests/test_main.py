@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import main
+import training
 from tests.conftest import TINY, log_lines
 from util.errors import InputError
 
@@ -98,14 +99,14 @@ def test_the_first_of_the_highest_aps_is_the_best(aps, best, shapes, tmp_path, s
 def test_a_best_epoch_interrupted_before_its_line_in_the_log(shapes, tmp_path, scores, monkeypatch):
     """It is evaluated again, and counts once."""
 
-    def interrupted(path, entry, original=main.append_log):
+    def interrupted(path, entry, original=training.append_log):
         if entry["epoch"] == 1:
             raise KeyboardInterrupt
         original(path, entry)
 
     scores(0.1, 0.3, 0.3, 0.3)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(main, "append_log", interrupted)
+        patch.setattr(training, "append_log", interrupted)
         train(shapes, tmp_path, "--epochs", 3)
     before = torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)
     train(shapes, tmp_path, "--epochs", 3, "--resume", "auto")

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+import training
 from tests.conftest import TINY, log_lines
 from util.errors import InputError
 
@@ -86,7 +87,7 @@ def test_a_run_that_goes_on_from_an_earlier_epoch(shapes, whole, tmp_path):
 @pytest.mark.parametrize("before", ["append_log", "save_on_master"])
 def test_an_epoch_that_was_interrupted_is_drawn_once(before, shapes, whole, tmp_path, monkeypatch):
     """Behind the curves and before the log's line, or within the second epoch before its checkpoint."""
-    original, calls = getattr(main, before), []
+    original, calls = getattr(training, before), []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
@@ -94,10 +95,10 @@ def test_an_epoch_that_was_interrupted_is_drawn_once(before, shapes, whole, tmp_
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(main, before, interrupted)
+    monkeypatch.setattr(training, before, interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(shapes, tmp_path, "--epochs", 2, "--lr_drop", 2)
-    monkeypatch.setattr(main, before, original)
+    monkeypatch.setattr(training, before, original)
     train(shapes, tmp_path, "--epochs", 2, "--lr_drop", 2, "--resume", "auto")
     assert_as_logged(tmp_path)
     expected = curve(read(whole, "steps"), "steps/loss")

@@ -1,0 +1,173 @@
+"""The epochs of a training run: its steps, checkpoints, evaluations and log."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from datasets.coco_eval import CocoEvaluator
+from engine import PRINT_FREQ, train_one_epoch
+from util.advice import lr_factor
+from util.checkpoint import save_on_master
+from util.distributed import barrier, get_rank, get_world_size, is_main_process
+from util.log_file import append_log, best_ap
+from util.optim import build_optimizer, build_schedule, restore_optimizer
+from util.preemption import Preempted, StopRequest
+from util.progress import Progress
+from util.rng import seed_everything
+from util.step_guard import StepGuard
+from util.tensorboard import TensorBoard
+
+
+class TrainingRun:
+    """The epochs of a run, its checkpoints and its log.
+
+    Args:
+        args: the flags.
+        model, parallel_model: the model, and the same as it trains on several processes.
+        loader: the training batches.
+        evaluate_val: evaluates the model; returns the statistics for the log first.
+        output_dir: where checkpoints and the log go; None: nowhere.
+        stop_request: true once this process is asked to end.
+        board: where the curves are drawn.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        parallel_model: nn.Module,
+        criterion: nn.Module,
+        loader: DataLoader,
+        evaluate_val: Callable[[], tuple[dict[str, Any], CocoEvaluator]],
+        output_dir: Path | None,
+        stop_request: StopRequest,
+        board: TensorBoard,
+    ) -> None:
+        self.args = args
+        self.model = model
+        self.parallel_model = parallel_model
+        self.criterion = criterion
+        self.loader = loader
+        self.evaluate_val = evaluate_val
+        self.output_dir = output_dir
+        self.stop_request = stop_request
+        self.board = board
+        self.device = torch.device(args.device)
+        self.images_a_step = args.batch_size * args.accum_steps  # of this process
+        factor = lr_factor(args, images_a_step(args))
+        self.optimizer = build_optimizer(model, args.lr * factor, args.lr_backbone * factor, args.weight_decay)
+        self.lr_scheduler = build_schedule(self.optimizer, args.lr_drop, args.start_epoch)
+        self.progress = Progress(torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16"))
+        self.guard = StepGuard(model, args.skip_nonfinite, output_dir, {"args": vars(args)}, stop_request)
+        seed_everything(args.seed + get_rank())  # what was drawn before depends on where the weights come from
+
+    def restore(self, checkpoint: dict[str, Any], source: str) -> None:
+        """Goes on where a checkpoint of this run, or a published one, was written."""
+        restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
+        self.progress.restore(checkpoint, self.images_a_step)
+
+    def train_epoch(self, epoch: int) -> None:
+        """Trains an epoch, or what is left of it, writes its checkpoint, evaluates, and logs."""
+        self.loader.dataset.set_epoch(epoch)
+        self.loader.sampler.set_epoch(epoch, start=self.progress.step * self.images_a_step)
+        stats = train_one_epoch(
+            self.parallel_model,
+            self.criterion,
+            self.loader,
+            self.optimizer,
+            self.device,
+            epoch,
+            self.args.clip_max_norm,
+            self.args.amp,
+            self.args.accum_steps,
+            self.progress,
+            self.guard,
+            partial(self.after_step, epoch),
+        )
+        entry = {f"train_{name}": value for name, value in stats.items()}
+        self.lr_scheduler.step()
+        self.progress.start_epoch()
+        self.save(epoch, train_stats=entry)
+        self.end_if_asked()
+        self.finish_epoch(epoch, entry)
+
+    def steps_done(self, epoch: int) -> int:
+        """The steps of the run so far, within an epoch."""
+        return epoch * (len(self.loader) // self.args.accum_steps) + self.progress.step
+
+    def after_step(self, epoch: int) -> None:
+        """A checkpoint every `--save_every` steps, and where a signal asks for the end; curves as lines are printed."""
+        if (self.progress.step - 1) % PRINT_FREQ == 0:
+            self.board.write_step(self.steps_done(epoch), self.progress.logger)
+        every = self.args.save_every
+        within = self.progress.step < len(self.loader) // self.args.accum_steps
+        if self.guard.stopping or (every and within and self.progress.step % every == 0):
+            self.guard.settle(self.progress)
+            self.save(epoch - 1)
+        self.end_if_asked()
+
+    def end_if_asked(self) -> None:
+        """Ends the run on all processes, behind a checkpoint."""
+        if self.guard.stopping:
+            barrier()  # the first process to end may take the others with it, and one still writes
+            raise Preempted
+
+    def save(self, epoch: int, **more: Any) -> None:
+        """Writes what it takes to go on; `epoch` is the last finished one."""
+        if not self.output_dir:
+            return
+        checkpoint = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "epoch": epoch,
+            "args": vars(self.args),
+            **self.loader.dataset.classes.state_dict(),
+            **self.progress.state_dict(),
+            **more,
+        }
+        latest, previous = (self.output_dir / f"checkpoint{name}.pth" for name in ("", "_previous"))
+        save_on_master(checkpoint, latest, keep_old_as=previous)
+        # One stays before each drop of the learning rate and every 10 epochs.
+        epochs = epoch + 1
+        if self.progress.step == 0 and (epochs % self.args.lr_drop == 0 or epochs % 10 == 0):
+            save_on_master(checkpoint, self.output_dir / f"checkpoint{epoch:04}.pth")
+
+    def finish_epoch(self, epoch: int, entry: dict[str, Any]) -> None:
+        """Evaluates if it is time to, and writes the epoch's line, of which `entry` is the training's part."""
+        evaluator = None
+        if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
+            with self.stop_request.at_once():
+                stats, evaluator = self.evaluate_val()
+            entry = entry | {f"test_{name}": value for name, value in stats.items()}
+            self.save_if_best(epoch, stats["coco_eval_bbox"][0])
+        self.board.write_epoch(epoch + 1, entry, evaluator)
+        if self.output_dir:
+            trained = count_parameters(self.model)[1]
+            append_log(self.output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": trained})
+
+    def save_if_best(self, epoch: int, ap: float) -> None:
+        """Keeps the model for inference where no epoch in the log has as high an AP on val."""
+        if self.output_dir and is_main_process() and ap > best_ap(self.output_dir / "log.txt"):
+            best = {"model": self.model.state_dict(), "epoch": epoch, "ap": ap, "args": vars(self.args)}
+            classes = self.loader.dataset.classes.state_dict()
+            save_on_master(best | classes, self.output_dir / "checkpoint_best.pth")
+
+
+def images_a_step(args: argparse.Namespace) -> int:
+    """The images that all processes together learn from in a step."""
+    return args.batch_size * args.accum_steps * get_world_size()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """All parameters and the trained ones."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
