@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision.transforms.v2.functional as F
@@ -42,13 +43,28 @@ class Detector:
         width, height = resized_size(image.shape[2], image.shape[1], self.args.min_size, self.args.max_size)
         return F.resize(image, [height, width])
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """What is found in uint8 images [3, h, w] of any sizes: as `PostProcess`, in their pixels, on the CPU."""
-        sizes = torch.tensor([image.shape[1:] for image in images])
-        outputs = self.model([self.resize(image).to(self.device) for image in images])
-        found = self.postprocess(outputs, sizes.to(self.device))
+        return self.detect([self.resize(image) for image in images], [image.shape[1:] for image in images])
+
+    @torch.inference_mode()
+    def detect(self, resized: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """The same for images that `resize` has prepared; `sizes` are (height, width) before it."""
+        outputs = self.model([image.to(self.device) for image in resized])
+        found = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
         return [{name: value.cpu() for name, value in image.items()} for image in found]
+
+    def coco_results(self, image_id: int | str, found: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+        """What is found in an image as COCO's result files have it, with original category ids, and names beside."""
+        for score, label, box in zip(*(found[key].tolist() for key in ("scores", "labels", "boxes")), strict=True):
+            x1, y1, x2, y2 = box
+            yield {
+                "image_id": image_id,
+                "category_id": self.classes.id_of(label),
+                "category_name": self.classes.name_of(label),
+                "bbox": [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(score, 6),
+            }
 
 
 def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:

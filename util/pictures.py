@@ -22,7 +22,7 @@ Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of the image's area
 MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only where a text would be wider than its image
-GOLDEN_RATIO = 0.618034  # hues in steps of it keep apart
+FIRST_HUE, GOLDEN_RATIO = 0.92, 0.618034  # hues in steps of the golden ratio keep apart
 
 
 def annotate(
@@ -58,7 +58,7 @@ def annotate(
 
 def colour_of(label: int) -> Colour:
     """A class's colour of 8 bits a channel, bright; those of neighbouring labels differ most."""
-    hue = label * GOLDEN_RATIO % 1
+    hue = (FIRST_HUE + label * GOLDEN_RATIO) % 1
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.8, (1.0, 0.85)[label % 2]))
 
 
