@@ -94,7 +94,7 @@ class CocoDetection(Dataset):
 
     def keep_first(self, number: int, at_least: int = 0) -> None:
         """Leaves out all but the first `number` images with targets, which are repeated until there are `at_least`."""
-        _, targets = self._visible_objects()
+        _, targets = self.visible_objects()
         kept = self.records.ids[np.unique(self.records.image_of_object[targets])[:number]].tolist()
         if not kept:
             raise InputError(f"{self.annotation_file}: no image has a box to learn")
@@ -191,7 +191,7 @@ class CocoDetection(Dataset):
             f"logits; {advice}"
         )
 
-    def _visible_objects(self) -> tuple[np.ndarray, np.ndarray]:
+    def visible_objects(self) -> tuple[np.ndarray, np.ndarray]:
         """Which of all objects are within their image, as far as its annotated size tells, and become targets: [N]."""
         sizes = np.where(self.records.sizes > 0, self.records.sizes, np.inf)[self.records.image_of_object]
         _, visible = visible_corners(self.records.objects.boxes, *sizes.T)
@@ -200,7 +200,7 @@ class CocoDetection(Dataset):
     def summary(self) -> Summary:
         """Counts over all annotations, without opening an image."""
         objects = self.records.objects
-        visible, kept = self._visible_objects()
+        visible, kept = self.visible_objects()
         return Summary(
             images=len(self),
             empty_images=len(self) - len(np.unique(self.records.image_of_object[kept])),

@@ -12,12 +12,18 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from models.frozen_norm import FoldedNorm, fold_norms
+from models.frozen_norm import FoldedBasicBlock, FoldedBottleneck, FoldedNorm, fold_norms
 from util.errors import InputError, reason
 
 CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
-NORMS = {"frozen": FoldedNorm, "batch": nn.BatchNorm2d}
+DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+# The norm, and the blocks of shallow and of deep networks.
+KINDS = {
+    "frozen": (FoldedNorm, FoldedBasicBlock, FoldedBottleneck),
+    "batch": (nn.BatchNorm2d, BasicBlock, Bottleneck),
+}
 
 
 class Backbone(nn.Module):
@@ -39,10 +45,14 @@ class Backbone(nn.Module):
             raise InputError(f"--backbone {name}: choose one of {', '.join(CHANNELS)}")
         if dilation and CHANNELS[name] == 512:
             raise InputError(f"--dilation does not work with --backbone {name}: choose resnet50 or resnet101")
-        if norm not in NORMS:
-            raise InputError(f"--backbone_norm {norm}: choose one of {', '.join(NORMS)}")
-        resnet = getattr(torchvision.models, name)(
-            weights=None, replace_stride_with_dilation=[False, False, dilation], norm_layer=NORMS[norm]
+        if norm not in KINDS:
+            raise InputError(f"--backbone_norm {norm}: choose one of {', '.join(KINDS)}")
+        norm_layer, basic_block, bottleneck = KINDS[norm]
+        resnet = ResNet(
+            basic_block if CHANNELS[name] == 512 else bottleneck,
+            DEPTHS[name],
+            replace_stride_with_dilation=[False, False, dilation],
+            norm_layer=norm_layer,
         )
         fold_norms(resnet)
         # The faster layout of convolutions. With trained norms the gradients of plain 1×1 convolutions would come in

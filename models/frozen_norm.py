@@ -1,6 +1,6 @@
-"""Batch norms with fixed statistics, folded into the convolutions before them.
+"""Residual blocks whose batch norms have fixed statistics, which are folded into the convolutions before them.
 
-Shapes: C channels in, C' channels out, k×k kernel.
+Shapes: B images, H×W feature map, C channels in, C' channels out, k×k kernel.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 
@@ -27,6 +28,7 @@ class FoldedConv2d(nn.Module):
     That spares two passes over every activation. While gradients are recorded, the weights are folded at every call, so
     that gradients reach w. Without gradients they are folded once and kept, outside the state dict, until a tensor that
     they come from changes. Only changes through `.data`, which are not counted, need a call of `eval()` to be noticed.
+    On CPUs, the sum and the ReLU that follow then join the convolution, too.
 
     Args:
         conv: its weight becomes this module's.
@@ -36,17 +38,24 @@ class FoldedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, norm: FoldedNorm) -> None:
         super().__init__()
         self.weight = conv.weight  # [C', C, k, k]
-        self.geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        self.geometry = conv.stride, conv.padding, conv.dilation
         self.norm = (norm,)  # in a tuple, since it is not to be a submodule
         self.kept = None  # folded weight and bias, what they come from, and the sources, whose ids stay theirs
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def forward(self, x: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
+        """norm(w * x), plus `added`, through ReLU: [B, C, H, W] to [B, C', H', W'], the shape of `added`."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             self.kept = None  # gradients are followed by a step of the optimizer
             weight, bias = self.fold()
         else:
-            weight, bias = self.fold_once()
-        return F.conv2d(x, weight, bias, **self.geometry)
+            x = x.to(compute_dtype(x))
+            weight, bias = self.fold_once(x.dtype)
+            if has_fused_convolution(x):
+                return fused_convolution(x, weight, bias, self.geometry, added, relu)
+        y = F.conv2d(x, weight, bias, *self.geometry)
+        if added is not None:
+            y += added
+        return F.relu(y, inplace=True) if relu else y
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """The weight [C', C, k, k], in the memory format of the activations, and the bias [C']."""
@@ -55,16 +64,16 @@ class FoldedConv2d(nn.Module):
         weight = (self.weight.flatten(1) * scale[:, None]).view_as(self.weight)
         return weight.contiguous(memory_format=torch.channels_last), norm.bias - norm.running_mean * scale
 
-    def fold_once(self) -> tuple[Tensor, Tensor]:
-        """As `fold`, from memory where weight and norm are still those of the last call."""
+    def fold_once(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `fold`, in `dtype`, from memory where weight and norm are still those of the last call."""
         (norm,) = self.norm
         sources = (self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        if any(source.is_inference() for source in sources):  # their changes are not counted
-            return self.fold()
-        versions = [(id(source), source._version) for source in sources]
+        counted = not any(source.is_inference() for source in sources)  # else their changes are not
+        origin = dtype, [(id(source), source._version) for source in sources if counted]
         kept = self.kept
-        if kept is None or kept[0] != versions:
-            kept = self.kept = versions, self.fold(), sources
+        if kept is None or kept[0] != origin or not counted:
+            folded = tuple(tensor.to(dtype) for tensor in self.fold())
+            kept = self.kept = origin, folded, sources
         return kept[1]
 
     def train(self, mode: bool = True) -> FoldedConv2d:
@@ -77,6 +86,47 @@ class FoldedConv2d(nn.Module):
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"kept": None}  # neither copied nor pickled
+
+
+class FoldedBasicBlock(BasicBlock):
+    """ResNet-18's and 34's block; its norms are folded, and ReLU and sum are left to the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv2(self.conv1(x, relu=True), added=shortcut, relu=True)
+
+
+class FoldedBottleneck(Bottleneck):
+    """The same of deeper networks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.conv2(self.conv1(x, relu=True), relu=True)
+        return self.conv3(y, added=shortcut, relu=True)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision that a convolution of `x` is computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def has_fused_convolution(x: Tensor) -> bool:
+    """Whether oneDNN, which computes PyTorch's convolutions on CPUs, can take `x`."""
+    known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return known and x.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def fused_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor, geometry: tuple, added: Tensor | None, relu: bool
+) -> Tensor:
+    """A convolution, sum and ReLU in one pass, without gradients: the operators that `torch.compile` uses on CPUs."""
+    stride, padding, dilation = geometry
+    inputs = weight, bias, padding, stride, dilation, 1
+    operator, activation = torch.ops.mkldnn._convolution_pointwise, "relu" if relu else "none"
+    if added is None:
+        return operator(x, *inputs, activation, [], "")
+    return operator.binary(x, added, *inputs, "add", 1.0, activation if relu else None, [], "")
 
 
 def fold_norms(network: nn.Module) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 
 from datasets.annotations import index
 from datasets.coco import CocoDetection
@@ -24,8 +25,10 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.transforms import make_coco_transforms, resized_size
 from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
 from scripts.timing import alternate
+from util.nested_tensor import collate_fn
 
 WIDTH, HEIGHT = 640, 480  # as most photos of COCO
+BATCH_SIZE = 2
 OBJECTS, DETECTIONS = 7, 100  # an image
 NUM_CATEGORIES = 80
 
@@ -61,31 +64,49 @@ def write_photos(folder: Path, rng: np.random.Generator, images: int) -> None:
 
 
 def loading_runs(folder: Path, images: int, split: str) -> dict[str, Callable[[], None]]:
-    """One core's loading of all images of a folder, here and by PIL up to normalised floats.
-
-    In training, PIL is spared the augmentation but for the resize.
-    """
+    """One core's loading of all images of a folder in batches, here and by PIL up to normalised floats."""
     annotations = folder / "annotations.json"
     annotations.write_text(json.dumps(random_coco(np.random.default_rng(0), images)), encoding="utf-8")
     dataset = CocoDetection(folder, annotations, make_coco_transforms(split))
+    augment = augment_by_pil if split == "train" else resize_by_pil
     rng = random.Random(0)
-    sizes = list(range(480, 801, 32)) if split == "train" else [800]
 
-    def ours() -> None:
-        for i in range(images):
-            dataset[i]
+    def load_by_pil(index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image = augment(Image.open(folder / f"{index}.jpg").convert("RGB"), rng)
+        return F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD), {}
 
-    def by_pil() -> None:
-        for i in range(images):
-            image = Image.open(folder / f"{i}.jpg").convert("RGB")
-            width, height = resized_size(*image.size, rng.choice(sizes), 1333)
-            F.normalize(F.to_tensor(F.resize(image, [height, width])), IMAGENET_MEAN, IMAGENET_STD)
+    def load(sample: Callable[[int], tuple[Tensor, dict[str, Tensor]]]) -> Callable[[], None]:
+        def run() -> None:
+            for first in range(0, images, BATCH_SIZE):
+                collate_fn([sample(i) for i in range(first, min(first + BATCH_SIZE, images))])
 
-    return {"": ours, " PIL": by_pil}
+        return run
+
+    return {"": load(dataset.__getitem__), " PIL": load(load_by_pil)}
+
+
+def augment_by_pil(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The recipe's flip, resize and crop of an image alone, without its boxes."""
+    sizes = range(480, 801, 32)
+    if rng.random() < 0.5:
+        image = F.hflip(image)
+    if rng.random() < 0.5:
+        return resize_by_pil(image, rng, sizes)
+    image = resize_by_pil(image, rng, (400, 500, 600), None)
+    width, height = (rng.randint(min(384, side), min(600, side)) for side in image.size)
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    return resize_by_pil(F.crop(image, top, left, height, width), rng, sizes)
+
+
+def resize_by_pil(
+    image: Image.Image, rng: random.Random, sizes: Sequence[int] = (800,), max_size: int | None = 1333
+) -> Image.Image:
+    width, height = resized_size(*image.size, rng.choice(sizes), max_size)
+    return F.resize(image, [height, width])
 
 
 def scoring_runs(rng: np.random.Generator, images: int) -> dict[str, Callable[[], None]]:
-    """The scoring of random detections, here at the end and by pycocotools image by image."""
+    """The scoring of random detections, here at the end, and by pycocotools image by image with a sum at the end."""
     truth = index(random_coco(rng, images))
     corners = torch.from_numpy(rng.uniform(0, 300, (images, DETECTIONS, 2)))
     boxes = torch.cat([corners, corners + torch.from_numpy(rng.uniform(20, 180, (images, DETECTIONS, 2)))], dim=-1)
@@ -100,7 +121,7 @@ def scoring_runs(rng: np.random.Generator, images: int) -> dict[str, Callable[[]
         evaluator.accumulate()
 
     def image_by_image() -> None:
-        evaluators = []
+        matches = []  # [images, classes · areas]
         for image_id, detections in found.items():
             x1, y1, x2, y2 = detections["boxes"].unbind(-1)
             columns = torch.stack([x1, y1, x2 - x1, y2 - y1, detections["scores"]], dim=-1).tolist()
@@ -112,13 +133,19 @@ def scoring_runs(rng: np.random.Generator, images: int) -> dict[str, Callable[[]
                 evaluator = COCOeval(truth, truth.loadRes(results), "bbox")
                 evaluator.params.imgIds = [image_id]
                 evaluator.evaluate()
-            evaluators.append(evaluator)
+            matches.append(evaluator.evalImgs)
+        total = COCOeval(truth, iouType="bbox")
+        total.params.imgIds = list(found)
+        total._paramsEval = total.params
+        total.evalImgs = [of_image for of_class in zip(*matches, strict=True) for of_image in of_class]
+        with contextlib.redirect_stdout(io.StringIO()):
+            total.accumulate()
 
     return {"": ours, " pycocotools": image_by_image}
 
 
 def measure_data(repeats: int) -> list[dict[str, Any]]:
-    """Loading 640×480 JPEGs on one core, in turns with PIL's arithmetic on floats."""
+    """Loading batches of 640×480 JPEGs on one core, in turns with PIL up to normalised floats."""
     images, rows = 16, []
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder), np.random.default_rng(0), images)

@@ -77,8 +77,28 @@ def test_norms_add_no_pass_over_activations(body):
     predict(body)
     with torch.no_grad(), Recorder() as recorder:
         body(IMAGE)
-    assert recorder.names.count("convolution") == 20
+    convolutions = [name for name in recorder.names if "convolution" in name]
+    assert len(convolutions) == 20
     assert not {"mul", "add", "rsqrt"} & set(recorder.names)  # `add_` joins the residual branches
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+def test_sums_and_relus_join_the_convolutions_on_cpus(body):
+    with torch.no_grad(), Recorder() as recorder:
+        body.eval()(IMAGE)
+    assert recorder.names.count("relu_") == 1  # behind the first convolution
+    assert "add_" not in recorder.names
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_same(predict(body), unfolded(body))
+    assert_same(predict(body), unfolded(body))
+
+
+def test_precisions_in_turn(body):
+    """The kept weights are those of the precision that is asked for."""
+    expected = predict(body)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(predict(body).float(), expected, 0.05)
+    assert torch.equal(predict(body), expected)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 mpl.use("Agg")  # draws to files; no screen is needed
 
@@ -22,6 +23,7 @@ Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of the image's area
 MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only where a text would be wider than its image
+GAP = 8  # pixels between pictures of a sheet
 FIRST_HUE, GOLDEN_RATIO = 0.92, 0.618034  # hues in steps of the golden ratio keep apart
 
 
@@ -54,6 +56,19 @@ def annotate(
         draw.rectangle(place, fill=colour)
         draw.text((place[0] + _padding(font), place[1]), text, text_colour(colour), font)
     return image
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int, cell: tuple[int, int] = (400, 300)) -> Image.Image:
+    """Pictures side by side, each scaled to fit into a cell (width, height), from left to right and top to bottom."""
+    rows = max(math.ceil(len(pictures) / columns), 1)
+    sheet = Image.new("RGB", (columns * (cell[0] + GAP) + GAP, rows * (cell[1] + GAP) + GAP), "white")
+    for i, picture in enumerate(pictures):
+        fitted = ImageOps.contain(picture, cell)
+        left, top = (
+            GAP + number * (side + GAP) for number, side in zip((i % columns, i // columns), cell, strict=True)
+        )
+        sheet.paste(fitted, (left + (cell[0] - fitted.width) // 2, top + (cell[1] - fitted.height) // 2))
+    return sheet
 
 
 def colour_of(label: int) -> Colour:

@@ -1,0 +1,245 @@
+"""Looks through a data set before a training: what it holds, what will be left out, what is suspicious, how it looks.
+
+    python -m scripts.check_data --coco_path /path/to/coco --output_dir output/check_data
+
+Takes main.py's flags; those of data, batches and model sizes count. Prints a report, and writes a page of pictures with
+boxes for each split. Every image is read. The exit code is 1 where some cannot be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm import tqdm
+
+from datasets import build_dataset
+from datasets.coco import CocoDetection
+from datasets.transforms import resized_size
+from util.args import check_args, get_args_parser
+from util.command import run_command
+from util.errors import InputError
+from util.files import replacing
+from util.logger import log, warn
+from util.pictures import annotate, contact_sheet
+
+PICTURES, COLUMNS = 12, 4  # of the page
+FEW_BOXES = 10  # of a class, which are hardly enough to learn it
+BATCHES = 2_000  # that are drawn to see how much is padded
+MOST_LINES = 10  # of a list
+AREAS = (32**2, 96**2)  # COCO's bounds between small, medium and large
+
+
+@dataclass
+class Split:
+    """What was found in one split.
+
+    Attributes:
+        sizes: [M, 2] width and height of the images, 0 of those that cannot be read.
+        digests: of the image files, by their position; None where there is none.
+        unreadable: what is wrong with each image that cannot be used.
+    """
+
+    name: str
+    dataset: CocoDetection
+    sizes: np.ndarray
+    digests: list[bytes | None]
+    unreadable: list[str]
+
+    def boxes_of(self, label: int) -> tuple[int, int]:
+        """How many targets a class has, and in how many images."""
+        _, targets = self.dataset.visible_objects()
+        of_class = targets & (self.dataset.records.objects.labels == label)
+        return int(of_class.sum()), len(np.unique(self.dataset.records.image_of_object[of_class]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "check_data",
+        usage="python -m scripts.check_data --coco_path PATH [flags of main.py]",
+        description=__doc__.splitlines()[0],
+        parents=[get_args_parser()],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    args = parser.parse_args(argv)
+    check_args(args)
+    args.on_bad_image = "skip"  # all of them are to be named
+    train = look_through("train", build_dataset("train", args))
+    val = look_through("val", build_dataset("val", args, train.dataset.classes))
+    for split in (train, val):
+        log("\n".join([f"\n{split.name}: {split.dataset.annotation_file}", *describe(split, args)]))
+    log("\n".join(["\nclasses", *class_table(train, val)]))
+    log()
+    suspicions = list(suspect(train, val, args))
+    for line in suspicions:
+        warn(line)
+    if not suspicions:
+        log("nothing suspicious", "green")
+    if args.output_dir:
+        for split in (train, val):
+            log(f"wrote {write_page(split, Path(args.output_dir))}")
+    return int(bool(train.unreadable or val.unreadable))
+
+
+def look_through(name: str, dataset: CocoDetection) -> Split:
+    """Reads all images of a data set."""
+
+    def read(index: int) -> tuple[tuple[int, int], bytes | None, str]:
+        try:
+            height, width = dataset.load_image(index).shape[1:]
+        except InputError as error:
+            return (0, 0), None, str(error)
+        path = dataset.image_folder / dataset.records.file_name(index)
+        return (width, height), hashlib.sha256(path.read_bytes()).digest(), ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        read_all = tqdm(pool.map(read, range(len(dataset))), f"reading {name}", len(dataset), leave=False, disable=None)
+        sizes, digests, problems = zip(*read_all, strict=True)
+    return Split(name, dataset, np.array(sizes), list(digests), [problem for problem in problems if problem])
+
+
+def describe(split: Split, args: argparse.Namespace) -> Iterator[str]:
+    """The lines on one split: images, boxes, what is left out, sizes, padding."""
+    dataset, records = split.dataset, split.dataset.records
+    visible, targets = dataset.visible_objects()
+    counts = np.bincount(records.image_of_object[targets], minlength=len(dataset))
+    yield f"  images    {len(dataset):,}, {describe_sizes(split.sizes[split.sizes[:, 0] > 0])}"
+    yield (
+        f"  targets   {targets.sum():,}: {counts.min()} to {counts.max()} an image, median {np.median(counts):g}; "
+        f"{(counts == 0).sum():,} images without any"
+    )
+    _, _, width, height = records.objects.boxes.T
+    flat, crowds = (width <= 0) | (height <= 0), records.objects.crowds
+    left_out = {
+        "crowd regions": crowds,
+        "boxes without width or height": ~visible & flat & ~crowds,
+        "boxes outside of their image": ~visible & ~flat & ~crowds,
+    }
+    parts = [f"{mask.sum():,} {what}" for what, mask in left_out.items() if mask.any()]
+    yield f"  left out  {', '.join(parts) or 'nothing'}"
+    if targets.any():
+        groups = np.bincount(np.digitize(records.objects.areas[targets], AREAS), minlength=3) / targets.sum()
+        small, medium, large = (f"{100 * share:.0f} %" for share in groups)
+        yield f"  areas     {small} small (below 32² pixels), {medium} medium, {large} large (96² and more)"
+    padded, pixels = padding(split, args)
+    yield (
+        f"  padding   in batches of {args.batch_size}, {100 * padded:.0f} % of the images are padded, "
+        f"{100 * pixels:.0f} % of the pixels are padding"
+    )
+
+
+def describe_sizes(sizes: np.ndarray) -> str:
+    """The sizes of images, [M, 2], in a few words."""
+    if len(sizes) == 0:
+        return "none of which can be read"
+    by_area = sorted({tuple(size) for size in sizes.tolist()}, key=lambda size: size[0] * size[1])
+    (w1, h1), (w2, h2) = by_area[0], by_area[-1]
+    if len(by_area) == 1:
+        return f"all of {w1}×{h1}"
+    return f"of {len(by_area):,} sizes from {w1}×{h1} to {w2}×{h2}"
+
+
+def padding(split: Split, args: argparse.Namespace) -> tuple[float, float]:
+    """The shares of images that get padding, and of pixels that are, in batches drawn at random.
+
+    Images are at the evaluation's size, without augmentation.
+    """
+    readable = split.sizes[split.sizes[:, 0] > 0].tolist()
+    if not readable:
+        return 0.0, 0.0
+    resized = np.array([resized_size(*size, args.min_size, args.max_size) for size in readable])
+    drawn = np.random.default_rng(0).integers(len(resized), size=(BATCHES, args.batch_size))
+    batches = resized[drawn]  # [batches, images, 2]
+    largest = batches.max(1, keepdims=True)
+    return float((batches < largest).any(-1).mean()), float(
+        1 - batches.prod(-1).sum() / (largest.prod(-1).sum() * args.batch_size)
+    )
+
+
+def class_table(train: Split, val: Split) -> Iterator[str]:
+    """A line for each class with its targets and images in both splits."""
+    classes = train.dataset.classes.names | val.dataset.classes.names
+    ids = train.dataset.classes.ids | val.dataset.classes.ids
+    width = max(map(len, ["name", *classes.values()]))
+    id_width = max(len(str(class_id)) for class_id in [*ids.values(), "id"])
+    heads = "  ".join(f"{split.name + ' boxes':>11}  {'images':>7}" for split in (train, val))
+    yield f"  {'id':>{id_width}}  {'name':<{width}}  {heads}"
+    for label, name in sorted(classes.items()):
+        cells = "  ".join(
+            f"{boxes:>11,}  {images:>7,}" for boxes, images in (split.boxes_of(label) for split in (train, val))
+        )
+        yield f"  {ids[label]:>{id_width}}  {name:<{width}}  {cells}"
+
+
+def suspect(train: Split, val: Split, args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong, or may be."""
+    for split in (train, val):
+        if bad := split.unreadable:
+            yield f"{len(bad)} {split.name} images cannot be used: {listed(bad)}"
+        _, targets = split.dataset.visible_objects()
+        counts = np.bincount(split.dataset.records.image_of_object[targets], minlength=1)
+        if crowded := int((counts > args.num_queries).sum()):
+            yield (
+                f"{crowded} {split.name} images have more boxes than the model's {args.num_queries} queries can find: "
+                f"pass --num_queries {counts.max()} or more"
+            )
+    counts = {label: [split.boxes_of(label)[0] for split in (train, val)] for label in train.dataset.classes.names}
+    named = train.dataset.classes.name_of
+    if never := [named(label) for label, (n, _) in counts.items() if n == 0]:
+        yield f"{len(never)} classes have no box to learn from: {listed(never)}"
+    if few := [f"{named(label)} ({n})" for label, (n, _) in counts.items() if 0 < n < FEW_BOXES]:
+        yield f"{len(few)} classes have less than {FEW_BOXES} boxes to learn from: {listed(few)}"
+    if unscored := [named(label) for label, (n, m) in counts.items() if n and not m]:
+        yield f"{len(unscored)} classes are not in the val split, so that AP says nothing of them: {listed(unscored)}"
+    unknown = val.dataset.classes.names.keys() - train.dataset.classes.names.keys()
+    if unknown := [val.dataset.classes.name_of(label) for label in sorted(unknown) if val.boxes_of(label)[0]]:
+        yield f"{len(unknown)} classes of the val split are not in the training file: {listed(unknown)}"
+    if leaked := (set(train.digests) & set(val.digests)) - {None}:
+        names = [train.dataset.records.file_name(i) for i, digest in enumerate(train.digests) if digest in leaked]
+        yield f"{len(leaked)} images are in both splits, so that AP is too high: {listed(names)}"
+    copies = Counter(digest for digest in train.digests if digest)
+    if repeated := sum(number - 1 for number in copies.values()):
+        yield f"{repeated} training images are copies of others"
+
+
+def listed(texts: Sequence[str]) -> str:
+    return "; ".join(texts[:MOST_LINES]) + ("; .." if len(texts) > MOST_LINES else "")
+
+
+def write_page(split: Split, folder: Path) -> Path:
+    """A page of images with boxes, drawn at random from those that have some, as `folder`/{split}.jpg."""
+    dataset = split.dataset
+    _, targets = dataset.visible_objects()
+    readable = np.flatnonzero(split.sizes[:, 0])
+    shown = np.intersect1d(np.unique(dataset.records.image_of_object[targets]), readable).tolist()
+    shown = sorted(random.Random(0).sample(shown, min(PICTURES, len(shown))))
+    path = folder / f"{split.name}.jpg"
+    with replacing(path) as file:
+        contact_sheet([picture(dataset, index) for index in shown], COLUMNS).save(file, format="JPEG", quality=90)
+    return path
+
+
+def picture(dataset: CocoDetection, index: int) -> Image.Image:
+    """An image with its targets."""
+    image = to_pil_image(dataset.load_image(index))
+    objects = dataset.records.objects_of(index)
+    objects = objects.select(~objects.crowds)
+    x, y, width, height = objects.boxes.T
+    corners = np.stack([x, y, x + width, y + height], axis=1)
+    labels = objects.labels.tolist()
+    return annotate(image, corners.tolist(), labels, [dataset.classes.name_of(label) for label in labels])
+
+
+if __name__ == "__main__":
+    run_command(main)
