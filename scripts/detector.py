@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torchvision.transforms.v2.functional as F
@@ -53,18 +52,6 @@ class Detector:
         outputs = self.model([image.to(self.device) for image in resized])
         found = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
         return [{name: value.cpu() for name, value in image.items()} for image in found]
-
-    def coco_results(self, image_id: int | str, found: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
-        """What is found in an image as COCO's result files have it, with original category ids, and names beside."""
-        for score, label, box in zip(*(found[key].tolist() for key in ("scores", "labels", "boxes")), strict=True):
-            x1, y1, x2, y2 = box
-            yield {
-                "image_id": image_id,
-                "category_id": self.classes.id_of(label),
-                "category_name": self.classes.name_of(label),
-                "bbox": [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)],
-                "score": round(score, 6),
-            }
 
 
 def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:

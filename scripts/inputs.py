@@ -12,6 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
+from PIL import Image, UnidentifiedImageError
+
 from datasets.annotations import CONTROL_CHARACTERS
 from util.errors import InputError, reason
 
@@ -78,7 +80,7 @@ def _glob(pattern: str) -> list[Path]:
     root = Path(Path(pattern).anchor)
     try:
         return sorted(root.glob(str(Path(pattern).relative_to(root))))
-    except ValueError:
+    except (ValueError, IndexError):  # as for "a**b" and ""
         return []
 
 
@@ -116,9 +118,7 @@ def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Repo
         data = json.loads(Path(annotations).read_text(encoding="utf-8"))
         ids = {entry["file_name"]: entry["id"] for entry in data["images"]}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{annotations}: not a COCO file with images, 'file_name' and 'id' ({reason(error)})"
-        ) from error
+        raise InputError(f"{annotations}: not a COCO file that lists images ({reason(error)})") from error
     chosen: dict[int, Source] = {}
     for source in sources:
         parts = source.path.parts
@@ -131,6 +131,21 @@ def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Repo
         else:
             chosen[image_id] = Source(source.path, source.name, image_id)
     return list(chosen.values())
+
+
+def open_image(source: Source, use: Callable[[Image.Image], Result]) -> Result | InputError:
+    """What a function makes of an image file; where that cannot be read, an error that names it.
+
+    The error is a value, for threads to hand over.
+    """
+    try:
+        with Image.open(source.path) as file:
+            return use(file)
+    except UnidentifiedImageError:
+        problem = "not an image, or of a format that is not known"
+    except Exception as error:  # decoders raise many types on broken files
+        problem = getattr(error, "strerror", None) or reason(error)
+    return InputError(f"{source}: cannot be read ({problem}), skipped")
 
 
 def prefetch(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:

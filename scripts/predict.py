@@ -18,7 +18,6 @@ padded and --batch_size does not change what is found. What cannot be read is na
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -29,22 +28,22 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from datasets.images import decode, decode_upright, upright_size
+from datasets.results import coco_results, write_results
 from datasets.samplers import same_shape_batches
 from datasets.transforms import resized_size
 from scripts.detector import Detector, load_detector
 from scripts.gallery import Entry, image_entry, video_entry, write_gallery
-from scripts.inputs import Report, Source, find_sources, prefetch, with_annotated_ids
+from scripts.inputs import Report, Source, find_sources, open_image, prefetch, with_annotated_ids
 from scripts.video import VideoReader, write_video
 from util.args import worker_count
 from util.command import run_command
 from util.errors import InputError, reason
-from util.files import replacing
 from util.logger import log, warn
 from util.pictures import annotate
 
@@ -132,6 +131,12 @@ class Prediction:
                 bar.update()
         self.entries[source] = video_entry(source.name, path.relative_to(self.args.output))
 
+    def results(self, sources: Iterable[Source]) -> Iterator[dict[str, Any]]:
+        """All detections in COCO's result format, in the order of the sources."""
+        for source in sources:
+            for image_id, found in self.found.get(source, ()):
+                yield from coco_results(image_id, found, self.detector.classes)
+
     def _in_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         return prefetch(self.pool, function, items, ahead=self.args.num_workers + self.args.batch_size)
 
@@ -192,18 +197,6 @@ class Prediction:
         return annotate(to_pil_image(photo.pixels), boxes, labels, texts)
 
 
-def open_image(source: Source, use: Callable[[Image.Image], Result]) -> Result | InputError:
-    """What a function makes of an image file; an error that names the file where that cannot be read."""
-    try:
-        with Image.open(source.path) as file:
-            return use(file)
-    except UnidentifiedImageError:
-        problem = "not an image, or of a format that is not known"
-    except Exception as error:  # decoders raise many types on broken files
-        problem = getattr(error, "strerror", None) or reason(error)
-    return InputError(f"{source}: cannot be read ({problem}), skipped")
-
-
 def file_name(source: Source, suffix: str) -> str:
     """What a source's picture is called: as itself, with a suffix for its format where it has another."""
     return source.name if source.name.lower().endswith(suffix) else source.name + suffix
@@ -217,18 +210,6 @@ def save(image: Image.Image, path: Path, longest: int) -> None:
         image.save(path, "JPEG", quality=90)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or reason(error)})") from error
-
-
-def write_results(path: Path, prediction: Prediction, sources: Iterable[Source]) -> None:
-    """Writes detections.json, a detection a line."""
-    with replacing(path) as file:
-        separator = "[\n"
-        for source in sources:
-            for image_id, found in prediction.found.get(source, ()):
-                for result in prediction.detector.coco_results(image_id, found):
-                    file.write((separator + json.dumps(result)).encode())
-                    separator = ",\n"
-        file.write(b"[]" if separator == "[\n" else b"\n]")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -282,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 prediction.video(source)
     if not prediction.found:
         raise InputError(f"none of the {len(sources)} inputs could be read")
-    write_results(args.output / "detections.json", prediction, sources)
+    write_results(args.output / "detections.json", prediction.results(sources))
     entries = [prediction.entries[source] for source in sources if source in prediction.entries]
     write_gallery(args.output / "index.html", entries, detector.classes, args.threshold)
     log(f"{len(entries)} inputs predicted; look at {args.output / 'index.html'}")
