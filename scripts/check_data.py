@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ from util.command import run_command
 from util.errors import InputError
 from util.files import replacing
 from util.logger import log, warn
-from util.pictures import annotate, contact_sheet
+from util.pictures import CELL, annotate, contact_sheet
 
 PICTURES, COLUMNS = 12, 4  # of the page
 FEW_BOXES = 10  # of a class, which are hardly enough to learn it
@@ -231,12 +231,13 @@ def write_page(split: Split, folder: Path) -> Path:
 
 
 def picture(dataset: CocoDetection, index: int) -> Image.Image:
-    """An image with its targets."""
-    image = to_pil_image(dataset.load_image(index))
+    """An image with its targets, at the size of a cell of the page."""
+    stored = to_pil_image(dataset.load_image(index))
+    image = ImageOps.contain(stored, CELL)
     objects = dataset.records.objects_of(index)
     objects = objects.select(~objects.crowds)
     x, y, width, height = objects.boxes.T
-    corners = np.stack([x, y, x + width, y + height], axis=1)
+    corners = np.stack([x, y, x + width, y + height], axis=1) * (image.width / stored.width)
     labels = objects.labels.tolist()
     return annotate(image, corners.tolist(), labels, [dataset.classes.name_of(label) for label in labels])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision.transforms.v2.functional as F
@@ -17,6 +18,7 @@ from models.postprocess import PostProcess
 from util.args import get_args_parser
 from util.checkpoint import classes_of, load_checkpoint, load_model_weights, num_classes_of
 from util.classes import Classes
+from util.errors import InputError, reason
 
 
 @dataclass
@@ -55,12 +57,24 @@ class Detector:
 
 
 def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
-    """The detector of a checkpoint: a file, a URL or a hub entry's name.
+    """The detector of a checkpoint.
+
+    Args:
+        source: as for `util.checkpoint.load_checkpoint`: a file, a folder, a URL or a hub entry's name.
 
     Raises:
-        InputError: where there is none, or its weights do not fit the flags that it was trained with.
+        InputError: where there is none, its weights do not fit the flags that it was trained with, or there is no such
+            device.
     """
-    checkpoint = load_checkpoint(source)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: cannot be used ({reason(error)})") from error
+    return build_detector(load_checkpoint(source), source, device)
+
+
+def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.device = "cpu") -> Detector:
+    """As `load_detector`, of a checkpoint that is loaded; `source` names it in errors."""
     args = get_args_parser().parse_args([], argparse.Namespace(**checkpoint["args"]))
     args.num_classes = num_classes_of(checkpoint, source)
     args.aux_loss = False

@@ -87,7 +87,7 @@ def test_published_checkpoints_hold_a_namespace(tmp_path):
         (lambda path: path.write_bytes(b""), "not a checkpoint, or a damaged one"),
         (lambda path: torch.save([1], path), "holds no 'model'"),
         (lambda path: None, "no such checkpoint"),
-        (lambda path: path.mkdir(), "not a checkpoint, or a damaged one"),
+        (lambda path: path.mkdir(), "a folder, but not of a Hugging Face model"),
     ],
 )
 def test_unusable_files(write, message, tmp_path):

@@ -76,15 +76,34 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
     """The contents of a checkpoint on the CPU, its `args` as a plain dict.
 
     Args:
-        source: a file, a URL, or the name of a hub entry (`PUBLISHED`).
+        source: a file, a URL, the name of a hub entry (`PUBLISHED`), a safetensors file, or a folder of Hugging Face
+            transformers.
 
     Raises:
         InputError: where it is missing, unreadable, carries more than tensors and plain data, or holds no model.
     """
     path = _local_path(PUBLISHED.get(str(source), str(source)))
+    if path.is_dir():
+        from util.huggingface import read_folder  # these import what the hub entries do without
+
+        return read_folder(path)
+    if path.suffix == ".safetensors":
+        from util.safetensors_file import read_safetensors
+
+        return read_safetensors(path)
+    checkpoint = load_file(path, source)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise InputError(f"{source}: holds no 'model'")
+    args = checkpoint.get("args") or {}
+    checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
+    return checkpoint
+
+
+def load_file(path: Path, source: str | Path) -> Any:
+    """What `torch.save` wrote: tensors and plain data, no code. `source` names it in errors, which are InputErrors."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{source}: no such checkpoint") from error
     except pickle.UnpicklingError as error:
@@ -93,11 +112,6 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
         raise InputError(f"{source}: not a checkpoint, or a damaged one") from error
     except Exception as error:  # a truncated file makes torch.load raise many types
         raise InputError(f"{source}: not a checkpoint, or a damaged one ({reason(error).split('. ')[0]})") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise InputError(f"{source}: holds no 'model'")
-    args = checkpoint.get("args") or {}
-    checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
-    return checkpoint
 
 
 def load_latest_checkpoint(

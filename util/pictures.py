@@ -23,7 +23,7 @@ Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of the image's area
 MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only where a text would be wider than its image
-GAP = 8  # pixels between pictures of a sheet
+CELL, GAP = (400, 300), 8  # pixels: width and height of a picture on a sheet, and what is between two
 FIRST_HUE, GOLDEN_RATIO = 0.92, 0.618034  # hues in steps of the golden ratio keep apart
 
 
@@ -58,16 +58,16 @@ def annotate(
     return image
 
 
-def contact_sheet(pictures: Sequence[Image.Image], columns: int, cell: tuple[int, int] = (400, 300)) -> Image.Image:
-    """Pictures side by side, each scaled to fit into a cell (width, height), from left to right and top to bottom."""
+def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures side by side, each scaled to fit into a cell, from left to right and top to bottom."""
     rows = max(math.ceil(len(pictures) / columns), 1)
-    sheet = Image.new("RGB", (columns * (cell[0] + GAP) + GAP, rows * (cell[1] + GAP) + GAP), "white")
+    sheet = Image.new("RGB", (columns * (CELL[0] + GAP) + GAP, rows * (CELL[1] + GAP) + GAP), "white")
     for i, picture in enumerate(pictures):
-        fitted = ImageOps.contain(picture, cell)
+        fitted = ImageOps.contain(picture, CELL)
         left, top = (
-            GAP + number * (side + GAP) for number, side in zip((i % columns, i // columns), cell, strict=True)
+            GAP + number * (side + GAP) for number, side in zip((i % columns, i // columns), CELL, strict=True)
         )
-        sheet.paste(fitted, (left + (cell[0] - fitted.width) // 2, top + (cell[1] - fitted.height) // 2))
+        sheet.paste(fitted, (left + (CELL[0] - fitted.width) // 2, top + (CELL[1] - fitted.height) // 2))
     return sheet
 
 

@@ -1,0 +1,78 @@
+"""Carries a model to another format.
+
+Usage: python -m scripts.convert conditional_detr_resnet50 output/hf_r50 --to transformers
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.detector import build_detector
+from util.checkpoint import load_checkpoint, save_on_master
+from util.command import run_command
+from util.errors import InputError
+from util.huggingface import write_folder
+from util.logger import log
+from util.safetensors_file import write_safetensors
+
+SUFFIXES = {"transformers": "", "safetensors": ".safetensors", "checkpoint": ".pth"}
+FOR_INFERENCE = ("model", "args", "class_ids", "class_names")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Carries a model to another format; what only its training needs stays behind.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="a checkpoint, .safetensors file, transformers folder, URL or hub name"
+    )
+    parser.add_argument("target", metavar="DST", type=Path, help="what to write: a new file, or a new or empty folder")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=SUFFIXES,
+        default=argparse.SUPPRESS,
+        help="a folder of Hugging Face transformers, a .safetensors file, or a .pth checkpoint",
+    )
+    flags = parser.parse_args(argv)
+    convert(flags.source, flags.target, flags.to)
+
+
+def convert(source: str, target: Path, to: str) -> None:
+    """Writes the model of `source` (see `util.checkpoint.load_checkpoint`) to `target`, in a format of `SUFFIXES`.
+
+    Raises:
+        InputError: where the target is taken or of the wrong suffix, the source not usable, or its model has no place
+            in the format.
+    """
+    check_target(target, to)
+    checkpoint = load_checkpoint(source)
+    detector = build_detector(checkpoint, source)  # which proves that flags and weights belong together
+    checkpoint = {key: checkpoint[key] for key in FOR_INFERENCE if key in checkpoint}
+    if to == "transformers":
+        write_folder(target, checkpoint["model"], detector.args, detector.classes)
+    elif to == "safetensors":
+        write_safetensors(target, checkpoint)
+    else:
+        save_on_master(checkpoint, target)
+    args = detector.args
+    log(
+        f"{target}: {args.backbone}{' dilated' if args.dilation else ''}, {len(detector.classes.names)} classes",
+        "green",
+    )
+
+
+def check_target(target: Path, to: str) -> None:
+    """Raises InputError for a target that exists, but for an empty folder to fill, or of another format's suffix."""
+    if SUFFIXES[to] and target.suffix != SUFFIXES[to]:
+        raise InputError(f"{target}: --to {to} writes a file, name it *{SUFFIXES[to]}")
+    if target.exists() and (SUFFIXES[to] or not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists already; move it away or name another")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,240 @@
+"""Models as folders of Hugging Face transformers: `config.json`, `preprocessor_config.json` and `model.safetensors`.
+
+They are plain files, so that transformers itself is not needed. Folders of versions 4 and 5 are read, and those written
+here load in both, but for learned positions, which version 4 keeps under another name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from models.backbone import CHANNELS
+from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
+from util.checkpoint import load_file
+from util.classes import Classes
+from util.errors import InputError, reason
+from util.files import replacing
+from util.huggingface_names import their_modules, to_ours, to_theirs
+from util.safetensors_file import read_tensors, write_tensors
+
+Json = dict[str, Any]
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+# Fields of config.json and the flags that they are.
+SIZES = {
+    "d_model": "hidden_dim",
+    "encoder_layers": "enc_layers",
+    "decoder_layers": "dec_layers",
+    "encoder_attention_heads": "nheads",
+    "decoder_attention_heads": "nheads",
+    "encoder_ffn_dim": "dim_feedforward",
+    "decoder_ffn_dim": "dim_feedforward",
+    "num_queries": "num_queries",
+}
+# Fields that have a single value here; with auxiliary_loss, their decoder normalises what flows from layer to layer.
+FIXED = {"num_channels": 3, "activation_function": "relu", "auxiliary_loss": False}
+FIXED_RESNET = {
+    "embedding_size": 64,
+    "hidden_act": "relu",
+    "downsample_in_first_stage": False,
+    "downsample_in_bottleneck": False,
+}
+FIXED_PREPROCESSOR = {
+    "do_resize": True,
+    "resample": 2,  # bilinear
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(IMAGENET_MEAN),
+    "image_std": list(IMAGENET_STD),
+}
+BASIC = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
+BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
+RESNETS = {
+    "resnet18": {"depths": [2, 2, 2, 2], **BASIC},
+    "resnet34": {"depths": [3, 4, 6, 3], **BASIC},
+    "resnet50": {"depths": [3, 4, 6, 3], **BOTTLENECK},
+    "resnet101": {"depths": [3, 4, 23, 3], **BOTTLENECK},
+}
+NO_CLASS = "N/A"  # the name of a label that stands for no class
+
+
+def write_folder(folder: Path, weights: dict[str, Tensor], args: argparse.Namespace, classes: Classes) -> None:
+    """Writes a model as a folder that `from_pretrained` loads.
+
+    Args:
+        folder: absent or empty.
+        weights: the model's, under our names.
+        args: the flags of the model, all of them.
+        classes: what its labels stand for.
+
+    Raises:
+        InputError: for a model that transformers cannot have, or where the folder cannot be written.
+    """
+    if args.dec_layers < 2:
+        raise InputError("a model of one decoder layer has no query_scale, which transformers' models always have")
+    depths = None if args.dilation else RESNETS[args.backbone]["depths"]
+    tensors = to_theirs(weights, their_modules(args.enc_layers, args.dec_layers, depths))
+    write_tensors(folder / WEIGHTS, tensors, {})
+    write_json(folder / PREPROCESSOR, preprocessor_of(args))
+    write_json(folder / CONFIG, config_of(args, classes, len(weights["class_embed.bias"])))  # makes the folder a model
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """The checkpoint that a folder of transformers amounts to: `model`, `args`, `class_ids`, `class_names`.
+
+    Raises:
+        InputError: where it holds another model, one that is not supported here, or damaged files.
+    """
+    if not (folder / CONFIG).exists():
+        raise InputError(f"{folder}: a folder, but not of a Hugging Face model ({CONFIG} is missing); name a file")
+    config = read_json(folder / CONFIG)
+    preprocessor = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).exists() else {}
+    flags, depths = flags_of(config, folder / CONFIG)
+    flags |= image_sizes_of(preprocessor, folder / PREPROCESSOR)
+    modules = their_modules(flags["enc_layers"], flags["dec_layers"], depths)
+    tensors = {key: tensor.float() for key, tensor in read_weights(folder).items()}
+    return {"model": to_ours(tensors, modules), "args": flags} | classes_of_config(config, folder / CONFIG)
+
+
+def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> Json:
+    """config.json of a model; DC5 takes timm's ResNet, since that of transformers does not dilate."""
+    names = {label: classes.names.get(label, NO_CLASS) for label in range(num_classes)}
+    config = {
+        "architectures": ["ConditionalDetrForObjectDetection"],
+        "model_type": "conditional_detr",
+        **FIXED,
+        **{field: getattr(args, flag) for field, flag in SIZES.items()},
+        "position_embedding_type": args.position_embedding,
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), args.dropout),
+        "dilation": args.dilation,
+        "use_timm_backbone": args.dilation,
+        "use_pretrained_backbone": False,
+        "backbone": args.backbone if args.dilation else None,
+        "backbone_config": None if args.dilation else resnet_of(args.backbone),
+        "id2label": names,
+        "label2id": {name: label for label, name in names.items()},
+    }
+    if any(label != class_id for label, class_id in classes.ids.items()):
+        config["category_ids"] = classes.ids  # of this code base; transformers keeps it
+    return config
+
+
+def resnet_of(name: str) -> Json:
+    """backbone_config of a ResNet of transformers itself, which hands on its last stage."""
+    return {"model_type": "resnet", **RESNETS[name], **FIXED_RESNET, "out_features": ["stage4"], "out_indices": [4]}
+
+
+def preprocessor_of(args: argparse.Namespace) -> Json:
+    """preprocessor_config.json of a model."""
+    return {
+        "image_processor_type": "ConditionalDetrImageProcessor",
+        "format": "coco_detection",
+        **FIXED_PREPROCESSOR,
+        "size": {"shortest_edge": args.min_size, "longest_edge": args.max_size},
+        "do_pad": True,
+    }
+
+
+def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
+    """The flags of a config.json's model, and the depths of their own ResNet; None for timm's."""
+    if config.get("model_type") != "conditional_detr":
+        raise InputError(f"{path}: model_type is {config.get('model_type')}, not conditional_detr")
+    check_fixed(config, FIXED, path)
+    flags = {}
+    for field, flag in SIZES.items():
+        value = config.get(field)
+        if type(value) is not int or value < 0:
+            raise InputError(f"{path}: {field} is {value}, not a number")
+        if flags.setdefault(flag, value) != value:
+            raise InputError(f"{path}: {field} is {value} and the encoder's {flags[flag]}; here they are one")
+    flags["position_embedding"] = str(config.get("position_embedding_type", "sine"))
+    backbone, depths = backbone_of(config, path)
+    return flags | backbone | {"backbone_norm": "frozen"}, depths
+
+
+def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
+    """The flags of a config.json's backbone, and the depths of their own ResNet; None for timm's."""
+    backbone = config.get("backbone_config")
+    if backbone is None and config.get("use_timm_backbone", True):  # version 4
+        stride = 16 if config.get("dilation") else 32
+        backbone = {"model_type": "timm_backbone", "backbone": config.get("backbone"), "output_stride": stride}
+    elif not isinstance(backbone, dict):
+        backbone = {}
+    last_stage = (backbone.get("out_indices") or [4])[-1] in (4, -1)
+    if last_stage and backbone.get("model_type") == "timm_backbone":
+        name = str(backbone.get("backbone")).removeprefix("timm/").split(".")[0]  # a suffix tells how it was trained
+        if name in CHANNELS and (stride := backbone.get("output_stride")) in (None, 16, 32):
+            return {"backbone": name, "dilation": stride == 16}, None
+    elif last_stage and backbone.get("model_type") == "resnet":
+        check_fixed(backbone, FIXED_RESNET, path)
+        for name, shape in RESNETS.items():
+            if shape.items() <= backbone.items():
+                return {"backbone": name, "dilation": False}, shape["depths"]
+    raise InputError(f"{path}: its backbone is none of {', '.join(CHANNELS)}, plain or DC5")
+
+
+def image_sizes_of(preprocessor: Json, path: Path) -> dict[str, int]:
+    """The flags that preprocessor_config.json stands for; without the file, those of COCO's models."""
+    check_fixed(preprocessor, FIXED_PREPROCESSOR, path)
+    size = preprocessor.get("size") or 800
+    if not isinstance(size, dict):  # the first versions
+        size = {"shortest_edge": size}
+    if (side := size.get("max_height")) and side == size.get("max_width"):  # the largest that fits into a square
+        size = {"shortest_edge": side, "longest_edge": side}
+    shortest = size.get("shortest_edge")
+    longest = size.get("longest_edge") or preprocessor.get("max_size") or 1333
+    if not type(shortest) is type(longest) is int:
+        raise InputError(f"{path}: size is {size}; images keep their proportions here, give a shortest_edge")
+    return {"min_size": shortest, "max_size": longest}
+
+
+def classes_of_config(config: Json, path: Path) -> dict[str, dict]:
+    """`class_ids` and `class_names` of a checkpoint; none where config.json names no classes."""
+    try:
+        names = {int(i): str(name) for i, name in config.get("id2label", {}).items() if name != NO_CLASS}
+        ids = {int(i): class_id for i, class_id in config.get("category_ids", {}).items()}
+    except (AttributeError, ValueError) as error:
+        raise InputError(f"{path}: id2label or category_ids cannot be read ({reason(error)})") from error
+    return {"class_ids": {label: ids.get(label, label) for label in names}, "class_names": names} if names else {}
+
+
+def check_fixed(found: Json, fixed: Json, path: Path) -> None:
+    """Raises InputError for a field with another value than the only one that can be had here."""
+    for field, value in fixed.items():
+        if found.get(field) not in (None, value):
+            raise InputError(f"{path}: {field} is {found[field]}, only {value} is supported here")
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder under their names."""
+    if (folder / WEIGHTS).exists():
+        return read_tensors(folder / WEIGHTS)[0]
+    if not (folder / OLD_WEIGHTS).exists():
+        raise InputError(f"{folder}: holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
+    weights = load_file(folder / OLD_WEIGHTS, folder / OLD_WEIGHTS)
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise InputError(f"{folder / OLD_WEIGHTS}: not a state dict")
+    return weights
+
+
+def read_json(path: Path) -> Json:
+    """The object of a JSON file. Raises InputError where it is damaged or holds something else."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
+    if not isinstance(contents, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return contents
+
+
+def write_json(path: Path, contents: Json) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(contents, indent=2, ensure_ascii=False).encode())

@@ -1,0 +1,146 @@
+"""What Hugging Face transformers calls the weights of this model: one table, read in both directions.
+
+It holds the names in files, which all versions read and write. Since version 5 the modules themselves are called
+otherwise; `FROM_MODULES` leads from there to the names in files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+# Our modules and theirs; where one is inside another, the longer name goes before.
+MODULES = {
+    "class_embed": "class_labels_classifier",
+    "bbox_embed": "bbox_predictor",
+    "query_embed": "model.query_position_embeddings",
+    "input_proj": "model.input_projection",
+    "transformer": "model",
+    "transformer.decoder.norm": "model.decoder.layernorm",
+    "backbone.1.row_embed": "model.position_embedding.row_embeddings",
+    "backbone.1.col_embed": "model.position_embedding.column_embeddings",
+    "backbone.0.body": "model.backbone.conv_encoder.model",  # timm's ResNet has the names of torchvision's
+}
+LAYER = {
+    "encoder": {
+        "linear1": "fc1",
+        "linear2": "fc2",
+        "norm1": "self_attn_layer_norm",
+        "norm2": "final_layer_norm",
+    },
+    "decoder": {
+        "cross_attn": "encoder_attn",
+        "linear1": "fc1",
+        "linear2": "fc2",
+        "norm1": "self_attn_layer_norm",
+        "norm2": "encoder_attn_layer_norm",
+        "norm3": "final_layer_norm",
+    },
+}
+# The ResNet of transformers itself: within the body, and within each block of its four stages.
+STEM = {"conv1": "embedder.embedder.convolution", "bn1": "embedder.embedder.normalization"}
+BLOCK = {
+    **{f"conv{i + 1}": f"layer.{i}.convolution" for i in range(3)},
+    **{f"bn{i + 1}": f"layer.{i}.normalization" for i in range(3)},
+    "downsample.0": "shortcut.convolution",
+    "downsample.1": "shortcut.normalization",
+}
+
+FROM_MODULES = (
+    (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
+    (r"^model\.backbone\.position_embedding\.", "model.position_embedding."),  # version 4, in files too
+    (r"\.o_proj\.", ".out_proj."),
+    (r"\.mlp\.fc([12])\.", r".fc\1."),
+    (r"\.self_attn\.([qk])_(content|pos)_proj\.", r".sa_\1\2_proj."),
+    (r"(\.decoder\..*)\.self_attn\.v_proj\.", r"\1.sa_v_proj."),
+    (r"\.encoder_attn\.([qk])_(content|pos|pos_sine)_proj\.", r".ca_\1\2_proj."),
+    (r"\.encoder_attn\.v_proj\.", ".ca_v_proj."),
+)
+
+
+def their_modules(num_encoder_layers: int, num_decoder_layers: int, depths: list[int] | None) -> dict[str, str]:
+    """Our modules' names and theirs, for a model of so many layers.
+
+    Args:
+        depths: blocks of each stage of their own ResNet; None for timm's.
+    """
+    names = dict(MODULES)
+    for stack, num_layers in (("encoder", num_encoder_layers), ("decoder", num_decoder_layers)):
+        for i, (ours, theirs) in product(range(num_layers), LAYER[stack].items()):
+            names[f"transformer.{stack}.layers.{i}.{ours}"] = f"model.{stack}.layers.{i}.{theirs}"
+    if depths:
+        body, their_body = "backbone.0.body", MODULES["backbone.0.body"]
+        names |= {f"{body}.{ours}": f"{their_body}.{theirs}" for ours, theirs in STEM.items()}
+        for stage, depth in enumerate(depths):
+            for i, (ours, theirs) in product(range(depth), BLOCK.items()):
+                their_block = f"{their_body}.encoder.stages.{stage}.layers.{i}"
+                names[f"{body}.layer{stage + 1}.{i}.{ours}"] = f"{their_block}.{theirs}"
+    return names
+
+
+def to_theirs(weights: Weights, modules: dict[str, str]) -> Weights:
+    """Our weights under their names in files; `modules` is of `their_modules`.
+
+    Trained norms lose their batch counter: theirs are frozen.
+    """
+    return {
+        renamed(key, modules): tensor
+        for key, tensor in split_projections(weights)
+        if not key.endswith("num_batches_tracked")
+    }
+
+
+def to_ours(weights: Weights, modules: dict[str, str]) -> Weights:
+    """Their weights, of a file or of a model in memory, under our names; those of no module keep theirs."""
+    ours = {theirs: name for name, theirs in modules.items()}
+    return join_projections(
+        {
+            renamed(name_in_files(key), ours): tensor
+            for key, tensor in weights.items()
+            if not key.endswith("num_batches_tracked")
+        }
+    )
+
+
+def renamed(key: str, modules: dict[str, str]) -> str:
+    """A key with the longest module name that it begins with exchanged."""
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        if name := modules.get(".".join(parts[:n])):
+            return ".".join([name, *parts[n:]])
+    return key
+
+
+def name_in_files(key: str) -> str:
+    for pattern, replacement in FROM_MODULES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def split_projections(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """The encoder's fused projections as three, under `{q,k,v}_proj`."""
+    for key, tensor in weights.items():
+        if fused := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", key):
+            for name, part in zip("qkv", tensor.chunk(3), strict=True):
+                yield f"{fused[1]}{name}_proj.{fused[2]}", part
+        else:
+            yield key, tensor
+
+
+def join_projections(weights: Weights) -> Weights:
+    """The inverse of `split_projections`."""
+    joined = {}
+    for key, tensor in weights.items():
+        part = re.fullmatch(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)", key)
+        if not part:
+            joined[key] = tensor
+        elif part[2] == "q":
+            keys = [f"{part[1]}{name}_proj.{part[3]}" for name in "qkv"]
+            joined[f"{part[1]}in_proj_{part[3]}"] = torch.cat([weights[k] for k in keys if k in weights])
+    return joined

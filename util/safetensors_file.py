@@ -1,0 +1,61 @@
+"""Checkpoints as safetensors files: the weights, and beside them flags and classes as JSON in the file's metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from util.command import need
+from util.errors import InputError, reason
+from util.files import replacing
+
+DESCRIPTIONS = ("args", "class_ids", "class_names")  # what a checkpoint for inference says about its model
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """The checkpoint of a file of `write_safetensors`; of another one, a checkpoint without flags and classes.
+
+    Raises InputError where it is damaged.
+    """
+    weights, metadata = read_tensors(path)
+    if "class_labels_classifier.bias" in weights:
+        raise InputError(f"{path}: the weights of a Hugging Face model; name its folder")
+    try:
+        described = {name: json.loads(metadata[name]) for name in DESCRIPTIONS if name in metadata}
+        for name in described.keys() - {"args"}:
+            described[name] = {int(label): value for label, value in described[name].items()}
+        return {"args": {}} | described | {"model": weights}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: its metadata is not that of scripts.convert ({reason(error)})") from error
+
+
+def write_safetensors(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Writes a checkpoint's weights, flags and classes, atomically; what only training needs stays behind."""
+    metadata = {name: json.dumps(checkpoint[name]) for name in DESCRIPTIONS if name in checkpoint}
+    write_tensors(path, checkpoint["model"], metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file on the CPU, and its metadata."""
+    safetensors = need("safetensors", "safetensors", f"{path}: a safetensors file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such checkpoint") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: not a safetensors file, or a damaged one ({reason(error)})") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, atomically. Raises InputError where it cannot be written."""
+    safetensors = need("safetensors.torch", "safetensors", f"{path}: a safetensors file")
+    contents = safetensors.save(
+        {key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"} | metadata
+    )
+    with replacing(path) as file:
+        file.write(contents)
