@@ -266,9 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_results(args.output / "detections.json", prediction.results(sources))
     entries = [prediction.entries[source] for source in sources if source in prediction.entries]
     write_gallery(args.output / "index.html", entries, detector.classes, args.threshold)
-    log(f"{len(entries)} inputs predicted; look at {args.output / 'index.html'}")
+    log(f"{len(entries)} of {len(sources)} inputs predicted; look at {args.output / 'index.html'}")
     if problems:
-        log(f"{len(problems)} problems, named above: what is affected was skipped or ends early")
+        log(f"not usable, or only in part: {len(problems)}, named in the warnings above")
     return 1 if problems else 0
 
 

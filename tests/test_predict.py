@@ -101,7 +101,7 @@ def assert_same(results, expected, tolerance=2e-3):
 def test_a_folder(run, photos, tmp_path, checkpoint):
     code, results, printed = run(photos, "--threshold", 0.5)
     assert code == 0
-    assert "5 inputs predicted" in printed
+    assert "5 of 5 inputs predicted" in printed
     assert list(results) == NAMES
     found = [result for of_image in results.values() for result in of_image]
     assert {(result["category_id"], result["category_name"]) for result in found} == set(CLASSES.values())
@@ -179,7 +179,7 @@ def test_unusable_inputs_are_named_and_skipped(run, photos, tmp_path):
         "*.none": "no file matches",
     }.items():
         assert [line for line in lines if f"{name}:" in line and problem in line and "warning" in line], name
-    assert lines[-1].startswith("6 problems")
+    assert lines[-1].startswith("not usable, or only in part: 6,")
 
 
 @pytest.mark.parametrize(
@@ -376,6 +376,8 @@ class TestVideos:
         with av.open(str(tmp_path / "turned.mp4"), "w") as file:
             stream = file.add_stream("mpeg4", rate=5)
             stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+            if not hasattr(stream, "set_display_rotation"):
+                pytest.skip("this PyAV reads turned videos but cannot write them")
             stream.set_display_rotation(90)
             file.mux(stream.encode(av.VideoFrame.from_image(image)))
             file.mux(stream.encode())
