@@ -107,9 +107,43 @@ def evaluate(
 
     Returns the means of all losses with, as `coco_eval_bbox`, the 12 COCO numbers; and the evaluator.
     """
-    model.eval()
     criterion.eval()
     logger = MetricLogger()
+
+    def measure(outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> None:
+        logger.update(**logged_losses(criterion(outputs, targets), criterion.weight_dict))
+
+    evaluator = detect(model, postprocessors, data_loader, base_ds, device, amp, logger, measure)
+    logger.synchronize_between_processes()
+    evaluator.accumulate()
+    evaluator.summarize()
+    if output_dir:
+        save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), Path(output_dir) / "eval" / "latest.pth")
+    numbers = {f"coco_eval_{kind}": list(map(float, e.stats)) for kind, e in evaluator.coco_eval.items()}
+    return logger.averages() | numbers, evaluator
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    data_loader: Iterable,
+    base_ds: COCO,
+    device: torch.device,
+    amp: str = "none",
+    logger: MetricLogger | None = None,
+    on_batch: Callable[[dict[str, Tensor], list[dict[str, Tensor]]], None] = lambda outputs, targets: None,
+) -> CocoEvaluator:
+    """What a model finds in all images, gathered from all processes: an evaluator that has scored nothing yet.
+
+    Args:
+        logger: shows the progress, and what `on_batch` adds.
+        on_batch: called with the model's outputs and the targets of every batch.
+
+    The others as for `evaluate`.
+    """
+    model.eval()
+    logger = logger or MetricLogger()
     evaluator = CocoEvaluator(base_ds, tuple(postprocessors))
     skipped: set[int] = set()
     for samples, targets in logger.log_every(data_loader, PRINT_FREQ, "Test"):
@@ -118,20 +152,13 @@ def evaluate(
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp):
             outputs = model(samples)
-        logger.update(**logged_losses(criterion(outputs, targets), criterion.weight_dict))
-
+        on_batch(outputs, targets)
         detections = postprocessors["bbox"](outputs, torch.stack([t["orig_size"] for t in targets]))
         evaluator.update(dict(zip(image_ids, detections, strict=True)))
 
     report_skipped(skipped, data_loader)
-    logger.synchronize_between_processes()
     evaluator.synchronize_between_processes()
-    evaluator.accumulate()
-    evaluator.summarize()
-    if output_dir:
-        save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), Path(output_dir) / "eval" / "latest.pth")
-    numbers = {f"coco_eval_{kind}": list(map(float, e.stats)) for kind, e in evaluator.coco_eval.items()}
-    return logger.averages() | numbers, evaluator
+    return evaluator
 
 
 class Steps:

@@ -25,8 +25,10 @@ from torch.utils.data import DataLoader
 
 from datasets import build_dataset, build_loader, get_coco_api_from_dataset
 from datasets.coco import CocoDetection
-from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
-from engine import evaluate, train_one_epoch
+from datasets.coco_eval import CocoEvaluator
+from datasets.mistakes import draw_examples
+from datasets.report import write_report, write_test_results
+from engine import PRINT_FREQ, detect, evaluate, train_one_epoch
 from models import build_model
 from models.backbone import load_backbone_weights
 from util.advice import advice, lr_factor
@@ -45,7 +47,7 @@ from util.distributed import (
 from util.errors import InputError, what_to_do
 from util.finetune import start_from
 from util.kernels import use_deterministic_kernels, use_fast_kernels
-from util.log_file import append_log, trim_log
+from util.log_file import append_log, best_ap, trim_log
 from util.logger import log, warn
 from util.optim import build_optimizer, build_schedule, restore_optimizer
 from util.preemption import EXIT_CODE, SIGNALS, Preempted, StopRequest, end_at_once, kill_workers, noticing_signals
@@ -53,6 +55,7 @@ from util.progress import Progress
 from util.resume import choose_num_classes, first_epoch, holds_training, read_checkpoint, unlogged_epoch
 from util.rng import seed_everything
 from util.step_guard import StepGuard
+from util.tensorboard import TensorBoard
 
 
 def main(args: argparse.Namespace) -> None:
@@ -84,11 +87,12 @@ def main(args: argparse.Namespace) -> None:
     classes = checkpoint and classes_of(checkpoint, source)
     dataset_train = None if args.eval else build_dataset("train", args, classes)
     classes = classes or (dataset_train and dataset_train.classes)
-    dataset_val = build_dataset("val", args, classes)
+    dataset_val = build_dataset(args.image_set, args, classes)
     classes = classes or dataset_val.classes
     args.num_classes = choose_num_classes(args, checkpoint, source, classes.num_labels)
     for dataset in filter(None, (dataset_train, dataset_val)):
         dataset.check_classes(args.num_classes)
+    all_classes = classes | dataset_val.classes  # the model may know others than this data has, and the other way round
     loader_train = dataset_train and build_loader(dataset_train, args, train=True)
     loader_val = build_loader(dataset_val, args, train=False)
 
@@ -113,19 +117,28 @@ def main(args: argparse.Namespace) -> None:
     evaluate_val = partial(
         evaluate, parallel_model, criterion, postprocessors, loader_val, base_ds, device, args.output_dir, args.amp
     )
+    if args.eval and args.image_set == "test":
+        found = detect(parallel_model, postprocessors, loader_val, base_ds, device, args.amp)
+        write_test_results(found, all_classes, output_dir)
+        return
     if args.eval:
         _, evaluator = evaluate_val()
         if output_dir:
-            save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), output_dir / "eval.pth")
+            write_report(evaluator, dataset_val, all_classes, output_dir)
         return
 
     start = time.time()
-    with noticing_signals() as stop_request:
-        run = TrainingRun(args, model, parallel_model, criterion, loader_train, evaluate_val, output_dir, stop_request)
+    board_dir = output_dir / "tensorboard" if args.tensorboard and is_main_process() else None
+    board = TensorBoard(board_dir, partial(draw_examples, dataset_val, all_classes))
+    with noticing_signals() as stop_request, board:
+        run = TrainingRun(
+            args, model, parallel_model, criterion, loader_train, evaluate_val, output_dir, stop_request, board
+        )
         if checkpoint and holds_training(checkpoint):
             run.restore(checkpoint, source)
         if output_dir:
             trim_log(output_dir / "log.txt", args.start_epoch)
+        board.begin(args.start_epoch - unlogged, run.steps_done(args.start_epoch))
         if unlogged:
             run.finish_epoch(checkpoint["epoch"], checkpoint["train_stats"])
         for epoch in range(args.start_epoch, args.epochs):
@@ -143,6 +156,7 @@ class TrainingRun:
         evaluate_val: evaluates the model; returns the statistics for the log first.
         output_dir: where checkpoints and the log go; None: nowhere.
         stop_request: true once this process is asked to end.
+        board: where the curves are drawn.
     """
 
     def __init__(
@@ -155,6 +169,7 @@ class TrainingRun:
         evaluate_val: Callable[[], tuple[dict[str, Any], CocoEvaluator]],
         output_dir: Path | None,
         stop_request: StopRequest,
+        board: TensorBoard,
     ) -> None:
         self.args = args
         self.model = model
@@ -164,6 +179,7 @@ class TrainingRun:
         self.evaluate_val = evaluate_val
         self.output_dir = output_dir
         self.stop_request = stop_request
+        self.board = board
         self.device = torch.device(args.device)
         self.images_a_step = args.batch_size * args.accum_steps  # of this process
         factor = lr_factor(args, images_a_step(args))
@@ -194,7 +210,7 @@ class TrainingRun:
             self.args.accum_steps,
             self.progress,
             self.guard,
-            partial(self.save_within_epoch, epoch),
+            partial(self.after_step, epoch),
         )
         entry = {f"train_{name}": value for name, value in stats.items()}
         self.lr_scheduler.step()
@@ -203,8 +219,14 @@ class TrainingRun:
         self.end_if_asked()
         self.finish_epoch(epoch, entry)
 
-    def save_within_epoch(self, epoch: int) -> None:
-        """Called behind every step: a checkpoint every `--save_every` of them, and where a signal asks for the end."""
+    def steps_done(self, epoch: int) -> int:
+        """The steps of the run so far, within an epoch."""
+        return epoch * (len(self.loader) // self.args.accum_steps) + self.progress.step
+
+    def after_step(self, epoch: int) -> None:
+        """A checkpoint every `--save_every` steps, and where a signal asks for the end; curves as lines are printed."""
+        if (self.progress.step - 1) % PRINT_FREQ == 0:
+            self.board.write_step(self.steps_done(epoch), self.progress.logger)
         every = self.args.save_every
         within = self.progress.step < len(self.loader) // self.args.accum_steps
         if self.guard.stopping or (every and within and self.progress.step % every == 0):
@@ -241,13 +263,23 @@ class TrainingRun:
 
     def finish_epoch(self, epoch: int, entry: dict[str, Any]) -> None:
         """Evaluates if it is time to, and writes the epoch's line, of which `entry` is the training's part."""
+        evaluator = None
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
             with self.stop_request.at_once():
-                stats, _ = self.evaluate_val()
+                stats, evaluator = self.evaluate_val()
             entry = entry | {f"test_{name}": value for name, value in stats.items()}
+            self.save_if_best(epoch, stats["coco_eval_bbox"][0])
+        self.board.write_epoch(epoch + 1, entry, evaluator)
         if self.output_dir:
             trained = count_parameters(self.model)[1]
             append_log(self.output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": trained})
+
+    def save_if_best(self, epoch: int, ap: float) -> None:
+        """Keeps the model for inference where no epoch in the log has as high an AP on val."""
+        if self.output_dir and is_main_process() and ap > best_ap(self.output_dir / "log.txt"):
+            best = {"model": self.model.state_dict(), "epoch": epoch, "ap": ap, "args": vars(self.args)}
+            classes = self.loader.dataset.classes.state_dict()
+            save_on_master(best | classes, self.output_dir / "checkpoint_best.pth")
 
 
 def make_output_dir(name: str) -> Path | None:
@@ -268,7 +300,7 @@ def print_summary(
     args: argparse.Namespace, model: nn.Module, dataset_train: CocoDetection | None, dataset_val: CocoDetection
 ) -> None:
     """What is about to happen to what."""
-    for name, dataset in (("train", dataset_train), ("val", dataset_val)):
+    for name, dataset in (("train", dataset_train), (args.image_set, dataset_val)):
         if dataset is not None:
             log(f"{name + ':':<7}{dataset.summary()}")
     total, trained = count_parameters(model)

@@ -21,13 +21,15 @@ from util.nested_tensor import collate_fn
 from util.preemption import ignore_signals
 
 OVERFIT_STEPS = 50  # an epoch of --overfit: the few images come again and again between two evaluations
+TEST_DEV = "image_info_test-dev2017.json"  # of the images in test2017, those that COCO's server scores
 
 
 def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | None = None) -> CocoDetection:
     """The "train" or "val" split of the data that the flags name; with `args.overfit`, both are a few training images.
 
     Under `args.coco_path`, annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or
-    `{split}2017/`; `args.{split}_annotations` and `args.{split}_images` name others.
+    `{split}2017/`; `args.{split}_annotations` and `args.{split}_images` name others. "test" is COCO's test-dev, listed
+    without annotations in `annotations/image_info_test-dev2017.json`.
 
     Args:
         image_set: the split.
@@ -46,7 +48,8 @@ def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | N
         root = coco_folder(args.coco_path, split)
         folders = [root / "images" / f"{split}2017", root / f"{split}2017"]
         images = images or next((folder for folder in folders if folder.is_dir()), folders[0])
-        annotations = annotations or root / "annotations" / f"instances_{split}2017.json"
+        name = TEST_DEV if split == "test" else f"instances_{split}2017.json"
+        annotations = annotations or root / "annotations" / name
     sizes = getattr(args, "min_size", 800), getattr(args, "max_size", 1333)
     dataset = CocoDetection(
         images,
@@ -56,6 +59,7 @@ def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | N
         remove_difficult=args.remove_difficult,
         on_bad_image=getattr(args, "on_bad_image", "error"),
         classes=classes,
+        labelled=split != "test",
     )
     if overfit:
         images_a_step = args.batch_size * args.accum_steps * get_world_size()
@@ -66,10 +70,8 @@ def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | N
 def coco_folder(path: str | None, image_set: str) -> Path:
     """The folder of `--coco_path`, which has to be there."""
     if not path:
-        raise InputError(
-            f"no {image_set} data: name the folder with annotations/ and images/ by --coco_path, "
-            f"or both --{image_set}_images and --{image_set}_annotations"
-        )
+        others = f", or both --{image_set}_images and --{image_set}_annotations" if image_set != "test" else ""
+        raise InputError(f"no {image_set} data: name the folder with annotations/ and images/ by --coco_path{others}")
     if not Path(path).is_dir():
         raise InputError(f"--coco_path {path}: no such folder")
     return Path(path)

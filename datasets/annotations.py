@@ -27,7 +27,7 @@ CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def read_annotations(
-    path: str | Path, remove_difficult: bool = False, classes: Classes | None = None
+    path: str | Path, remove_difficult: bool = False, classes: Classes | None = None, labelled: bool = True
 ) -> tuple[COCO, Classes]:
     """The checked and completed contents of a COCO JSON file, indexed by pycocotools, and its classes.
 
@@ -37,6 +37,7 @@ def read_annotations(
         path: a file with lists `images`, `annotations` and `categories`.
         remove_difficult: leave out annotations marked `difficult`.
         classes: those that a model knows already, whose labels are to be used.
+        labelled: False for the images of a test set, which come without the list `annotations`.
 
     Raises:
         InputError: where the file is missing, is not COCO JSON, or an entry is not usable; names the entry.
@@ -50,6 +51,8 @@ def read_annotations(
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd nesting
         raise InputError(f"{path}: not JSON ({reason(error)})") from error
+    if not labelled and isinstance(data, dict):
+        data["annotations"] = []
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise InputError(f"{path}: not a COCO instance file, it has no list {key!r}")

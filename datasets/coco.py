@@ -40,6 +40,8 @@ class Summary:
     classes: int
 
     def __str__(self) -> str:
+        if not self.boxes + self.crowds + self.dropped:
+            return f"{self.images} images without annotations"
         left_out = f"; left out: {self.crowds} crowd regions, {self.dropped} boxes without area"
         return (
             f"{self.images} images ({self.empty_images} without boxes), {self.boxes} boxes of {self.classes} classes"
@@ -59,6 +61,7 @@ class CocoDetection(Dataset):
         on_bad_image: what becomes of an image that is missing, cannot be decoded, or contradicts the annotated size:
             "error" raises InputError, "skip" takes the next one in its place.
         classes: those of a model or of the training data, whose labels are to be used; by default the file's own.
+        labelled: False for a test set, whose file holds no annotations.
 
     `classes` then holds those of the file, and `coco` its contents, with labels in the place of category ids.
 
@@ -75,10 +78,11 @@ class CocoDetection(Dataset):
         remove_difficult: bool = False,
         on_bad_image: str = "error",
         classes: Classes | None = None,
+        labelled: bool = True,
     ) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
-        self.coco, self.classes = read_annotations(annotation_file, remove_difficult, classes)
+        self.coco, self.classes = read_annotations(annotation_file, remove_difficult, classes, labelled)
         check_image_files(self.coco, self.image_folder, annotation_file, on_bad_image)
         self.records = Records(self.coco)
         self.transforms = transforms

@@ -18,12 +18,19 @@ class PostProcess(nn.Module):
         super().__init__()
         self.num_detections = num_detections
 
-    @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
         """Outputs of the model and target_sizes [B, 2], (height, width) in pixels, to B dicts.
 
         Each holds `scores` [N] in descending order, `labels` [N] and `boxes` [N, 4]: xyxy in pixels, not clipped.
         """
+        return [
+            {"scores": image[0], "labels": image[1], "boxes": image[2]}
+            for image in zip(*self.batched(outputs, target_sizes), strict=True)
+        ]
+
+    @torch.no_grad()
+    def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of all images in one: scores [B, N], labels [B, N] and boxes [B, N, 4]."""
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         scores = logits.sigmoid().flatten(1)  # [B, Q·K]
         scores, index = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
@@ -31,8 +38,4 @@ class PostProcess(nn.Module):
         queries = index // logits.shape[2]
         boxes = box_cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
         height, width = target_sizes.to(boxes).unbind(1)
-        boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]
-        return [
-            {"scores": image[0], "labels": image[1], "boxes": image[2]}
-            for image in zip(scores, labels, boxes, strict=True)
-        ]
+        return scores, labels, boxes * torch.stack([width, height, width, height], dim=1)[:, None]

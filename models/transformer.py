@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         with torch.autocast(query_pos.device.type, enabled=False):  # points keep at least float32
             reference = at_least_float32(self.ref_point_head(query_pos)).sigmoid()
         p_s = point_embedding(*reference.unbind(-1), dim=query_pos.shape[-1]).to(query_pos.dtype)  # [Q, C]
-        x = memory.new_zeros(len(memory), *query_pos.shape)
+        x = memory.new_zeros(memory.shape[0], *query_pos.shape)
         outputs = []
         for i, layer in enumerate(self.layers):
             p_q = p_s if i == 0 else self.query_scale(x) * p_s  # equation (5): λ_q ⊙ p_s

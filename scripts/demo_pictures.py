@@ -2,7 +2,7 @@
 
     python -m scripts.demo_pictures --output_dir output/demo
 
-Reads checkpoint.pth and log.txt of the run's folder; writes predictions.png and curves.png there.
+Reads checkpoint.pth and log.txt of the run's folder; writes predictions.png, curves.png and curves.svg there.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torchvision.ops import batched_nms
 
 from datasets import build_dataset
 from models import build_model
+from scripts.plot_logs import plot_logs
 from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoint import load_checkpoint, load_model_weights
 from util.command import run_command
-from util.pictures import draw_boxes, plot_log
+from util.pictures import draw_boxes
 
 ROWS, PAIRS = 4, 3  # of (ground truth, prediction) pairs on the page
 
@@ -69,8 +70,8 @@ def main() -> None:
     parser.add_argument("--threshold", default=0.25, type=float, help="lowest score that is drawn")
     args = parser.parse_args()
     print(f"wrote {draw_predictions(args.output_dir, args.threshold)}")
-    plot_log(args.output_dir / "log.txt", args.output_dir / "curves.png")
-    print(f"wrote {args.output_dir / 'curves.png'}")
+    for path in plot_logs([args.output_dir], args.output_dir / "curves"):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

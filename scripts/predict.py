@@ -129,7 +129,7 @@ class Prediction:
                 write(image)
                 self.found[source].append((photo.image_id, photo.found))
                 bar.update()
-        self.entries[source] = video_entry(source.name, path.relative_to(self.args.output))
+        self.entries[source] = video_entry(str(source), path.relative_to(self.args.output))
 
     def results(self, sources: Iterable[Source]) -> Iterator[dict[str, Any]]:
         """All detections in COCO's result format, in the order of the sources."""
@@ -186,7 +186,7 @@ class Prediction:
         image = to_pil_image(photo.pixels)
         size = image.size
         save(image, self.args.output / "images" / name, GALLERY_SIDE)
-        return photo, image_entry(photo.source.name, Path("images", name), size, photo.found)
+        return photo, image_entry(str(photo.source), Path("images", name), size, photo.found)
 
     def _annotated(self, photo: Photo) -> Image.Image:
         shown = photo.found["scores"] >= self.args.threshold

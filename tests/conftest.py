@@ -37,10 +37,13 @@ def log_lines(output) -> list[dict]:
 
 def assert_same_end(output, expected) -> None:
     ours, theirs = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (output, expected))
+    best, their_best = (torch.load(folder / "checkpoint_best.pth", weights_only=True) for folder in (output, expected))
     for key in ("epoch", "step", "skipped", "processes", "train_stats"):
         assert ours[key] == theirs[key]
+    assert (best["epoch"], best["ap"]) == (their_best["epoch"], their_best["ap"])
     for key, value in theirs["model"].items():
         assert torch.equal(ours["model"][key], value), key
+        assert torch.equal(best["model"][key], their_best["model"][key]), key
     for index, moments in theirs["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(ours["optimizer"]["state"][index][name], value), (index, name)

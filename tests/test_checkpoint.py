@@ -132,6 +132,13 @@ def test_the_previous_one_counts_where_the_latest_is_missing(tmp_path):
     assert (checkpoint["step"], path.name) == (3, "checkpoint_previous.pth")
 
 
+def test_the_best_one_is_no_place_to_go_on(tmp_path):
+    save_on_master(small(epoch=7), tmp_path / "checkpoint_best.pth")
+    assert load_latest_checkpoint(tmp_path) is None
+    save_on_master(small(epoch=3), tmp_path / "checkpoint.pth")
+    assert load_latest_checkpoint(tmp_path)[0]["epoch"] == 3
+
+
 def test_the_log_has_whole_lines_of_earlier_epochs_only(tmp_path, capsys):
     log = tmp_path / "log.txt"
     assert read_log(log) == []

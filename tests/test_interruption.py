@@ -70,7 +70,8 @@ def test_killed_again_and_again(epochs, kills, shapes, tmp_path, run, whole):
         (signal.SIGTERM, 3),  # in its checkpoint
         (signal.SIGTERM, 20),  # in the checkpoint of an epoch's end
         (signal.SIGTERM, 28),  # in the evaluation
-        (signal.SIGTERM, 33),  # behind the epoch's line in the log
+        (signal.SIGTERM, 33),  # in the best checkpoint
+        (signal.SIGTERM, 38),  # behind the epoch's line in the log
     ],
 )
 def test_asked_to_end(number, moment, shapes, tmp_path, run, whole):

@@ -29,7 +29,7 @@ def trained(shapes, tmp_path_factory):
 
 
 def test_what_a_run_leaves(trained):
-    checkpoints = {"checkpoint.pth", "checkpoint_previous.pth", "checkpoint0001.pth"}
+    checkpoints = {"checkpoint.pth", "checkpoint_previous.pth", "checkpoint0001.pth", "checkpoint_best.pth"}
     assert {path.name for path in trained.iterdir()} == checkpoints | {"log.txt", "eval"}
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
     published = {"model", "optimizer", "lr_scheduler", "epoch", "args"}
@@ -52,6 +52,66 @@ def test_what_a_run_leaves(trained):
             errors = {"class_error", "cardinality_error", "cardinality_error_0"}
             assert {"loss", "class_error"} | losses | {f"{key}_unscaled" for key in losses | errors} <= keys
             assert line[f"{part}_loss_bbox"] == pytest.approx(5 * line[f"{part}_loss_bbox_unscaled"], rel=1e-4)
+
+
+def test_the_best_checkpoint(shapes, trained, tmp_path, run_main):
+    """For inference: it evaluates to the AP that the log names, and is the start of a new run, not a place to go on."""
+    best = torch.load(trained / "checkpoint_best.pth", weights_only=True)
+    assert set(best) == {"model", "epoch", "ap", "args", "class_ids", "class_names"}
+    aps = [line["test_coco_eval_bbox"][0] for line in log_lines(trained)]
+    assert (best["epoch"], best["ap"]) == (aps.index(max(aps)), max(aps))
+    shutil.copy(trained / "checkpoint_best.pth", tmp_path)
+    done = run_main(*flags(shapes, "--eval", "--resume", tmp_path / "checkpoint_best.pth", "--output_dir", tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"= {max(aps):.3f}" in done.stdout
+    saved = torch.load(tmp_path / "eval.pth", weights_only=True)["precision"][:, :, :, 0, -1]
+    assert saved[saved > -1].mean().item() == pytest.approx(max(aps), abs=1e-9)
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Makes the evaluations find one AP after the other."""
+
+    def scores(*aps: float) -> None:
+        left = iter(aps)
+
+        def evaluate(*args, original=main.evaluate, **kwargs):
+            stats, evaluator = original(*args, **kwargs)
+            stats["coco_eval_bbox"][0] = next(left)
+            return stats, evaluator
+
+        monkeypatch.setattr(main, "evaluate", evaluate)
+
+    return scores
+
+
+@pytest.mark.parametrize(("aps", "best"), [((0.1, 0.3, 0.3, 0.2), 1), ((-1, -1), 0), ((-1, 0.0), 1)])
+def test_the_first_of_the_highest_aps_is_the_best(aps, best, shapes, tmp_path, scores):
+    """As COCO has it, -1 is the AP of data without ground truth. The run goes on once in the middle."""
+    scores(*aps)
+    train(shapes, tmp_path, "--epochs", len(aps) - 1)
+    train(shapes, tmp_path, "--epochs", len(aps), "--resume", "auto")
+    checkpoint = torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["ap"]) == (best, aps[best])
+
+
+def test_a_best_epoch_interrupted_before_its_line_in_the_log(shapes, tmp_path, scores, monkeypatch):
+    """It is evaluated again, and counts once."""
+
+    def interrupted(path, entry, original=main.append_log):
+        if entry["epoch"] == 1:
+            raise KeyboardInterrupt
+        original(path, entry)
+
+    scores(0.1, 0.3, 0.3, 0.3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(main, "append_log", interrupted)
+        train(shapes, tmp_path, "--epochs", 3)
+    before = torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)
+    train(shapes, tmp_path, "--epochs", 3, "--resume", "auto")
+    after = torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)
+    assert before["epoch"] == after["epoch"] == 1
+    assert all(torch.equal(before["model"][key], value) for key, value in after["model"].items())
 
 
 def test_a_resumed_run_ends_like_one_never_interrupted(shapes, trained, tmp_path, capsys):

@@ -8,6 +8,7 @@ import os
 import torch
 
 from models.backbone import CHANNELS
+from util.command import need
 from util.errors import InputError
 
 MAX_AUTO_WORKERS = 16  # more feed no GPU faster
@@ -119,7 +120,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--skip_nonfinite", default=0, type=int, help="steps with infinite or NaN losses to leave out before giving up")
     add("--deterministic", action="store_true", help="the same numbers from every run on a GPU, too; slower")
     add("--eval", action="store_true", help="evaluate only")
+    add(
+        "--image_set",
+        default="val",
+        choices=("val", "test"),
+        help="images that --eval is about; test: COCO's test-dev, whose detections are written for its server",
+    )
     add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
+    add("--tensorboard", action="store_true", help="in training, curves and pictures for TensorBoard in --output_dir")
     add("--num_workers", default=2, type=worker_count, help="processes that load data; auto: as the CPUs suffice for")
     add("--world_size", default=1, type=int, help="set by the launcher")
     add("--dist_url", default="env://", help="where the processes meet")
@@ -174,3 +182,9 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.resume == "auto" and not args.output_dir:
         raise InputError("--resume auto looks for checkpoints in --output_dir: name it")
+    if args.image_set == "test" and (args.overfit or not (args.eval and args.output_dir)):
+        raise InputError("--image_set test only writes detections: add --eval and --output_dir, without --overfit")
+    if args.tensorboard and not args.output_dir:
+        raise InputError("--tensorboard writes to --output_dir: name it")
+    if args.tensorboard:
+        need("torch.utils.tensorboard", "tensorboard", "--tensorboard")

@@ -80,6 +80,10 @@ class Classes:
         """The name of a label; of one that stands for no class, its number."""
         return self.names.get(label, str(label))
 
+    def __or__(self, other: Classes) -> Classes:
+        """Those of both, where both are labelled alike."""
+        return Classes(self.ids | other.ids, self.names | other.names)
+
     def of_categories(self, categories: Iterable[dict[str, Any]]) -> Classes:
         """The classes of another file's `categories`, labelled as these are.
 

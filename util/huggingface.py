@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.backbone import CHANNELS
+from models.backbone import CHANNELS, DEPTHS
 from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
 from util.checkpoint import load_file
 from util.classes import Classes
@@ -57,10 +57,7 @@ FIXED_PREPROCESSOR = {
 BASIC = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
 RESNETS = {
-    "resnet18": {"depths": [2, 2, 2, 2], **BASIC},
-    "resnet34": {"depths": [3, 4, 6, 3], **BASIC},
-    "resnet50": {"depths": [3, 4, 6, 3], **BOTTLENECK},
-    "resnet101": {"depths": [3, 4, 23, 3], **BOTTLENECK},
+    name: {"depths": list(depths)} | (BASIC if CHANNELS[name] == 512 else BOTTLENECK) for name, depths in DEPTHS.items()
 }
 NO_CLASS = "N/A"  # the name of a label that stands for no class
 

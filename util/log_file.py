@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,13 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The entries of a log file; lines that are not whole, as a full disk leaves them, are passed over."""
     if not Path(path).exists():
         return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     return [entry for entry in map(_parse, lines) if entry]
+
+
+def best_ap(path: str | Path) -> float:
+    """The highest AP on val in a log file; minus infinity where nothing was evaluated."""
+    return max((entry["test_coco_eval_bbox"][0] for entry in read_log(path) if "test_loss" in entry), default=-math.inf)
 
 
 def append_log(path: str | Path, entry: dict[str, Any]) -> None:

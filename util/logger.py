@@ -80,15 +80,17 @@ class SmoothedValue:
         )
 
 
+def is_shown(name: str) -> bool:
+    """Whether a scalar is for people to look at; per-layer and unweighted losses are only averaged."""
+    return not re.search(r"_(\d+|unscaled)$", name)
+
+
 class MetricLogger:
     """Running averages of named scalars and the lines that show them.
 
     Scalars may be tensors: they stay on the device until a line is printed or an average is asked for, and are then
     fetched together, so that a training step never waits for its own logging.
     """
-
-    # Per-layer and unweighted losses are averaged, but left out of the lines.
-    _HIDDEN = re.compile(r"_(\d+|unscaled)$")
 
     def __init__(self, delimiter: str = "  ") -> None:
         self.delimiter = delimiter
@@ -146,7 +148,7 @@ class MetricLogger:
 
     def shown(self) -> dict[str, SmoothedValue]:
         """The meters that the lines show."""
-        return {name: meter for name, meter in self.meters.items() if not self._HIDDEN.search(name)}
+        return {name: meter for name, meter in self.meters.items() if is_shown(name)}
 
     def __str__(self) -> str:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.shown().items())

@@ -1,9 +1,8 @@
-"""Pictures of images with boxes, and curves of a run's log."""
+"""Pictures of images with boxes."""
 
 from __future__ import annotations
 
 import colorsys
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,7 +11,6 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -24,6 +22,7 @@ Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of the image's area
 MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only where a text would be wider than its image
 CELL, GAP = (400, 300), 8  # pixels: width and height of a picture on a sheet, and what is between two
+TITLE_SIZE = 16  # pixels, of the letters above a picture
 FIRST_HUE, GOLDEN_RATIO = 0.92, 0.618034  # hues in steps of the golden ratio keep apart
 
 
@@ -56,6 +55,20 @@ def annotate(
         draw.rectangle(place, fill=colour)
         draw.text((place[0] + _padding(font), place[1]), text, text_colour(colour), font)
     return image
+
+
+def side_by_side(panels: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """RGB images of one height in a row, on white, with a title above each."""
+    fonts = [_font_for(title, TITLE_SIZE, panel.width) for title, panel in zip(titles, panels, strict=True)]
+    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
+    top = 2 * TITLE_SIZE
+    picture = Image.new("RGB", (width, top + panels[0].height), "white")
+    draw, left = ImageDraw.Draw(picture), 0
+    for panel, title, font in zip(panels, titles, fonts, strict=True):
+        draw.text((left + panel.width / 2, top / 2), title, "black", font, anchor="mm")
+        picture.paste(panel, (left, top))
+        left += panel.width + GAP
+    return picture
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -126,7 +139,7 @@ def draw_boxes(
     """Shows an image [H, W, 3] with boxes (xyxy in pixels), a colour for each label, and a text at each box."""
     colours = mpl.colormaps["tab10"].colors
     height, width = image.shape[:2]
-    axes.imshow(image)
+    axes.imshow(image, extent=(0, width, height, 0))
     for (x1, y1, x2, y2), label, text in zip(boxes, labels, texts, strict=True):
         colour = colours[label % len(colours)]
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.8))
@@ -135,23 +148,3 @@ def draw_boxes(
         axes.text(**label_at, s=text, fontsize=7, color="white", va="bottom", ha="left", bbox=style)
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.set_title(title, fontsize=9)
-
-
-def plot_log(log_file: str | Path, output: str | Path) -> None:
-    """Draws the loss and AP curves of a run's log.txt into a picture file."""
-    lines = [json.loads(line) for line in Path(log_file).read_text(encoding="utf-8").splitlines()]
-    evaluated = [line for line in lines if "test_loss" in line]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    loss, precision = figure.subplots(1, 2)
-    loss.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], label="train")
-    epochs = [line["epoch"] + 1 for line in evaluated]
-    loss.plot(epochs, [line["test_loss"] for line in evaluated], label="val")
-    loss.set(xlabel="epoch", ylabel="loss", title="Loss")
-    for name, number in (("AP", 0), ("AP50", 1)):
-        precision.plot(epochs, [line["test_coco_eval_bbox"][number] for line in evaluated], label=name, marker=".")
-    precision.set(xlabel="epoch", ylim=(0, 1), title="Average precision on val")
-    for axes in (loss, precision):
-        axes.grid(alpha=0.3)
-        axes.legend()
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(output, dpi=110)

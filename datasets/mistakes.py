@@ -1,0 +1,137 @@
+"""What a model gets wrong in an image: objects that it missed and detections that are false, and their picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_api
+
+from datasets.coco import CocoDetection
+from datasets.coco_eval import CocoEvaluator
+from datasets.records import Objects
+from util.classes import Classes
+from util.pictures import annotate, side_by_side
+
+MIN_SCORE = 0.5  # of a detection that counts
+MIN_IOU = 0.5  # of a detection with the object that it is right about
+EXAMPLES, EXAMPLES_MIN_SCORE = 4, 0.3  # pictures while a model learns, when it is not yet confident
+PANEL = (480, 800)  # pixels: images whose long side is shorter or longer are scaled to these for a picture
+
+
+@dataclass
+class Comparison:
+    """An image's N confident detections, the best first, beside its M objects.
+
+    Attributes:
+        found: [N, 6] label, score, x, y, width, height.
+        false: [N] bool, those that match no object.
+        objects: the ground truth without crowds.
+        missed: [M] bool, those that match no detection.
+    """
+
+    found: np.ndarray
+    false: np.ndarray
+    objects: Objects
+    missed: np.ndarray
+
+    @property
+    def mistakes(self) -> int:
+        """How many objects are missed and detections false."""
+        return int(self.missed.sum() + self.false.sum())
+
+    def draw(self, image: Image.Image, classes: Classes) -> Image.Image:
+        """The ground truth beside the detections, with names, scores, and which of them are missed or false."""
+        scale = np.clip(max(image.size), *PANEL) / max(image.size)
+        image = image.resize([max(1, round(side * scale)) for side in image.size])
+        labels = self.objects.labels.tolist(), self.found[:, 0].astype(int).tolist()
+        names = [[classes.name_of(label) for label in of_panel] for of_panel in labels]
+        truth = [f"{name}{' missed' * int(missed)}" for name, missed in zip(names[0], self.missed, strict=True)]
+        scored = zip(names[1], self.found[:, 1], self.false, strict=True)
+        found = [f"{name} {score:.2f}{' false' * int(false)}" for name, score, false in scored]
+        titles = [
+            f"ground truth: {_count(truth, 'object')}, {self.missed.sum()} missed",
+            f"model: {_count(found, 'detection')}, {self.false.sum()} false",
+        ]
+        boxes = [_corners(of_panel) * scale for of_panel in (self.objects.boxes, self.found[:, 2:])]
+        panels = [annotate(image, *panel) for panel in zip(boxes, labels, (truth, found), strict=True)]
+        return side_by_side(panels, titles)
+
+
+def compare(rows: np.ndarray, objects: Objects, min_score: float = MIN_SCORE) -> Comparison:
+    """Finds out which detections of an image are right, as COCO does at one threshold.
+
+    In the order of their scores, every detection of at least `min_score` takes the object of its class with which it
+    overlaps most, by an IoU of at least `MIN_IOU`, if no better detection has taken it. One that lies in a crowd region
+    of its class is not false. Objects without area are left out.
+
+    Args:
+        rows: the detections, as `Detections.rows` of the evaluator.
+        objects: the ground truth.
+    """
+    found = rows[rows[:, 1] >= min_score, :6]
+    found = found[np.argsort(-found[:, 1], kind="stable")]
+    objects = objects.select((objects.boxes[:, 2:] > 0).all(1))
+    ious = np.reshape(mask_api.iou(found[:, 2:], objects.boxes, objects.crowds), (len(found), len(objects.boxes)))
+    right = (ious >= MIN_IOU) & (found[:, :1] == objects.labels)
+    free = ~objects.crowds
+    false = np.zeros(len(found), dtype=bool)
+    for i, candidates in enumerate(right):
+        if (candidates & free).any():
+            free[np.where(candidates & free, ious[i], 0).argmax()] = False
+        else:
+            false[i] = not (candidates & objects.crowds).any()
+    real = ~objects.crowds
+    return Comparison(found, false, objects.select(real), free[real])
+
+
+def compare_image(
+    evaluator: CocoEvaluator, dataset: CocoDetection, position: int, min_score: float = MIN_SCORE
+) -> Comparison:
+    """The comparison of an image that was evaluated."""
+    rows = evaluator.detections[int(dataset.records.ids[position])].rows
+    return compare(rows, dataset.records.objects_of(position), min_score)
+
+
+def evaluated(evaluator: CocoEvaluator, dataset: CocoDetection) -> list[int]:
+    """The positions of the images that were evaluated: not of those that could not be read."""
+    return [position for position, image_id in enumerate(dataset.ids) if image_id in evaluator.detections]
+
+
+def worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, number: int) -> list[tuple[int, Comparison]]:
+    """The images with the most mistakes, at most `number`, equal ones by id: their positions and comparisons.
+
+    A mistake is an object that is missed, or a detection that is false though its score is at least `MIN_SCORE`; images
+    without any are left out.
+    """
+    comparisons = [(p, compare_image(evaluator, dataset, p)) for p in evaluated(evaluator, dataset)]
+    ranked = sorted(comparisons, key=lambda item: -item[1].mistakes)
+    return [(position, comparison) for position, comparison in ranked[:number] if comparison.mistakes]
+
+
+def draw_image(dataset: CocoDetection, classes: Classes, position: int, comparison: Comparison) -> Image.Image:
+    """An image of a data set with its comparison."""
+    pixels = dataset.load_image(position).permute(1, 2, 0).numpy()
+    return comparison.draw(Image.fromarray(pixels), classes)
+
+
+def draw_examples(
+    dataset: CocoDetection, classes: Classes, evaluator: CocoEvaluator
+) -> Iterator[tuple[str, Image.Image]]:
+    """The same few images after every evaluation, those with objects that come first, by file name."""
+    with_objects = (p for p in evaluated(evaluator, dataset) if len(dataset.records.objects_of(p).labels))
+    for position in islice(with_objects, EXAMPLES):
+        comparison = compare_image(evaluator, dataset, position, EXAMPLES_MIN_SCORE)
+        yield dataset.records.file_name(position), draw_image(dataset, classes, position, comparison)
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    """Boxes [N, 4] from (x, y, width, height) to xyxy."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def _count(items: list[str], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"

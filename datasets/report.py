@@ -1,0 +1,129 @@
+"""What `main.py --eval` leaves in its folder: the detections, precision-recall curves, and the worst images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from datasets.coco import CocoDetection
+from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
+from datasets.mistakes import draw_image, worst_images
+from util.checkpoint import save_on_master
+from util.classes import Classes
+from util.distributed import is_main_process
+from util.files import replacing
+from util.logger import log
+
+WORST = 16  # images
+MOST_BARS = 30  # of classes; of more, the best and worst are shown
+LONGEST_NAME = 24  # characters beside a bar
+TEST_RESULTS = "detections_test-dev2017_conddetr_results.json"  # COCO's detections_[testset]_[alg]_results.json
+
+
+def write_report(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Classes, folder: Path) -> None:
+    """Writes, on the main process only, what an evaluation found.
+
+    - `detections.json`: all detections in COCO's result format, and `category_name`;
+    - `precision_recall.png`: precision over recall, and AP by class;
+    - `worst/`: the images with the most mistakes (`datasets.mistakes`), `01_ID.jpg` that with most of all;
+    - `eval.pth`: the evaluator's arrays.
+    """
+    save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), folder / "eval.pth")
+    if not is_main_process():
+        return
+    write_results(folder / "detections.json", results(evaluator, classes, with_names=True))
+    with replacing(folder / "precision_recall.png") as file:
+        precision_recall(evaluator, classes).savefig(file, dpi=110, format="png")
+    drawn = write_worst_images(evaluator, dataset, classes, folder / "worst")
+    log(f"wrote detections.json, precision_recall.png and {drawn} pictures in worst/ to {folder}", "green")
+
+
+def write_test_results(evaluator: CocoEvaluator, classes: Classes, folder: Path) -> None:
+    """Writes, on the main process only, the detections of a test set, as COCO's evaluation server takes them."""
+    if not is_main_process():
+        return
+    write_results(folder / TEST_RESULTS, results(evaluator, classes))
+    log(f"wrote {folder / TEST_RESULTS}: zip it and upload it to COCO's evaluation server", "green")
+
+
+def results(evaluator: CocoEvaluator, classes: Classes, with_names: bool = False) -> Iterator[dict[str, Any]]:
+    """All detections in COCO's result format, with the category ids of the data; logits of no class are left out.
+
+    Boxes are rounded to a thousandth of a pixel and scores to a millionth, which changes no AP by as much as 0.0001.
+    """
+    for image_id in sorted(evaluator.detections):
+        for found in evaluator.results(image_id, "bbox"):
+            label = found["category_id"]
+            if label in classes.ids:
+                yield {
+                    "image_id": image_id,
+                    "category_id": classes.id_of(label),
+                    **({"category_name": classes.name_of(label)} if with_names else {}),
+                    "bbox": [round(value, 3) for value in found["bbox"]],
+                    "score": round(found["score"], 6),
+                }
+
+
+def write_results(path: Path, found: Iterator[dict[str, Any]]) -> None:
+    """A JSON list with a line for each detection, without holding all of them in memory."""
+    with replacing(path) as file:
+        file.write(b"[")
+        for number, result in enumerate(found):
+            file.write((",\n" if number else "\n").encode() + json.dumps(result).encode())
+        file.write(b"\n]\n")
+
+
+def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Classes, folder: Path) -> int:
+    """Draws the worst images in the place of those of an earlier evaluation; returns how many."""
+    for old in folder.glob("[0-9][0-9]_*.jpg"):
+        old.unlink()
+    worst = worst_images(evaluator, dataset, WORST)
+    for rank, (position, comparison) in enumerate(worst, start=1):
+        with replacing(folder / f"{rank:02}_{dataset.ids[position]}.jpg") as file:
+            draw_image(dataset, classes, position, comparison).save(file, "JPEG", quality=90)
+    return len(worst)
+
+
+def precision_recall(evaluator: CocoEvaluator, classes: Classes) -> Figure:
+    """Precision over recall as the mean over classes, and beside it AP by class, the highest first."""
+    by_class = {label: ap for label, ap in evaluator.average_precision("bbox").items() if not np.isnan(ap)}
+    bars = [(classes.name_of(label), ap) for label, ap in sorted(by_class.items(), key=lambda item: -item[1])]
+    half = MOST_BARS // 2
+    shown = bars if len(bars) <= MOST_BARS else [*bars[:half], (f".. {len(bars) - 2 * half} more", None), *bars[-half:]]
+    figure = Figure(figsize=(9, max(3.6, 0.8 + 0.19 * len(shown))), layout="constrained")
+    curves, ranking = figure.subplots(1, 2)
+    _draw_curves(curves, evaluator)
+    _draw_bars(ranking, shown)
+    return figure
+
+
+def _draw_curves(axes: Axes, evaluator: CocoEvaluator) -> None:
+    coco_eval = evaluator.coco_eval["bbox"]
+    thresholds, recalls = coco_eval.params.iouThrs, coco_eval.params.recThrs
+    precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # [thresholds, recalls, classes]
+    precision = precision[:, :, (precision > -1).any((0, 1))]
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="Precision and recall")
+    axes.grid(alpha=0.3)
+    if precision.shape[2] == 0:
+        axes.text(0.5, 0.5, "no ground truth", ha="center")
+        return
+    for name, chosen in (("0.50", thresholds == 0.5), ("0.75", thresholds == 0.75), ("0.50 to 0.95", thresholds > 0)):
+        curve = precision[chosen].mean((0, 2))
+        axes.plot(recalls, curve, label=f"IoU {name}: AP {curve.mean():.3f}")
+    axes.figure.legend(loc="outside lower left", ncols=3, fontsize=9, frameon=False)
+
+
+def _draw_bars(axes: Axes, bars: list[tuple[str, float | None]]) -> None:
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 2]}.." for name, _ in bars]
+    drawn = axes.barh(range(len(bars)), [ap or 0 for _, ap in bars])
+    axes.bar_label(drawn, ["" if ap is None else f"{ap:.3f}" for _, ap in bars], padding=3, fontsize=8)
+    axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
+    axes.set(xlim=(0, 1.12), xlabel="AP", title="AP by class")
+    axes.margins(y=0.02)
+    axes.invert_yaxis()

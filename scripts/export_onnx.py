@@ -1,0 +1,220 @@
+"""Writes a model as ONNX, for ONNX Runtime and whatever else reads that format, once both compute the same.
+
+    python -m scripts.export_onnx --checkpoint CKPT|conditional_detr_resnet50 --output model.onnx [--postprocess]
+
+The file takes uint8 images, which it normalises itself, and their padding mask; batch, height and width are free. It
+holds the names and ids of the classes and the size of images that the model expects. `scripts/onnx_example.py` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.conditional_detr import ConditionalDETR
+from models.frozen_norm import FoldedConv2d
+from models.postprocess import PostProcess
+from scripts.detector import Detector, load_detector
+from util.command import need, run_command
+from util.errors import InputError
+from util.files import replacing
+from util.nested_tensor import NestedTensor
+
+OPSET = 17  # the first with LayerNormalization
+FOLDED = "folded_weight", "folded_bias"  # as initializers are named, where quantizers look for weights
+# What the same sums in another order may change, in logits, scores, and boxes as a part of the image. The norms amplify
+# rounding: PyTorch's own logits are up to 6e-5 from those in 64 bits.
+TOLERANCE = 1e-3
+BATCH_SIZES = (1, 2)
+SIZES = ((96, 128), (104, 112), (165, 131))  # height and width
+
+DOCUMENTATION = {
+    "images": "uint8 RGB [B, 3, H, W], resized as min_size and max_size of the metadata say; normalised inside",
+    "padding_mask": "[B, H, W], True where an image is padded, at its right and bottom, to the batch's size",
+    "target_sizes": "[B, 2], the (height, width) that the boxes refer to: that of the original images",
+    "pred_logits": "[B, Q, K]; their sigmoids are the scores of the K labels, independent of each other",
+    "pred_boxes": "[B, Q, 4], (centre x, centre y, width, height) relative to the image without padding",
+    "scores": "[B, N], the highest of all queries and labels, in descending order",
+    "labels": "[B, N]; class_names and class_ids of the metadata say what they stand for",
+    "boxes": "[B, N, 4], (x1, y1, x2, y2) in pixels of target_sizes, not clipped",
+}
+
+
+class ExportedModel(nn.Module):
+    """A model as the file computes it: tensors in, tensors out, and the mask always looked at."""
+
+    def __init__(self, model: ConditionalDETR, postprocess: PostProcess | None) -> None:
+        super().__init__()
+        self.model = model
+        self.postprocess = postprocess
+        fix_folded_weights(model)
+        self.inputs = ["images", "padding_mask"]
+        self.outputs = ["pred_logits", "pred_boxes"]
+        if postprocess:
+            self.inputs += ["target_sizes"]
+            self.outputs += ["scores", "labels", "boxes"]
+
+    def forward(self, images: Tensor, padding_mask: Tensor, *target_sizes: Tensor) -> tuple[Tensor, ...]:
+        """Uint8 [B, 3, H, W], bool [B, H, W] and, with postprocessing, int64 [B, 2] to what `DOCUMENTATION` says."""
+        predicted = self.model(NestedTensor(images, padding_mask))
+        outputs = predicted["pred_logits"], predicted["pred_boxes"]
+        return (*outputs, *self.postprocess.batched(predicted, *target_sizes)) if self.postprocess else outputs
+
+
+@torch.no_grad()
+def fix_folded_weights(model: nn.Module) -> None:
+    """Keeps what norms and convolutions fold to, so that the file holds the result and not the way to it."""
+    for module in model.modules():
+        if isinstance(module, FoldedConv2d):
+            for name, tensor in zip(FOLDED, module.fold(), strict=True):
+                module.register_buffer(name, tensor)
+            module.fold = partial(attrgetter(*FOLDED), module)
+
+
+def example_inputs(batch_size: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random images, masks that leave less of every further image, and sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (batch_size, 3, height, width), dtype=torch.uint8, generator=generator)
+    padding = torch.zeros(batch_size, height, width, dtype=torch.bool)
+    for i in range(batch_size):
+        padding[i, height // (i + 1) :] = True
+        padding[i, :, width - i * width // 4 :] = True
+    return images, padding, torch.tensor([[480, 640]]).expand(batch_size, -1)
+
+
+def nearest_neighbours(graph: Any, x: Any, size: Any, *_scales: Any) -> Any:
+    """`interpolate(mode="nearest")` by the indices that PyTorch takes.
+
+    ONNX's Resize divides by the inverse of the ratio, which for some sizes is rounded to the neighbouring pixel.
+    """
+
+    def constant(value: float, dtype: torch.dtype) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(value, dtype=dtype))
+
+    zero, one = constant(0, torch.float32), constant(1, torch.float32)
+    for axis, length in enumerate(size.node().inputs(), start=2):
+        old = graph.op("Gather", graph.op("Shape", x), constant(axis, torch.int64))
+        old, new = (graph.op("Cast", n, to_i=torch.onnx.TensorProtoDataType.FLOAT) for n in (old, length))
+        positions = graph.op("Mul", graph.op("Range", zero, new, one), graph.op("Div", old, new))
+        indices = graph.op("Cast", graph.op("Floor", positions), to_i=torch.onnx.TensorProtoDataType.INT64)
+        x = graph.op("Gather", x, indices, axis_i=axis)
+    return x
+
+
+def export(exported: ExportedModel) -> bytes:
+    """The contents of the file, without documentation.
+
+    By the exporter that traces, which all versions of PyTorch since 2.6 have; the newer one fails on older versions.
+    """
+    free = {"images": {0: "batch", 2: "height", 3: "width"}, "padding_mask": {0: "batch", 1: "height", 2: "width"}}
+    names = [*exported.inputs, *exported.outputs]
+    torch.onnx.register_custom_op_symbolic("aten::upsample_nearest2d", nearest_neighbours, OPSET)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of branches that depend on shapes, all of which `check` goes through
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            exported,
+            example_inputs(2, 64, 96)[: len(exported.inputs)],
+            str(path),
+            input_names=exported.inputs,
+            output_names=exported.outputs,
+            dynamic_axes={name: free.get(name, {0: "batch"}) for name in names},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+        return path.read_bytes()
+
+
+@torch.no_grad()
+def describe(model: Any, exported: ExportedModel, detector: Detector) -> None:
+    """Adds to an `onnx.ModelProto` what its users need to know."""
+    outputs = exported(*example_inputs(1, 64, 96)[: len(exported.inputs)])
+    for value, tensor in zip(model.graph.output, outputs, strict=True):
+        for dim, size in zip(value.type.tensor_type.shape.dim[1:], tensor.shape[1:], strict=True):
+            dim.dim_value = size  # tracing leaves names instead
+    model.producer_name = "Conditional DETR"
+    model.graph.doc_string = "Meng et al., Conditional DETR for Fast Training Convergence, ICCV 2021"
+    for value in (*model.graph.input, *model.graph.output):
+        value.doc_string = DOCUMENTATION[value.name]
+    facts = {
+        "class_names": detector.classes.names,
+        "class_ids": detector.classes.ids,
+        "min_size": detector.args.min_size,
+        "max_size": detector.args.max_size,
+    }
+    for key, fact in facts.items():
+        model.metadata_props.add(key=key, value=json.dumps(fact, ensure_ascii=False))
+
+
+def check(session: Any, exported: ExportedModel) -> None:
+    """Compares an `InferenceSession`'s outputs with PyTorch's; prints a line for each batch size and image size.
+
+    Raises InputError for a difference beyond `TOLERANCE`.
+    """
+    print(f"largest differences between ONNX Runtime and PyTorch (tolerated: {TOLERANCE:g})")
+    for batch_size in BATCH_SIZES:
+        for height, width in SIZES:
+            inputs = example_inputs(batch_size, height, width, seed=height)[: len(exported.inputs)]
+            feed = {name: tensor.numpy() for name, tensor in zip(exported.inputs, inputs, strict=True)}
+            found = dict(zip(exported.outputs, map(torch.from_numpy, session.run(exported.outputs, feed)), strict=True))
+            differences = dict(compare(exported, found, inputs))
+            texts = [f"{name} {difference:.1e}" for name, difference in differences.items()]
+            print(f"  {batch_size} × {height}×{width}: {', '.join(texts)}")
+            if not all(difference <= TOLERANCE for difference in differences.values()):
+                raise InputError("ONNX Runtime and PyTorch compute too different outputs; no file was written")
+
+
+@torch.no_grad()
+def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[Tensor]) -> Iterator[tuple[str, float]]:
+    """The largest differences between the file's outputs and the model's, by output.
+
+    Detections of nearly equal scores may change places: each is compared with the nearest one of its label.
+    """
+    expected = exported.model(NestedTensor(*inputs[:2]))
+    for name in ("pred_logits", "pred_boxes"):
+        yield name, (found[name] - expected[name]).abs().max().item()
+    if not exported.postprocess:
+        return
+    scores, _, _ = exported.postprocess.batched(expected, inputs[2])
+    yield "scores", (found["scores"] - scores).abs().max().item()
+    # All detections, and not just the highest: the last ones may be others.
+    scores, labels, boxes = PostProcess(expected["pred_logits"][0].numel()).batched(expected, inputs[2])
+    distance = (found["boxes"][:, :, None] - boxes[:, None]).abs().amax(-1) / inputs[2].max()  # [B, N, Q·K]
+    distance = distance.maximum((found["scores"][:, :, None] - scores[:, None]).abs())
+    distance[found["labels"][:, :, None] != labels[:, None]] = torch.inf
+    yield "detections", distance.amin(-1).max().item()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Writes a model as ONNX.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="file, URL or hub entry, as conditional_detr_resnet50")
+    parser.add_argument("--output", default="model.onnx", type=Path, help="file to write")
+    parser.add_argument("--postprocess", action="store_true", help="add scores, labels and boxes in pixels to it")
+    flags = parser.parse_args(argv)
+    onnx, onnxruntime = (need(name, "onnx onnxruntime", "export to ONNX") for name in ("onnx", "onnxruntime"))
+    detector = load_detector(flags.checkpoint)
+    exported = ExportedModel(detector.model, detector.postprocess if flags.postprocess else None).eval()
+    model = onnx.load_from_string(export(exported))
+    describe(model, exported, detector)
+    contents = model.SerializeToString()
+    check(onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"]), exported)
+    with replacing(flags.output) as file:
+        file.write(contents)
+    print(f"wrote {flags.output} ({len(contents) / 1e6:.0f} MB)")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,83 @@
+"""Finds objects in photos with a model from `scripts.export_onnx`: NumPy, Pillow and ONNX Runtime, no PyTorch.
+
+    python scripts/onnx_example.py model.onnx photo.jpg another.jpg --threshold 0.5
+
+A file to copy from: it uses nothing else of this project. It takes models with and without `--postprocess`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+NUM_DETECTIONS = 100
+
+
+def resize(image: Image.Image, min_size: int, max_size: int) -> Image.Image:
+    """The short side at `min_size`, or less where the long side would exceed `max_size`."""
+    short, long = sorted(image.size)
+    size = max(min(min_size, round(max_size * short / long)), 1)
+    other = int(size * long / short)
+    return image.resize((size, other) if image.width < image.height else (other, size), Image.Resampling.BILINEAR)
+
+
+def batch(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    """Images of any sizes to `images` [B, 3, H, W], padded at the right and bottom, and `padding_mask` [B, H, W]."""
+    height, width = max(image.height for image in images), max(image.width for image in images)
+    pixels = np.zeros((len(images), 3, height, width), np.uint8)
+    padding = np.ones((len(images), height, width), bool)
+    for i, image in enumerate(images):
+        pixels[i, :, : image.height, : image.width] = np.asarray(image).transpose(2, 0, 1)
+        padding[i, : image.height, : image.width] = False
+    return pixels, padding
+
+
+def postprocess(logits: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `--postprocess` does inside the model: scores and labels [B, N], boxes [B, N, 4] in pixels."""
+    scores = (1 / (1 + np.exp(-logits))).reshape(len(logits), -1)  # [B, Q·K]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :NUM_DETECTIONS]
+    queries, labels = np.divmod(best, logits.shape[2])
+    x, y, width, height = np.moveaxis(np.take_along_axis(boxes, queries[..., None], axis=1), -1, 0)
+    corners = np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], axis=-1)
+    return np.take_along_axis(scores, best, axis=1), labels, corners * sizes[:, None, [1, 0, 1, 0]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Finds objects in photos, without PyTorch.")
+    parser.add_argument("model", help="file of scripts.export_onnx")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--threshold", default=0.5, type=float, help="lowest score that is printed")
+    flags = parser.parse_args()
+
+    session = onnxruntime.InferenceSession(flags.model, providers=["CPUExecutionProvider"])
+    facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    photos = [Image.open(path).convert("RGB") for path in flags.images]
+    sizes = np.array([(photo.height, photo.width) for photo in photos])
+    images, padding = batch([resize(photo, facts["min_size"], facts["max_size"]) for photo in photos])
+
+    if "scores" in [output.name for output in session.get_outputs()]:
+        inputs = {"images": images, "padding_mask": padding, "target_sizes": sizes}
+        found = session.run(["scores", "labels", "boxes"], inputs)
+    else:
+        outputs = session.run(["pred_logits", "pred_boxes"], {"images": images, "padding_mask": padding})
+        found = postprocess(*outputs, sizes)
+
+    for path, *detections in zip(flags.images, *found, strict=True):
+        print(path)
+        for score, label, box in zip(*detections, strict=True):
+            name = facts["class_names"].get(str(label))  # some labels of COCO's numbering stand for no class
+            if score >= flags.threshold and name:
+                print(f"  {score:.3f} {name} (id {facts['class_ids'][str(label)]}) at", *(f"{x:.1f}" for x in box))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as error:  # an example's way to tell of files that cannot be read
+        sys.exit(f"error: {error}")

@@ -1,0 +1,193 @@
+"""Draws where a model looks: the paper's Figure 1 for any image.
+
+    python -m scripts.plot_attention --checkpoint output/demo/checkpoint.pth --image photo.jpg --output attention.png
+
+For every query, beside what it detects: the spatial, the content and the combined attention of each head of a decoder
+layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import nms
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+from datasets.images import decode
+from scripts.detector import load_detector
+from util.attention_maps import AttentionMaps, View, view
+from util.box_ops import box_cxcywh_to_xyxy
+from util.classes import Classes
+from util.command import run_command
+from util.errors import InputError, reason
+from util.files import replacing
+from util.pictures import draw_boxes
+
+REFERENCE_POINT = {"marker": "P", "markersize": 9, "color": "white", "markeredgecolor": "black"}  # seen on any photo
+COLOURS = "inferno"  # equal steps of attention are equal steps to the eye
+MAP_WIDTH, MAP_HEIGHT = 1.3, 2.6  # at most; all lengths in inches, of 100 pixels
+GAP, LABELS, TITLE, FOOTER, MARGIN = 0.05, 0.85, 0.3, 0.4, 0.1
+LEAST_WIDTH = 6  # of the page: room for the footer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Draws the spatial, content and combined attention of every head of a decoder layer.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a file, a URL, or a hub entry such as conditional_detr_resnet50")
+    add("--image", required=True, type=Path, help="the image file to look at")
+    add("--output", default="attention.png", type=Path, help="the picture to write; its ending says the format")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--top", default=3, type=int, metavar="N", help="draw the queries of the N best detections")
+    which.add_argument("--queries", nargs="+", type=int, metavar="Q", help="draw these queries, counted from 0")
+    add("--layer", default=-1, type=int, help="from 0, or from -1 backwards; in layer 0, content holds positions too")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
+    args = parser.parse_args(argv)
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if (ending := args.output.suffix.lower().removeprefix(".")) not in formats:
+        raise InputError(f"--output {args.output}: the file's name must end in one of .{', .'.join(sorted(formats))}")
+    detector = load_detector(args.checkpoint, args.device)
+    check_numbers(args, detector.args.num_queries, detector.args.dec_layers)
+    image = detector.resize(read_image(args.image))
+    seen = view(detector.model, image.to(detector.device), args.layer)
+    queries = args.queries or best_queries(seen, args.top)
+    figure = draw_page(image, seen, queries, detector.classes)
+    with replacing(args.output) as file:
+        figure.savefig(file, format=ending)
+    print(f"wrote {args.output}: queries {', '.join(map(str, queries))}")
+
+
+def check_numbers(args: argparse.Namespace, num_queries: int, num_layers: int) -> None:
+    """Raises InputError for a query or a layer that the model does not have."""
+    if args.top < 1:
+        raise InputError(f"--top {args.top}: must be at least 1")
+    for query in args.queries or ():
+        if not 0 <= query < num_queries:
+            raise InputError(f"--queries {query}: the model's queries are 0 to {num_queries - 1}")
+    if not -num_layers <= args.layer < num_layers:
+        raise InputError(f"--layer {args.layer}: the model's decoder layers are 0 to {num_layers - 1}")
+
+
+def read_image(path: Path) -> Tensor:
+    """The stored pixels of an image file, uint8 [3, H, W].
+
+    Raises InputError where there is none, or it cannot be decoded.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes and metadata that keep no image from being used
+            with Image.open(path) as file:
+                return decode(file)
+    except Exception as error:  # decoders raise many types on broken files
+        raise InputError(f"{path}: cannot be decoded ({reason(error)})") from error
+
+
+def best_queries(seen: View, number: int) -> list[int]:
+    """The queries of the highest scores; of boxes that overlap by half, which show one object, only the best counts."""
+    scores = seen.logits.amax(-1)
+    return nms(box_cxcywh_to_xyxy(seen.boxes), scores, iou_threshold=0.5)[:number].tolist()
+
+
+class Layout:
+    """Where things are on the page, as rectangles for `Figure.add_axes`; photo and maps keep the image's shape."""
+
+    def __init__(self, width: int, height: int, heads: int, blocks: int) -> None:
+        scale = min(MAP_WIDTH / width, MAP_HEIGHT / height)
+        self.map_width, self.map_height = scale * width, scale * height
+        rows = len(AttentionMaps._fields)
+        self.photo_height = rows * (self.map_height + GAP) - GAP
+        self.photo_width = self.photo_height * width / height
+        self.first_map = MARGIN + self.photo_width + LABELS
+        self.block_height = TITLE + self.photo_height + MARGIN
+        self.page_width = max(self.first_map + heads * (self.map_width + GAP) + MARGIN, LEAST_WIDTH)
+        self.page_height = blocks * self.block_height + FOOTER
+
+    def rectangle(self, left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
+        """Inches from the page's upper left corner to (left, bottom, width, height) as shares of the page."""
+        bottom = self.page_height - top - height
+        return left / self.page_width, bottom / self.page_height, width / self.page_width, height / self.page_height
+
+    def photo(self, block: int) -> tuple[float, float, float, float]:
+        return self.rectangle(MARGIN, block * self.block_height + TITLE, self.photo_width, self.photo_height)
+
+    def map(self, block: int, row: int, head: int) -> tuple[float, float, float, float]:
+        left = self.first_map + head * (self.map_width + GAP)
+        top = block * self.block_height + TITLE + row * (self.map_height + GAP)
+        return self.rectangle(left, top, self.map_width, self.map_height)
+
+    def colour_bar(self) -> tuple[float, float, float, float]:
+        return self.rectangle(MARGIN + 0.1, self.page_height - FOOTER, 1.6, 0.12)
+
+
+def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classes) -> Figure:
+    """A block a query: its detection in the image [3, H, W], beside it the maps, a row a kind and a column a head."""
+    height, width = image.shape[1:]
+    heads = len(seen.maps.spatial)
+    layout = Layout(width, height, heads, len(queries))
+    page = Figure(figsize=(layout.page_width, layout.page_height), dpi=100)
+    photo = image.permute(1, 2, 0).numpy()
+    backdrop = rgb_to_grayscale(image)[0].numpy()
+    points = seen.reference * torch.tensor([width, height])
+    boxes = box_cxcywh_to_xyxy(seen.boxes) * torch.tensor([width, height, width, height])
+    scores, labels = seen.logits.sigmoid().max(-1)
+    for block, query in enumerate(queries):
+        label, box = int(labels[query]), boxes[query].tolist()
+        axes = page.add_axes(layout.photo(block))
+        draw_boxes(axes, photo, [box], [label], [f"{classes.name_of(label)} {scores[query]:.2f}"], f"query {query}")
+        axes.plot(*points[query].tolist(), **REFERENCE_POINT)
+        for row, (name, maps) in enumerate(zip(seen.maps._fields, seen.maps, strict=True)):
+            for head in range(heads):
+                axes = page.add_axes(layout.map(block, row, head))
+                draw_map(axes, backdrop, maps[head, query].numpy(), box)
+                if row == 0:
+                    axes.set_title(f"head {head}", fontsize=9)
+                if head == 0:
+                    axes.set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center")
+    draw_footer(page, layout)
+    return page
+
+
+def draw_map(axes: Axes, backdrop: np.ndarray, attention: np.ndarray, box: Sequence[float]) -> None:
+    """Lays attention [H', W'] over an image of greys [H, W], and outlines a box (xyxy in pixels).
+
+    A cell is an equal share of the image, and its value belongs to its centre; between centres it is interpolated.
+    """
+    height, width = backdrop.shape
+    attention = attention / attention.max()
+    extent = (0, width, height, 0)  # whole numbers are edges of pixels, not centres
+    axes.imshow(backdrop, "gray", vmin=0, vmax=1.5 * 255, extent=extent)  # dimmed
+    shown = {"vmin": 0, "vmax": 1, "alpha": 0.4 + 0.5 * attention, "interpolation": "bilinear"}
+    axes.imshow(attention, COLOURS, extent=extent, **shown)
+    x1, y1, x2, y2 = box
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=1))
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+
+
+def draw_footer(page: Figure, layout: Layout) -> None:
+    """What the colours mean."""
+    axes = page.add_axes(layout.colour_bar())
+    bar = page.colorbar(ScalarMappable(cmap=COLOURS), axes, orientation="horizontal", ticks=[0, 1])
+    bar.ax.set_xticklabels(["0", "maximum"], fontsize=8)
+    text = "attention, each map divided by its maximum;  + the query's reference point"
+    axes.annotate(text, (1, 0.5), (30, 0), "axes fraction", "offset points", va="center", fontsize=9)
+
+
+if __name__ == "__main__":
+    run_command(main)

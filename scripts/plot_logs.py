@@ -1,0 +1,130 @@
+"""Draws the loss and AP curves of runs, of those that still go on too.
+
+    python -m scripts.plot_logs output/first output/second --output curves
+
+Reads log.txt of each folder, also that of the published code; writes curves.png and curves.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import count, cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from util.command import run_command
+from util.errors import InputError
+from util.files import replacing
+from util.log_file import read_log
+
+Log = list[dict[str, Any]]
+
+LEGEND_COLUMNS = 3
+COLOURS = mpl.colormaps["tab10"].colors
+TRAIN = {"linestyle": "--", "linewidth": 1.2, "markersize": 3}
+VAL = {"linestyle": "-", "linewidth": 1.6, "markersize": 3, "marker": "o"}
+
+
+def plot_logs(folders: Sequence[Path], output: Path) -> list[Path]:
+    """Draws the logs of runs into OUTPUT.png and OUTPUT.svg, and returns their paths.
+
+    Raises:
+        InputError: for a folder without a log or with one of no finished epoch, or where nothing can be written.
+    """
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    figure = draw({distinct_name(folder, folders): read_run(folder) for folder in folders})
+    stem = output.stem if output.suffix in (".png", ".svg") else output.name
+    paths = [output.with_name(f"{stem}.{kind}") for kind in ("png", "svg")]
+    for path in paths:
+        with replacing(path) as file:
+            figure.savefig(file, format=path.suffix[1:], dpi=110)
+    return paths
+
+
+def read_run(folder: Path) -> Log:
+    """The entries of a run's log that tell of its training."""
+    path = folder / "log.txt"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name folders that runs have as --output_dir")
+    if not (log := [entry for entry in read_log(path) if "train_loss" in entry]):
+        raise InputError(f"{path}: it holds no finished epoch (yet)")
+    return log
+
+
+def distinct_name(folder: Path, folders: Sequence[Path]) -> str:
+    """The name of a folder, led by as many of those above as tell it from the other folders."""
+
+    def tail(path: Path, length: int) -> str:
+        return "/".join(path.parts[-length:])
+
+    others = [other for other in folders if other != folder]
+    return next(tail(folder, n) for n in count(1) if tail(folder, n) not in [tail(other, n) for other in others])
+
+
+def points(log: Log, key: str, index: int | None = None) -> tuple[list[int], list[float]]:
+    """The epochs, counted from 1, that have a value, and the values."""
+    entries = [entry for entry in log if key in entry]
+    values = [entry[key] if index is None else entry[key][index] for entry in entries]
+    return [entry["epoch"] + 1 for entry in entries], values
+
+
+def draw(logs: dict[str, Log]) -> Figure:
+    """A page with the losses and AP of all runs, by name; of a single one, AP50 too."""
+    single = len(logs) == 1
+    figure = Figure(figsize=(9, 3.4 if single else 3.4 + 0.25 * -(-len(logs) // LEGEND_COLUMNS)), layout="constrained")
+    loss, precision = figure.subplots(1, 2)
+    colours = dict(zip(logs, cycle(COLOURS), strict=False))
+    for name, log in logs.items():
+        dot = "o" if len(log) == 1 else ""  # one point makes no line
+        loss.plot(*points(log, "train_loss"), color=colours[name], marker=dot, **TRAIN)
+        loss.plot(*points(log, "test_loss"), color=colours[name], **VAL)
+        precision.plot(*points(log, "test_coco_eval_bbox", 0), color=colours[name], label="AP", **VAL)
+        if single:
+            precision.plot(*points(log, "test_coco_eval_bbox", 1), color=COLOURS[1], label="AP50", **VAL)
+    loss.set(xlabel="epoch", title="Loss")
+    precision.set(xlabel="epoch", title="Average precision on val" if single else "AP on val", ylim=(0, None))
+    for axes in (loss, precision):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    add_legends(figure, colours)
+    if not any("test_coco_eval_bbox" in entry for log in logs.values() for entry in log):
+        precision.clear()
+        precision.text(0.5, 0.5, "no evaluation yet", ha="center", color="0.4")
+        precision.set_axis_off()
+    return figure
+
+
+def add_legends(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:
+    """Names a single run above its curves, several below them by colour; and the styles of the lines."""
+    loss, precision = figure.axes
+    if len(colours) == 1:
+        figure.suptitle(*colours, fontsize=11)
+        precision.legend()
+    else:
+        runs = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
+        figure.legend(handles=runs, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
+    colour = COLOURS[0] if len(colours) == 1 else "0.3"
+    styles = {"train": TRAIN, "val": VAL}
+    loss.legend(handles=[Line2D([], [], color=colour, label=name, **style) for name, style in styles.items()])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Draws the loss and AP curves of runs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--output_dir of a run")
+    parser.add_argument("--output", default="curves", type=Path, help="the pictures' path, without .png and .svg")
+    flags = parser.parse_args(argv)
+    for path in plot_logs(flags.folders, flags.output):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,119 @@
+"""--tensorboard: the curves that TensorBoard reads back are those of the log, also after interruptions."""
+
+import shutil
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+from tests.conftest import TINY, log_lines
+from util.errors import InputError
+
+SHOWN = {"loss", "class_error", "loss_ce", "loss_bbox", "loss_giou"}
+STEPS = [1, 11, 15, 25, 29, 39]  # the lines of 14 steps an epoch
+
+
+def train(shapes, output, *more: object) -> None:
+    flags = (*TINY, "--coco_path", shapes, "--output_dir", output, "--batch_size", 1, "--tensorboard", *more)
+    main.main(main.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def read(output, run: str) -> EventAccumulator:
+    return EventAccumulator(str(output / "tensorboard" / run)).Reload()
+
+
+def curve(events: EventAccumulator, tag: str) -> dict[int, float]:
+    points = [(point.step, point.value) for point in events.Scalars(tag)]
+    assert points == sorted(points)
+    assert len(dict(points)) == len(points)
+    return dict(points)
+
+
+def assert_as_logged(output) -> None:
+    train, val = read(output, "train"), read(output, "val")
+    lines = {line["epoch"] + 1: line for line in log_lines(output)}
+    assert curve(train, "epochs/loss") == pytest.approx({n: line["train_loss"] for n, line in lines.items()})
+    assert curve(train, "epochs/lr") == pytest.approx({n: line["train_lr"] for n, line in lines.items()})
+    assert curve(val, "epochs/loss_ce") == pytest.approx({n: line["test_loss_ce"] for n, line in lines.items()})
+    for name, number in (("AP", 0), ("AP50", 1), ("AR_100", 8)):
+        expected = {n: line["test_coco_eval_bbox"][number] for n, line in lines.items()}
+        assert curve(val, f"coco/{name}") == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def whole(shapes, tmp_path_factory):
+    """Three epochs without a break."""
+    output = tmp_path_factory.mktemp("whole")
+    train(shapes, output, "--epochs", 3, "--lr_drop", 2)
+    return output
+
+
+def test_curves(whole):
+    assert_as_logged(whole)
+    scalars = {run: set(read(whole, run).Tags()["scalars"]) for run in ("train", "val", "steps")}
+    assert scalars["train"] == {f"epochs/{name}" for name in SHOWN | {"lr"}}
+    assert scalars["steps"] == {f"steps/{name}" for name in SHOWN | {"lr"}}
+    always = {f"coco/{name}" for name in ("AP", "AP50", "AP75", "AR_1", "AR_10", "AR_100")}
+    by_size = {f"coco/A{kind}_{size}" for kind in "PR" for size in "SML"}
+    epochs = {f"epochs/{name}" for name in SHOWN}
+    assert epochs | always <= scalars["val"] <= epochs | always | by_size
+    assert min(curve(read(whole, "val"), "coco/AR_100").values()) >= 0
+    steps = curve(read(whole, "steps"), "steps/loss")
+    assert list(steps) == STEPS
+    assert max(steps.values()) > 1
+
+
+def test_pictures_of_the_same_images_after_every_evaluation(whole):
+    events = read(whole, "val")
+    names = events.Tags()["images"]
+    assert len(names) == 4
+    for name in names:
+        pictures = events.Images(name)
+        assert [picture.step for picture in pictures] == [1, 2, 3]
+        assert pictures[0].width > 1.4 * pictures[0].height
+
+
+def test_a_run_that_goes_on_from_an_earlier_epoch(shapes, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    more = ("--resume", whole / "checkpoint0001.pth", "--lr_drop", 2, "--weight_decay", 0.1)
+    train(shapes, tmp_path / "run", "--epochs", 3, *more)
+    assert_as_logged(tmp_path / "run")
+    assert [picture.step for picture in read(tmp_path / "run", "val").Images("images/000001.jpg")] == [1, 2, 3]
+    assert list(curve(read(tmp_path / "run", "steps"), "steps/loss")) == STEPS
+
+
+@pytest.mark.parametrize("before", ["append_log", "save_on_master"])
+def test_an_epoch_that_was_interrupted_is_drawn_once(before, shapes, whole, tmp_path, monkeypatch):
+    """Behind the curves and before the log's line, or within the second epoch before its checkpoint."""
+    original, calls = getattr(main, before), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == (2 if before == "append_log" else 3):
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(main, before, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(shapes, tmp_path, "--epochs", 2, "--lr_drop", 2)
+    monkeypatch.setattr(main, before, original)
+    train(shapes, tmp_path, "--epochs", 2, "--lr_drop", 2, "--resume", "auto")
+    assert_as_logged(tmp_path)
+    expected = curve(read(whole, "steps"), "steps/loss")
+    assert curve(read(tmp_path, "steps"), "steps/loss") == {step: expected[step] for step in STEPS[:4]}
+
+
+def test_epochs_without_evaluation(shapes, tmp_path):
+    train(shapes, tmp_path, "--epochs", 2, "--eval_every", 2)
+    assert list(curve(read(tmp_path, "train"), "epochs/loss")) == [1, 2]
+    assert list(curve(read(tmp_path, "val"), "coco/AP")) == [2]
+
+
+def test_without_tensorboard_or_a_folder(parse, monkeypatch, tmp_path):
+    """Before anything is read: there is no data."""
+    with pytest.raises(InputError, match="--tensorboard writes to --output_dir: name it"):
+        main.main(parse(*TINY, "--tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match=r"--tensorboard needs tensorboard: pip install tensorboard"):
+        main.main(parse(*TINY, "--tensorboard", "--output_dir", tmp_path))

@@ -1,0 +1,86 @@
+"""Where the queries of a decoder layer look in an image, by what they seek and by where they seek it.
+
+Nothing is computed a second time: the queries and keys are those that the layer's cross-attention is called with.
+
+Shapes: h heads, Q queries, feature map of H×W cells, S = H·W, e the width of queries and keys, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.conditional_detr import ConditionalDETR
+
+
+class AttentionMaps(NamedTuple):
+    """Attention [h, Q, S] of every head and query over the image; each map sums to 1.
+
+    spatial: the softmax of p_qᵀp_k alone.
+    content: the softmax of c_qᵀc_k alone.
+    combined: the softmax of their sum, by which the model weights values.
+    """
+
+    spatial: Tensor
+    content: Tensor
+    combined: Tensor
+
+
+class View(NamedTuple):
+    """What the model sees in one image.
+
+    maps: of the layer that was asked for, [h, Q, H, W].
+    reference: [Q, 2], the (x, y) of each query's reference point.
+    logits, boxes: [Q, K] and [Q, 4], the predictions of the last layer. Points and boxes (cxcywh) are relative to the
+        image.
+
+    All on the CPU.
+    """
+
+    maps: AttentionMaps
+    reference: Tensor
+    logits: Tensor
+    boxes: Tensor
+
+
+def attention_maps(query: Tensor, key: Tensor) -> AttentionMaps:
+    """The maps of [h, Q, e] and [h, S, e], of which each head's first half is content, the second is spatial.
+
+    The logits of both halves are scaled as those of the whole: they add up to the model's.
+    """
+    query = query * query.shape[-1] ** -0.5
+    content, spatial = (q @ k.mT for q, k in zip(query.chunk(2, -1), key.chunk(2, -1), strict=True))  # [h, Q, S]
+    return AttentionMaps(*(logits.softmax(-1) for logits in (spatial, content, content + spatial)))
+
+
+@contextlib.contextmanager
+def recorded(*modules: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple[Any, ...], Any]]]:
+    """A dict that receives the inputs and the output of the modules' latest calls."""
+    calls: dict[nn.Module, tuple[tuple[Any, ...], Any]] = {}
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls[module] = inputs, output
+
+    handles = [module.register_forward_hook(record) for module in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def view(model: ConditionalDETR, image: Tensor, layer: int = -1) -> View:
+    """Runs a model in evaluation mode on one image [3, h, w], uint8 or normalised, and takes a decoder layer apart."""
+    attention = model.transformer.decoder.layers[layer].cross_attn
+    with recorded(model.input_proj, model.transformer, attention) as calls:
+        outputs = model([image])
+    cells = calls[model.input_proj][1].shape[-2:]
+    (query, key, *_), _ = calls[attention]
+    maps = AttentionMaps(*(x.unflatten(-1, cells).cpu() for x in attention_maps(query[0], key[0])))
+    _, reference = calls[model.transformer][1]
+    return View(maps, reference.cpu(), outputs["pred_logits"][0].cpu(), outputs["pred_boxes"][0].cpu())

@@ -1,0 +1,72 @@
+"""Curves and pictures of a run for TensorBoard, which is needed for this alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from util.command import need
+from util.logger import MetricLogger, is_shown
+
+COCO_NUMBERS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L")
+FLUSH_SECONDS = 10  # so that curves are nearly live
+PARTS = {"train": "train_", "val": "test_"}  # runs as TensorBoard calls them, and the prefix of their keys in the log
+
+
+class TensorBoard:
+    """Writes what TensorBoard calls runs: `train` and `val` by epoch, laid over each other, and `steps` by step.
+
+    Args:
+        folder: None writes nothing.
+        draw: the pictures of an evaluation, by name.
+
+    As a context manager, it writes out at its end what is still on the way.
+    """
+
+    def __init__(self, folder: Path | None, draw: Callable[[Any], Iterable[tuple[str, Image.Image]]]) -> None:
+        self.folder = folder
+        self.draw = draw
+        self.writers: dict[str, Any] = {}
+
+    def begin(self, epochs: int, steps: int) -> None:
+        """Goes on where `epochs` and `steps` are finished: what an earlier run wrote beyond is no longer shown."""
+        if self.folder:
+            writer = need("torch.utils.tensorboard", "tensorboard", "--tensorboard").SummaryWriter
+            for name, finished in {**dict.fromkeys(PARTS, epochs), "steps": steps}.items():
+                self.writers[name] = writer(self.folder / name, purge_step=finished + 1, flush_secs=FLUSH_SECONDS)
+
+    def write_step(self, steps: int, logger: MetricLogger) -> None:
+        """The averages over the latest steps, behind `steps` of the run."""
+        if self.writers:
+            averages = {name: meter.avg for name, meter in logger.shown().items() if meter.window}
+            self._write("steps", "steps", averages, steps)
+
+    def write_epoch(self, epochs: int, entry: dict[str, Any], evaluator: Any) -> None:
+        """The epoch's line of the log, and the pictures of its evaluation, if it had one (else None)."""
+        if not self.writers:
+            return
+        for part, prefix in PARTS.items():
+            values = {name.removeprefix(prefix): v for name, v in entry.items() if name.startswith(prefix)}
+            numbers = dict(zip(COCO_NUMBERS, values.pop("coco_eval_bbox", ()), strict=False))
+            known = {name: value for name, value in numbers.items() if value >= 0}  # -1: nothing to find
+            self._write(part, "epochs", {name: value for name, value in values.items() if is_shown(name)}, epochs)
+            self._write(part, "coco", known, epochs)
+        for name, picture in self.draw(evaluator) if evaluator else ():
+            self.writers["val"].add_image(f"images/{name}", np.asarray(picture), epochs, dataformats="HWC")
+        for writer in self.writers.values():
+            writer.flush()
+
+    def _write(self, run: str, group: str, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writers[run].add_scalar(f"{group}/{name}", value, step)
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self.writers.values():
+            writer.close()
