@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
@@ -135,7 +136,9 @@ class Prediction:
         """All detections in COCO's result format, in the order of the sources."""
         for source in sources:
             for image_id, found in self.found.get(source, ()):
-                yield from coco_results(image_id, found, self.detector.classes)
+                boxes = box_convert(found["boxes"], "xyxy", "xywh")
+                detections = zip(*(part.tolist() for part in (found["labels"], found["scores"], boxes)), strict=True)
+                yield from coco_results(image_id, detections, self.detector.classes)
 
     def _in_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         return prefetch(self.pool, function, items, ahead=self.args.num_workers + self.args.batch_size)
