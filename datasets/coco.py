@@ -16,15 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.annotations import check_image_files, read_annotations
-from datasets.images import decode
+from datasets.images import EXIF_ORIENTATION, EXIF_QUARTER_TURNS, decode
 from datasets.records import Objects, Records
 from datasets.transforms import Target, Transform, normalize_boxes
 from util.classes import Classes
 from util.errors import InputError, reason
 
 MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less may vanish when float32 scales it
-EXIF_ORIENTATION = 0x0112
-EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 
 
 @dataclass

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
+
+EXIF_ORIENTATION = 0x0112
+EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 
 
 def decode(file: Image.Image) -> Tensor:
@@ -26,6 +29,23 @@ def decode(file: Image.Image) -> Tensor:
         with contextlib.suppress(RuntimeError):
             return decode_jpeg(encoded, ImageReadMode.RGB)
     return pil_to_tensor(to_rgb(file))
+
+
+def decode_upright(file: Image.Image) -> Tensor:
+    """As `decode`, but turned as the file's EXIF orientation says, which is how photos are shown."""
+    if _orientation(file) == 1:
+        return decode(file)
+    return pil_to_tensor(ImageOps.exif_transpose(to_rgb(file)))
+
+
+def upright_size(file: Image.Image) -> tuple[int, int]:
+    """The (width, height) that `decode_upright` returns, read from the header."""
+    return file.size[::-1] if _orientation(file) in EXIF_QUARTER_TURNS else file.size
+
+
+def _orientation(file: Image.Image) -> int:
+    """1 for files to be shown as stored; PIL turns TIFFs by itself."""
+    return 1 if file.format == "TIFF" else file.getexif().get(EXIF_ORIENTATION, 1)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
 from datasets.mistakes import draw_image, worst_images
+from datasets.results import coco_results, write_results
 from util.checkpoint import save_on_master
 from util.classes import Classes
 from util.distributed import is_main_process
@@ -53,30 +53,11 @@ def write_test_results(evaluator: CocoEvaluator, classes: Classes, folder: Path)
 
 
 def results(evaluator: CocoEvaluator, classes: Classes, with_names: bool = False) -> Iterator[dict[str, Any]]:
-    """All detections in COCO's result format, with the category ids of the data; logits of no class are left out.
-
-    Boxes are rounded to a thousandth of a pixel and scores to a millionth, which changes no AP by as much as 0.0001.
-    """
+    """All detections in COCO's result format, in the order of the image ids."""
     for image_id in sorted(evaluator.detections):
-        for found in evaluator.results(image_id, "bbox"):
-            label = found["category_id"]
-            if label in classes.ids:
-                yield {
-                    "image_id": image_id,
-                    "category_id": classes.id_of(label),
-                    **({"category_name": classes.name_of(label)} if with_names else {}),
-                    "bbox": [round(value, 3) for value in found["bbox"]],
-                    "score": round(found["score"], 6),
-                }
-
-
-def write_results(path: Path, found: Iterator[dict[str, Any]]) -> None:
-    """A JSON list with a line for each detection, without holding all of them in memory."""
-    with replacing(path) as file:
-        file.write(b"[")
-        for number, result in enumerate(found):
-            file.write((",\n" if number else "\n").encode() + json.dumps(result).encode())
-        file.write(b"\n]\n")
+        found = evaluator.results(image_id, "bbox")
+        detections = ((result["category_id"], result["score"], result["bbox"]) for result in found)
+        yield from coco_results(image_id, detections, classes, with_names)
 
 
 def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Classes, folder: Path) -> int:

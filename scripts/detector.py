@@ -18,6 +18,7 @@ from models.postprocess import PostProcess
 from util.args import get_args_parser
 from util.checkpoint import classes_of, load_checkpoint, load_model_weights, num_classes_of
 from util.classes import Classes
+from util.errors import InputError, reason
 
 
 @dataclass
@@ -43,12 +44,15 @@ class Detector:
         width, height = resized_size(image.shape[2], image.shape[1], self.args.min_size, self.args.max_size)
         return F.resize(image, [height, width])
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """What is found in uint8 images [3, h, w] of any sizes: as `PostProcess`, in their pixels, on the CPU."""
-        sizes = torch.tensor([image.shape[1:] for image in images])
-        outputs = self.model([self.resize(image).to(self.device) for image in images])
-        found = self.postprocess(outputs, sizes.to(self.device))
+        return self.detect([self.resize(image) for image in images], [image.shape[1:] for image in images])
+
+    @torch.inference_mode()
+    def detect(self, resized: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """The same for images that `resize` has prepared; `sizes` are (height, width) before it."""
+        outputs = self.model([image.to(self.device) for image in resized])
+        found = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
         return [{name: value.cpu() for name, value in image.items()} for image in found]
 
 
@@ -59,8 +63,13 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
         source: as for `util.checkpoint.load_checkpoint`: a file, a folder, a URL or a hub entry's name.
 
     Raises:
-        InputError: where there is none, or its weights do not fit the flags that it was trained with.
+        InputError: where there is none, its weights do not fit the flags that it was trained with, or there is no such
+            device.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: cannot be used ({reason(error)})") from error
     return build_detector(load_checkpoint(source), source, device)
 
 

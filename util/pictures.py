@@ -23,7 +23,7 @@ TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of t
 MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only where a text would be wider than its image
 CELL, GAP = (400, 300), 8  # pixels: width and height of a picture on a sheet, and what is between two
 TITLE_SIZE = 16  # pixels, of the letters above a picture
-GOLDEN_RATIO = 0.618034  # hues in steps of it keep apart
+FIRST_HUE, GOLDEN_RATIO = 0.92, 0.618034  # hues in steps of the golden ratio keep apart
 
 
 def annotate(
@@ -86,7 +86,7 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
 
 def colour_of(label: int) -> Colour:
     """A class's colour of 8 bits a channel, bright; those of neighbouring labels differ most."""
-    hue = label * GOLDEN_RATIO % 1
+    hue = (FIRST_HUE + label * GOLDEN_RATIO) % 1
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.8, (1.0, 0.85)[label % 2]))
 
 

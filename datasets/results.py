@@ -1,0 +1,42 @@
+"""Detections as COCO's result files have them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from util.classes import Classes
+from util.files import replacing
+
+
+def coco_results(
+    image_id: int | str,
+    detections: Iterable[tuple[int, float, Sequence[float]]],
+    classes: Classes,
+    with_names: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """An image's detections, each (label, score, box as x, y, width, height), with the category ids of the data.
+
+    Logits of no class are left out. Boxes and scores are rounded about as finely as float32 is: hundredths of a pixel,
+    as COCO has them, would move AP on small images.
+    """
+    for label, score, box in detections:
+        if label in classes.ids:
+            yield {
+                "image_id": image_id,
+                "category_id": classes.id_of(label),
+                **({"category_name": classes.name_of(label)} if with_names else {}),
+                "bbox": [round(value, 4) for value in box],
+                "score": round(score, 6),
+            }
+
+
+def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
+    """Writes a JSON list with a line for each detection, without holding all of them in memory."""
+    with replacing(path) as file:
+        file.write(b"[")
+        for number, result in enumerate(results):
+            file.write((",\n" if number else "\n").encode() + json.dumps(result).encode())
+        file.write(b"\n]\n")

@@ -1,0 +1,159 @@
+"""Finding the images and videos that a command line names, and reading images ahead of their use."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+from datasets.annotations import CONTROL_CHARACTERS
+from util.errors import InputError, reason
+
+IMAGES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif", ".heic")
+)
+VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"))
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image or video file.
+
+    Attributes:
+        path: where it is.
+        name: what it is called in results, and where its picture goes; no two files share one. Relative to the folder
+            given, with more of the path where files of several folders would have the same.
+        image_id: its id in results: the name, or what an annotation file says.
+    """
+
+    path: Path
+    name: str
+    image_id: int | str
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix.lower() in VIDEOS
+
+    def __str__(self) -> str:
+        return printable(self.name)
+
+
+def printable(text: str) -> str:
+    """A file's name as part of a line: without what tears lines or cannot be written."""
+    return CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def find_sources(patterns: Iterable[str], report: Report, leave_out: Path | None = None) -> list[Source]:
+    """The files that paths, folders (with all below them) and glob patterns name, each once.
+
+    Args:
+        patterns: as given on the command line. In folders only files with the suffixes of images and videos count.
+        report: is told in a line about every pattern without a file.
+        leave_out: a folder that is not searched, since results go there.
+    """
+    found: dict[Path, tuple[str, ...]] = {}  # file: the parts of its name
+    for pattern in patterns:
+        matches = [Path(pattern)] if os.path.lexists(pattern) else _glob(pattern)
+        files = [pair for match in matches for pair in _files(match, report, leave_out)]
+        if not files:
+            what = "no images or videos there" if matches else "no such file or folder, and no file matches"
+            report(f"{printable(pattern)}: {what}")
+        for path, folder in files:
+            found.setdefault(path, path.relative_to(folder).parts)
+    names = _distinct_names(found)
+    return [Source(path, name, name) for path, name in zip(found, names, strict=True)]
+
+
+def _glob(pattern: str) -> list[Path]:
+    """What a pattern matches, `**` folders at any depth; what is no pattern matches nothing."""
+    root = Path(Path(pattern).anchor)
+    try:
+        return sorted(root.glob(str(Path(pattern).relative_to(root))))
+    except (ValueError, IndexError):  # as for "a**b" and ""
+        return []
+
+
+def _files(path: Path, report: Report, leave_out: Path | None) -> Iterator[tuple[Path, Path]]:
+    """A file, or a folder's images and videos in the order of their names; each with the folder that names start at."""
+    if not path.is_dir():
+        folder = path.parent.resolve()
+        yield folder / path.name, folder
+        return
+    path = path.resolve()
+    for folder, folders, files in os.walk(path, onerror=lambda error: report(f"{error.filename}: {error.strerror}")):
+        inside = [name for name in folders if not name.startswith(".") and Path(folder, name) != leave_out]
+        folders[:] = sorted(inside)
+        for name in sorted(files):
+            if Path(name).suffix.lower() in IMAGES | VIDEOS and not name.startswith("."):
+                yield Path(folder, name), path
+
+
+def _distinct_names(files: dict[Path, tuple[str, ...]]) -> list[str]:
+    """Each file's name, with as many of the folders above as it takes for all to differ."""
+    for more in count():
+        names = ["/".join(path.parts[max(1, len(path.parts) - len(parts) - more) :]) for path, parts in files.items()]
+        if len(set(names)) == len(names):
+            return names
+
+
+def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Report) -> list[Source]:
+    """The sources with the image ids of a COCO file, which names them by as much of their path as it likes.
+
+    Those that it does not list are reported and left out, and all but the first of one image.
+
+    Raises InputError where the file is not usable.
+    """
+    try:
+        data = json.loads(Path(annotations).read_text(encoding="utf-8"))
+        ids = {entry["file_name"]: entry["id"] for entry in data["images"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{annotations}: not a COCO file that lists images ({reason(error)})") from error
+    chosen: dict[int, Source] = {}
+    for source in sources:
+        parts = source.path.parts
+        endings = ("/".join(parts[start:]) for start in range(1, len(parts)))
+        image_id = next((ids[ending] for ending in endings if ending in ids), None)
+        if image_id is None:
+            report(f"{source}: {annotations} does not list it, skipped")
+        elif image_id in chosen:
+            report(f"{source}: is image {image_id} of {annotations}, as is {chosen[image_id]}, skipped")
+        else:
+            chosen[image_id] = Source(source.path, source.name, image_id)
+    return list(chosen.values())
+
+
+def open_image(source: Source, use: Callable[[Image.Image], Result]) -> Result | InputError:
+    """What a function makes of an image file; where that cannot be read, an error that names it.
+
+    The error is a value, for threads to hand over.
+    """
+    try:
+        with Image.open(source.path) as file:
+            return use(file)
+    except UnidentifiedImageError:
+        problem = "not an image, or of a format that is not known"
+    except Exception as error:  # decoders raise many types on broken files
+        problem = getattr(error, "strerror", None) or reason(error)
+    return InputError(f"{source}: cannot be read ({problem}), skipped")
+
+
+def prefetch(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+    """`function` of every item, in order; the pool works on up to `ahead` items that are not asked for yet."""
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -1,0 +1,79 @@
+"""Boxes and texts drawn on images of any size."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from util.pictures import annotate, colour_of, text_colour
+
+
+def shown(picture: Image.Image, label: int) -> np.ndarray:
+    """Where a picture has the colour of a label, [H, W]."""
+    return (np.asarray(picture) == colour_of(label)).all(2)
+
+
+@pytest.mark.parametrize("size", [(100, 120), (640, 480), (2000, 1500), (8, 300), (1, 1)])
+def test_boxes_at_their_places(size):
+    image = Image.new("RGB", size)
+    width, height = size
+    x1, y1, x2, y2 = box = (width // 4, height // 2, width * 3 // 4, height * 7 // 8)
+    picture = annotate(image, [box], [3], ["cat 0.87"])
+    assert picture.size == size
+    assert not np.asarray(image).any()  # a copy is drawn on
+    drawn = shown(picture, 3)
+    assert drawn[y2, x1 : x2 + 1].all() or size[0] < 10  # where the text is as wide as the image, it may lie there
+    assert drawn[(y1 + y2) // 2, [x1, x2]].all() or size[0] < 10
+    assert drawn.mean() < 0.5 or size[0] < 10
+
+
+def test_letters_and_lines_grow_with_the_image():
+    extents = []
+    for scale in (1, 4):
+        picture = annotate(
+            Image.new("RGB", (640 * scale, 480 * scale)), [(0, 300 * scale, 9, 310 * scale)], [1], ["cat"]
+        )
+        rows = np.flatnonzero(shown(picture, 1)[: 300 * scale].any(1))
+        extents.append(len(rows))
+    assert 12 <= extents[0] <= 24
+    assert extents[1] == pytest.approx(4 * extents[0], rel=0.15)
+
+
+@pytest.mark.parametrize("box", [(-50, -50, 40, 30), (90, 40, 300, 60), (40, -9, 60, 200), (500, 500, 600, 600)])
+def test_texts_lie_inside(box):
+    def extent(size, box):
+        """Of the text's background: its widest row, and how many rows have a fifth of that."""
+        rows = shown(annotate(Image.new("RGB", size), [box], [1], ["person 0.55"]), 1).sum(1)
+        return rows.max(), (rows > rows.max() / 5).sum()
+
+    whole_width, whole_height = extent((200, 54), (100, 30, 101, 31))  # as many pixels, so letters of one size
+    width, height = extent((120, 90), box)
+    assert width >= whole_width > 60
+    assert height >= whole_height > 10
+
+
+def test_texts_of_one_place_lie_beside_each_other_and_the_first_on_top():
+    box = (20, 40, 100, 80)
+    picture = annotate(Image.new("RGB", (200, 200)), [box, box], [1, 2], ["first 0.9", "second 0.8"])
+    first, second = (shown(picture, label) for label in (1, 2))
+    assert first[40, 20:101].sum() > 60  # the box of the first
+    assert first[:40].sum() > 200  # its text above,
+    assert second[40:].sum() > 200  # the other's elsewhere
+    assert not second[80, 90:101].any()
+
+
+def test_texts_can_be_read_on_every_colour():
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for label in range(100):
+        dark, light = sorted(map(luminance, (colour_of(label), text_colour(colour_of(label)))))
+        assert (light + 0.05) / (dark + 0.05) > 4.5  # what accessibility guidelines ask for
+    assert len({colour_of(label) for label in range(90)}) == 90
+
+
+def test_nothing_to_draw_and_texts_without_a_glyph():
+    image = Image.new("RGB", (50, 50), "gray")
+    assert annotate(image, [], [], []).tobytes() == image.tobytes()
+    assert annotate(image, [(5, 20, 9, 30)], [0], [""]).tobytes() != image.tobytes()
+    annotate(image, [(5, 20, 9, 30)], [0], ["猫 قط 0.50"])
