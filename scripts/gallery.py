@@ -1,12 +1,13 @@
 """The gallery: one page that shows detections over their images, with a slider for the score.
 
-The page works from disk and anywhere its folder is moved to: it loads nothing but the images and videos beside it.
-They stay files of their own, since a browser loads those as they come into view; a page that holds a thousand images
-within itself takes minutes to open. Boxes are drawn by the page, so that the slider acts at once.
+The page works from disk and needs no network. As long as its images are few, it holds them itself, and can be sent
+around alone; a browser would take minutes to open a thousand within a page. More of them, and videos, stay files of the
+page's folder, which are loaded as they come into view. Boxes are drawn by the page, so that the slider acts at once.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from util.files import replacing
 from util.pictures import colour_of, text_colour
 
 LOWEST_SCORE = 0.05  # below, there is little but noise
+MOST_BYTES = 32 * 2**20  # of images within the page
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 Entry = dict[str, Any]
@@ -43,17 +45,22 @@ def image_entry(name: str, file: Path, size: tuple[int, int], found: dict[str, T
         [label, round(score, 3), *(round(value, 1) for value in box)]
         for label, score, box in zip(labels, scores, corners.flatten(1).tolist(), strict=True)
     ]
-    return {"name": name, "file": _address(file), "width": width, "height": height, "boxes": boxes}
+    return {"name": name, "file": file, "width": width, "height": height, "boxes": boxes}
 
 
 def video_entry(name: str, file: Path) -> Entry:
     """A video of the page, which has its boxes drawn into it."""
-    return {"name": name, "file": _address(file), "video": True, "boxes": []}
+    return {"name": name, "file": file, "video": True, "boxes": []}
 
 
 def write_gallery(path: Path, entries: Sequence[Entry], classes: Classes, threshold: float) -> None:
     """Writes the page; the slider stands at `threshold` first."""
     labels = sorted({box[0] for entry in entries for box in entry["boxes"]})
+    images = [entry["file"] for entry in entries if "video" not in entry]
+    if sum((path.parent / image).stat().st_size for image in images) <= MOST_BYTES:
+        addresses = {image: _contents(path.parent / image) for image in images}
+    else:
+        addresses = {}
     data = {
         "threshold": max(threshold, LOWEST_SCORE),
         "lowest": LOWEST_SCORE,
@@ -65,7 +72,7 @@ def write_gallery(path: Path, entries: Sequence[Entry], classes: Classes, thresh
             }
             for label in labels
         },
-        "entries": list(entries),
+        "entries": [entry | {"file": addresses.get(entry["file"]) or _address(entry["file"])} for entry in entries],
     }
     # Within a script element only "<" could end it; JSON has it in texts alone, where an escape means the same.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
@@ -77,6 +84,11 @@ def write_gallery(path: Path, entries: Sequence[Entry], classes: Classes, thresh
 def _address(file: Path) -> str:
     """A relative path as a URL, whatever bytes its name has."""
     return quote(os.fsencode(file.as_posix()))
+
+
+def _contents(file: Path) -> str:
+    """A JPEG file as a URL that holds it."""
+    return f"data:image/jpeg;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def _css(colour: tuple[int, int, int]) -> str:

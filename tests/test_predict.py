@@ -9,7 +9,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import urljoin
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from datasets.images import decode
 from datasets.shapes import draw_scene
 from main import get_args_parser
 from models import build_model
-from scripts import predict
+from scripts import gallery, predict
 from scripts.detector import load_detector
 from scripts.inputs import find_sources, prefetch
 from scripts.video import VideoReader, write_video
@@ -124,13 +125,18 @@ def test_a_folder(run, photos, tmp_path, checkpoint):
         assert (picture.tobytes() != plain.tobytes()) == any(r["score"] >= 0.5 for r in results[name])
 
 
-def test_the_gallery(run, photos, tmp_path):
+@pytest.mark.parametrize("most_bytes", [gallery.MOST_BYTES, 0])
+def test_the_gallery(most_bytes, run, photos, tmp_path, monkeypatch):
+    """With images within the page, and beside it."""
+    monkeypatch.setattr(gallery, "MOST_BYTES", most_bytes)
     _, results, _ = run(photos, "--threshold", 0.6)
     data = page_data(tmp_path / "out")
     assert data["threshold"] == 0.6
     assert [entry["name"] for entry in data["entries"]] == NAMES
     for entry in data["entries"]:
-        assert (tmp_path / "out" / unquote(entry["file"])).is_file()
+        stored = tmp_path / "out" / "images" / (entry["name"] if ".jpg" in entry["name"] else f"{entry['name']}.jpg")
+        with urlopen(urljoin(f"{(tmp_path / 'out').as_uri()}/", entry["file"])) as file:
+            assert file.read() == stored.read_bytes()
         shown = [result for result in results[entry["name"]] if result["score"] >= 0.05]
         assert [box[1] for box in entry["boxes"]] == pytest.approx([r["score"] for r in shown], abs=1e-3)
         assert [CLASSES[box[0]][0] for box in entry["boxes"]] == [result["category_id"] for result in shown]
