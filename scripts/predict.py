@@ -8,8 +8,8 @@ INPUT: image and video files, folders (with all below them), patterns such as 'p
   `image_id` is the file's name or, with --annotations, the id that a COCO file gives it; that of a video's frame
   is `clip.mp4#000123`, counted from 0;
 - `pictures/`: every image at its size with the boxes, names and scores above --threshold; videos as mp4;
-- `index.html`, a gallery with a slider for the score, and its images in `images/`, at most 1280 pixels long (up to 32 MB
-  of them are in the page itself, too).
+- `index.html`, a gallery with a slider for the score, and its images in `images/`, at most 1280 pixels long;
+  up to 32 MB of them are in the page itself, too.
 
 An earlier prediction's files of the same names are replaced. Photos are turned as their EXIF orientation says; with
 --annotations they are taken as stored, as in COCO's evaluation. Images of a batch have one shape, so that nothing is

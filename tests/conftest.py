@@ -51,8 +51,9 @@ def assert_same_end(output, expected) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads():
-    torch.set_num_threads(2)
+def _threads():
+    """One where several processes share the tests (pytest-xdist), else two."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,8 @@ def sample() -> dict:
 def coco(sample, tmp_path):
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(sample["ground_truth"]))
-    return read_annotations(path)
+    ground_truth, _ = read_annotations(path)
+    return ground_truth
 
 
 def predictions(sample: dict, kind: str) -> dict[int, dict[str, torch.Tensor]]:
