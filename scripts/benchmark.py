@@ -186,16 +186,21 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
         models[" transformers"] = peer.eval()
     image = random_images(1, flags.size, device)
 
-    def infer(kind: str, amp: str) -> Callable[[], None]:
-        inputs = image / 255 if kind == " transformers" else image
-
+    def infer(model: nn.Module, inputs: Tensor, amp: str) -> Callable[[], None]:
         def run() -> None:
             with torch.inference_mode(), autocast(device, amp):
-                models[kind](inputs)
+                model(inputs)
 
         return run
 
-    runs = {(amp, kind): infer(kind, amp) for amp in flags.amp for kind in models}
+    runs = {
+        (amp, kind): infer(model, image / 255 if kind == " transformers" else image, amp)
+        for amp in flags.amp
+        for kind, model in models.items()
+    }
+    if "bf16" in flags.amp:  # weights that no forward pass has to convert
+        converted = build(variant, device, "--no_aux_loss")[0].eval().bfloat16()
+        runs["bf16", " in bfloat16"] = infer(converted, image, "none")
     return [
         {
             "model": variant + kind,

@@ -106,7 +106,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="", help="folder for checkpoints and logs; empty: nothing is saved")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     add("--seed", default=42, type=int, help="seed of weights, order and augmentation")
-    add("--resume", default="", help="checkpoint to go on from: a path, a URL, or auto (the furthest in --output_dir)")
+    add(
+        "--resume",
+        default="",
+        help="checkpoint to go on from: path, URL, hub name, or auto (the furthest in --output_dir)",
+    )
     add(
         "--finetune",
         default="",
