@@ -155,6 +155,8 @@ def load_data(
     args.num_classes = choose_num_classes(args, checkpoint, source, classes.num_labels)
     for dataset in filter(None, (train, val)):
         dataset.check_classes(args.num_classes)
+        if known and (other := dataset.classes.named_otherwise(known)):
+            warn(f"{dataset.annotation_file} names classes otherwise than {source}: {'; '.join(other[:3])}")
     return train, val, classes
 
 

@@ -47,7 +47,7 @@ BOXES = 7  # an image, about as many as COCO has
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m scripts.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=[*PARTS, *HOST_PARTS], choices=[*PARTS, *HOST_PARTS])
     parser.add_argument("--variants", nargs="+", default=["r50"], choices=VARIANTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -24,6 +24,7 @@ FOR_INFERENCE = ("model", "args", "class_ids", "class_names")
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
+        prog="python -m scripts.convert",
         description="Carries a model to another format; what only its training needs stays behind.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -65,7 +65,11 @@ def draw_predictions(run: Path, threshold: float) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("pictures of a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.demo_pictures",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--output_dir", default="output/demo", type=Path, help="folder of the run")
     parser.add_argument("--threshold", default=0.25, type=float, help="lowest score that is drawn")
     args = parser.parse_args()

@@ -198,7 +198,9 @@ def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Writes a model as ONNX.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m scripts.export_onnx",
+        description="Writes a model as ONNX.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="file, URL or hub entry, as conditional_detr_resnet50")
     parser.add_argument("--output", default="model.onnx", type=Path, help="file to write")

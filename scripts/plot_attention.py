@@ -44,6 +44,7 @@ LEAST_WIDTH = 6  # of the page: room for the footer
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
+        prog="python -m scripts.plot_attention",
         description="Draws the spatial, content and combined attention of every head of a decoder layer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -117,7 +117,9 @@ def add_legends(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Draws the loss and AP curves of runs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m scripts.plot_logs",
+        description="Draws the loss and AP curves of runs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--output_dir of a run")
     parser.add_argument("--output", default="curves", type=Path, help="the pictures' path, without .png and .svg")

@@ -218,7 +218,11 @@ def save(image: Image.Image, path: Path, longest: int) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's flags. Raises InputError for values that make no sense."""
-    parser = argparse.ArgumentParser("predict", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.predict",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="images, videos, folders, or patterns such as 'photos/*.jpg'")
     add("--checkpoint", required=True, help="a checkpoint, a URL or a hub entry's name")

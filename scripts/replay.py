@@ -22,7 +22,9 @@ from util.rng import set_torch_rng_states
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Repeats a training step that was not finite.")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.replay", description="Repeats a training step that was not finite."
+    )
     parser.add_argument("dump", help="the file that the run left")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags = parser.parse_args(argv)

@@ -56,6 +56,15 @@ def test_another_file_has_the_same_labels():
     assert plain.of_categories(categories(3, 9, "cow")).ids == {3: 3, 9: 9, 4: "cow"}
 
 
+def test_names_that_contradict():
+    """As of a COCO model that is to be evaluated on other classes with the same ids."""
+    cells = Classes.from_categories([{"id": 1, "name": "WBC"}, {"id": 3, "name": "car"}, {"id": 12, "name": "new"}])
+    coco = Classes.from_checkpoint({}, COCO_NUM_CLASSES)
+    assert cells.named_otherwise(coco) == ["id 1 is WBC here and person there"]
+    assert not cells.named_otherwise(Classes.from_checkpoint({}, 13))
+    assert not coco.named_otherwise(coco)
+
+
 def test_classes_of_checkpoints():
     coco = Classes.from_checkpoint({}, COCO_NUM_CLASSES)
     assert coco.names == COCO_NAMES

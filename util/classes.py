@@ -84,6 +84,14 @@ class Classes:
         """Those of both, where both are labelled alike."""
         return Classes(self.ids | other.ids, self.names | other.names)
 
+    def named_otherwise(self, other: Classes) -> list[str]:
+        """The classes that two sets name differently: one text for each, with both names."""
+        return [
+            f"id {self.id_of(label)} is {name} here and {other.names[label]} there"
+            for label, name in self.names.items()
+            if other.names.get(label, name) not in (name, str(label))  # a number says nothing
+        ]
+
     def of_categories(self, categories: Iterable[dict[str, Any]]) -> Classes:
         """The classes of another file's `categories`, labelled as these are.
 
