@@ -60,9 +60,8 @@ def start_from(
     left_out = sorted(set(wanted) - set(fits))
     log(f"starting from {source}: {len(fits)} tensors; {describe_classes(classes, rows)}")
     if left_out:
-        warn(f"{len(left_out)} tensors do not fit and start anew: {describe_misfits(left_out, ours, theirs)}")
-        if changed := changed_flags(args, checkpoint, MODEL_FLAGS):
-            warn(f"that may be because of {'; '.join(changed)}")
+        changed = "".join(f"; {flag}" for flag in changed_flags(args, checkpoint, MODEL_FLAGS))
+        warn(f"not taken over: {describe_misfits(left_out, ours, theirs)}{changed}")
     return not any(name.startswith("backbone.0.") for name in left_out)
 
 
