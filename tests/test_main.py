@@ -169,7 +169,7 @@ def test_evaluating_every_other_epoch(shapes, tmp_path):
     assert ["test_loss" in line for line in log_lines(tmp_path)] == [False, True, True]
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])  # CPUs lack its convolutions
 def test_precision_of_the_forward_pass(amp, shapes, trained, tmp_path):
     common = ("--amp", amp, "--dropout", 0, "--lr_drop", 2, "--resume", "auto")
     for epochs in (1, 2):
