@@ -113,8 +113,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def has_fused_convolution(x: Tensor) -> bool:
     """Whether oneDNN, which computes PyTorch's convolutions on CPUs, can take `x`."""
-    known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return known and x.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if x.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def fused_convolution(
