@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +57,14 @@ class Split:
     digests: list[bytes | None]
     unreadable: list[str]
 
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Which of all objects become targets: [N]."""
+        return self.dataset.visible_objects()[1]
+
     def boxes_of(self, label: int) -> tuple[int, int]:
         """How many targets a class has, and in how many images."""
-        _, targets = self.dataset.visible_objects()
-        of_class = targets & (self.dataset.records.objects.labels == label)
+        of_class = self.targets & (self.dataset.records.objects.labels == label)
         return int(of_class.sum()), len(np.unique(self.dataset.records.image_of_object[of_class]))
 
 
@@ -187,8 +192,7 @@ def suspect(train: Split, val: Split, args: argparse.Namespace) -> Iterator[str]
     for split in (train, val):
         if bad := split.unreadable:
             yield f"{len(bad)} {split.name} images cannot be used: {listed(bad)}"
-        _, targets = split.dataset.visible_objects()
-        counts = np.bincount(split.dataset.records.image_of_object[targets], minlength=1)
+        counts = np.bincount(split.dataset.records.image_of_object[split.targets], minlength=1)
         if crowded := int((counts > args.num_queries).sum()):
             yield (
                 f"{crowded} {split.name} images have more boxes than the model's {args.num_queries} queries can find: "
@@ -220,9 +224,8 @@ def listed(texts: Sequence[str]) -> str:
 def write_page(split: Split, folder: Path) -> Path:
     """A page of images with boxes, drawn at random from those that have some, as `folder`/{split}.jpg."""
     dataset = split.dataset
-    _, targets = dataset.visible_objects()
     readable = np.flatnonzero(split.sizes[:, 0])
-    shown = np.intersect1d(np.unique(dataset.records.image_of_object[targets]), readable).tolist()
+    shown = np.intersect1d(np.unique(dataset.records.image_of_object[split.targets]), readable).tolist()
     shown = sorted(random.Random(0).sample(shown, min(PICTURES, len(shown))))
     path = folder / f"{split.name}.jpg"
     with replacing(path) as file:
