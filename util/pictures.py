@@ -14,8 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-mpl.use("Agg")  # draws to files; no screen is needed
-
 Colour = tuple[int, int, int]
 Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
