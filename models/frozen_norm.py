@@ -25,10 +25,10 @@ class FoldedNorm(FrozenBatchNorm2d):
 class FoldedConv2d(nn.Module):
     """A convolution without bias and the frozen norm behind it in one: norm(w * x) = (scale · w) * x + shift.
 
-    That spares two passes over every activation. While gradients are recorded, the weights are folded at every call, so
-    that gradients reach w. Without gradients they are folded once and kept, outside the state dict, until a tensor that
-    they come from changes. Only changes through `.data`, which are not counted, need a call of `eval()` to be noticed.
-    On CPUs, the sum and the ReLU that follow then join the convolution, too.
+    That spares two passes over every activation. A weight w that is being trained is folded at every call, so that
+    gradients reach it. Any other is folded once and kept, as scale and shift always are, outside the state dict, until
+    a tensor that they come from changes. Only changes through `.data`, which are not counted, need a call of `train()`
+    or `eval()` to be noticed. Where no gradient is needed, CPUs join sum and ReLU to the convolution.
 
     Args:
         conv: its weight becomes this module's.
@@ -40,17 +40,16 @@ class FoldedConv2d(nn.Module):
         self.weight = conv.weight  # [C', C, k, k]
         self.geometry = conv.stride, conv.padding, conv.dilation
         self.norm = (norm,)  # in a tuple, since it is not to be a submodule
-        self.kept = None  # folded weight and bias, what they come from, and the sources, whose ids stay theirs
+        self.kept = {}  # by name: the origin of what is kept, itself, and the sources, whose ids stay theirs
 
     def forward(self, x: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
         """norm(w * x), plus `added`, through ReLU: [B, C, H, W] to [B, C', H', W'], the shape of `added`."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            self.kept = None  # gradients are followed by a step of the optimizer
+        x = x.to(compute_dtype(x))
+        if needs_gradient(self.weight) or is_captured():
             weight, bias = self.fold()
         else:
-            x = x.to(compute_dtype(x))
             weight, bias = self.fold_once(x.dtype)
-            if has_fused_convolution(x):
+            if has_fused_convolution(x) and not needs_gradient(x, added):
                 return fused_convolution(x, weight, bias, self.geometry, added, relu)
         y = F.conv2d(x, weight, bias, *self.geometry)
         if added is not None:
@@ -59,33 +58,52 @@ class FoldedConv2d(nn.Module):
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """The weight [C', C, k, k], in the memory format of the activations, and the bias [C']."""
-        (norm,) = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = (self.weight.flatten(1) * scale[:, None]).view_as(self.weight)
-        return weight.contiguous(memory_format=torch.channels_last), norm.bias - norm.running_mean * scale
+        scale, shift = self.norm_terms()
+        weight = (self.weight.flatten(1) * scale).view_as(self.weight)
+        return weight.contiguous(memory_format=torch.channels_last), shift
 
     def fold_once(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """As `fold`, in `dtype`, from memory where weight and norm are still those of the last call."""
+        """As `fold`, in `dtype`, computed once."""
+        sources = self.weight, *self.norm_terms()
+        return self.keep("folded", lambda: tuple(tensor.to(dtype) for tensor in self.fold()), sources, dtype)
+
+    def norm_terms(self) -> tuple[Tensor, Tensor]:
+        """The scale [C', 1] and the shift [C'], computed once."""
         (norm,) = self.norm
-        sources = (self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            return scale[:, None], norm.bias - norm.running_mean * scale
+
+        return self.keep("terms", compute, (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+
+    def keep(
+        self,
+        name: str,
+        compute: Callable[[], tuple[Tensor, Tensor]],
+        sources: tuple[Tensor, ...],
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What `compute` returns, from memory where `sources` and `dtype` are those of the last call with this name."""
+        if is_captured():
+            return compute()
         counted = not any(source.is_inference() for source in sources)  # else their changes are not
         origin = dtype, [(id(source), source._version) for source in sources if counted]
-        kept = self.kept
-        if kept is None or kept[0] != origin or not counted:
-            folded = tuple(tensor.to(dtype) for tensor in self.fold())
-            kept = self.kept = origin, folded, sources
-        return kept[1]
+        if not counted or name not in self.kept or self.kept[name][0] != origin:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept may meet gradients later
+                self.kept[name] = origin, compute(), sources
+        return self.kept[name][1]
 
     def train(self, mode: bool = True) -> FoldedConv2d:
-        self.kept = None
+        self.kept.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedConv2d:
-        self.kept = None
+        self.kept.clear()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"kept": None}  # neither copied nor pickled
+        return super().__getstate__() | {"kept": {}}  # neither copied nor pickled
 
 
 class FoldedBasicBlock(BasicBlock):
@@ -103,6 +121,15 @@ class FoldedBottleneck(Bottleneck):
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.conv2(self.conv1(x, relu=True), relu=True)
         return self.conv3(y, added=shortcut, relu=True)
+
+
+def is_captured() -> bool:
+    """Whether the operators are being recorded, by torch.compile or for ONNX, rather than computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -94,6 +94,34 @@ def test_sums_and_relus_join_the_convolutions_on_cpus(body):
     assert_same(predict(body), unfolded(body))
 
 
+def test_training_computes_nothing_anew_that_does_not_learn(body):
+    for part in (body.conv1, body.layer1):
+        part.requires_grad_(False)
+    body.train()(IMAGE)
+    with Recorder() as recorder:
+        body(IMAGE)
+    learning = sum("conv" in name or "downsample" in name for name, p in body.named_parameters() if p.requires_grad)
+    assert recorder.names.count("mul") == learning  # the weights, by scales that are kept
+    assert "rsqrt" not in recorder.names
+
+
+def test_a_norm_that_changes_while_training(body):
+    before = body.train()(IMAGE)
+    for buffer in body.layer2.buffers():
+        buffer.mul_(1.5)
+    after = body(IMAGE)
+    assert not torch.allclose(before, after)
+    assert_same(after, unfolded(body))
+
+
+def test_gradients_of_the_image_through_weights_that_do_not_learn(body):
+    image = IMAGE.clone().requires_grad_()
+    body.requires_grad_(True)(image).square().mean().backward()
+    expected, image.grad = image.grad, None
+    body.requires_grad_(False)(image).square().mean().backward()
+    assert_same(image.grad, expected)
+
+
 def test_precisions_in_turn(body):
     """The kept weights are those of the precision that is asked for."""
     expected = predict(body)
