@@ -134,8 +134,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
     init_distributed_mode(args)
     device = torch.device(args.device)
     seed_everything(args.seed + get_rank())
-    if device.type == "cuda":
-        use_fast_kernels()
+    use_fast_kernels(device)
     if args.deterministic:
         use_deterministic_kernels()
     return device
