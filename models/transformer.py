@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = F.relu(layer(x), inplace=True)
         return self.layers[-1](x)
 
 
@@ -51,7 +51,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None) -> Tensor:
         """X and position [B, S, C] to [B, S, C]."""
         x = self.norm1(x + self.dropout(self.self_attn(x, position, visible)))
-        ffn = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        ffn = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
         return self.norm2(x + self.dropout(ffn))
 
 
@@ -109,7 +109,7 @@ class DecoderLayer(nn.Module):
         """
         x = self.norm1(x + self.dropout(self.attend_to_queries(x, query_pos)))
         x = self.norm2(x + self.dropout(self.attend_to_image(x, query_pos, p_q, memory, position, visible)))
-        ffn = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        ffn = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
         return self.norm3(x + self.dropout(ffn))
 
     def attend_to_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:

@@ -27,3 +27,13 @@ def alternate(runs: dict[Hashable, Callable[[], Any]], device: torch.device, rep
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
+    """The most GPU memory that a run adds to what is there before it, in MiB; None on CPUs."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20)

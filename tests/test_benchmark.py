@@ -1,12 +1,16 @@
 """The benchmark runs, and its report has what it promises."""
 
+import argparse
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from scripts import benchmark, benchmark_data
+from scripts import benchmark, benchmark_data, benchmark_peer
+from util.errors import InputError
 
 
 @pytest.mark.parametrize("part", benchmark.PARTS)
@@ -17,8 +21,9 @@ def test_a_small_run(part, tmp_path, monkeypatch, capsys):
     benchmark.main()
     written = json.loads(report.read_text())
     assert written["machine"]["matmul GFLOP/s"]["float32"] > 0
-    (row,) = written[part]
+    row, *others = written[part]
     assert row["model"] == "r50"
+    assert [other["model"] for other in others] == ["r50, attention weights in full"] * (part == "inference")
     assert row["ms"] > 0
     printed = capsys.readouterr().out
     assert f"| {row['model']} | float32 |" in printed
@@ -36,3 +41,30 @@ def test_the_hosts_parts(tmp_path):
             run()
     for run in benchmark_data.scoring_runs(np.random.default_rng(0), images=2).values():
         run()
+
+
+def make_runs(flags: argparse.Namespace, file: Path) -> benchmark_peer.Runs:
+    return {"none": lambda: file.write_text(str(os.getpid())), "bf16": lambda: os._exit(1)}
+
+
+def test_the_competitor_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_peer, "find_spec", lambda name: name)
+    flags = argparse.Namespace(no_peer=False, device="cpu", amp=["none", "bf16"])
+    written = tmp_path / "pid"
+    with benchmark_peer.peer_runs("r50", make_runs, flags, written) as runs:
+        runs["none"]()
+        assert int(written.read_text()) != os.getpid()
+        assert runs["none"].peak_mib() is None
+        with pytest.raises(InputError, match="--no_peer"):
+            runs["bf16"]()
+    for flags.no_peer, variant in ((True, "r50"), (False, "r101")):
+        with benchmark_peer.peer_runs(variant, make_runs, flags) as runs:
+            assert runs == {}
+
+
+@pytest.mark.parametrize("make", ["inference_of_peer", "training_of_peer"])
+def test_transformers_computes_what_is_measured(make):
+    pytest.importorskip("transformers")
+    flags = argparse.Namespace(device="cpu", size=(64, 64), amp=["none"])
+    batch = {"training_of_peer": [1]}.get(make, [])
+    getattr(benchmark_peer, make)(flags, *batch)["none"]()

@@ -24,16 +24,16 @@ def use_fast_kernels(device: torch.device) -> None:
         keep_freed_memory()
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Lets the C library use freed memory again, whatever its size; False: as it does by itself.
+def keep_freed_memory() -> None:
+    """Lets the C library use freed memory again, whatever its size.
 
     glibc returns blocks of more than 32 MB to the system, which hands them out anew page by page, each filled with
     zeros first: a fifth of a training step's time. What the process has once used it then keeps to its end.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30 if keep else 2**25)
-        libc.mallopt(M_TRIM_THRESHOLD, -1 if keep else 2**26)  # never, or beyond twice the other
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def use_deterministic_kernels() -> None:

@@ -1,0 +1,129 @@
+"""The benchmark's competitor: Hugging Face `transformers`, in a process of its own.
+
+There it has memory to itself and the settings that its users have.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import autocast
+from scripts.benchmark_model import NUM_CLASSES, TrainingStep, inference, random_images
+from scripts.timing import peak_mib, synchronize
+from util.errors import InputError
+from util.kernels import use_fast_kernels
+
+Runs = dict[str, Callable[[], None]]  # by --amp
+
+
+@dataclass
+class PeerRun:
+    """A run of the other process, which is at the other end of `pipe`."""
+
+    pipe: Connection
+    amp: str
+
+    def __call__(self) -> None:
+        self.ask("run")
+
+    def peak_mib(self) -> float | None:
+        """As `scripts.timing.peak_mib`."""
+        return self.ask("peak")
+
+    def ask(self, request: str) -> Any:
+        try:
+            self.pipe.send((request, self.amp))
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise InputError("the process of transformers has ended; --no_peer measures without it") from error
+
+
+@contextmanager
+def peer_runs(variant: str, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any) -> Iterator[Runs]:
+    """Within it, what `make(flags, *args)` returns can be run in a process of its own.
+
+    Nothing where `--no_peer` says so, transformers is not installed, or has no such variant.
+    """
+    if flags.no_peer or variant != "r50" or find_spec("transformers") is None:
+        yield {}
+        return
+    context = get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, make, flags, *args), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield {amp: PeerRun(pipe, amp) for amp in flags.amp}
+    finally:
+        process.terminate()
+        process.join()
+
+
+def serve(pipe: Connection, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any) -> None:
+    """What the process does: runs what it is asked for, until it is ended."""
+    device = torch.device(flags.device)
+    if device.type == "cuda":  # TF32 for both
+        use_fast_kernels(device)
+    runs = make(flags, *args)
+    while True:
+        request, amp = pipe.recv()
+        if request == "peak":
+            pipe.send(peak_mib(runs[amp], device))
+        else:
+            runs[amp]()
+            synchronize(device)
+            pipe.send(None)
+
+
+def inference_of_peer(flags: argparse.Namespace) -> Runs:
+    """Forward passes of one image."""
+    model = build_peer(flags.device).eval()
+    image = random_images(1, flags.size, torch.device(flags.device)) / 255
+    return {amp: inference(model, image, amp) for amp in flags.amp}
+
+
+def training_of_peer(flags: argparse.Namespace, batch_size: int) -> Runs:
+    """Steps on a batch."""
+    return {amp: PeerStep(build_peer(flags.device), None, batch_size, amp, flags) for amp in flags.amp}
+
+
+def build_peer(device: str) -> nn.Module:
+    """The R50 model of `transformers`, doing the same work."""
+    from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
+
+    config = ConditionalDetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=ResNetConfig(out_features=["stage4"]),
+        num_labels=NUM_CLASSES,
+        auxiliary_loss=True,
+        activation_dropout=0.1,
+        attention_dropout=0.1,
+    )
+    model = ConditionalDetrForObjectDetection(config)
+    for name, parameter in model.named_parameters():
+        if "backbone" in name:  # as it comes it trains none of the backbone; the recipe trains the last three stages
+            parameter.requires_grad_(any(f"stages.{i}" in name for i in (1, 2, 3)))
+    return model.to(device)
+
+
+class PeerStep(TrainingStep):
+    """A step of the model of `transformers`, which computes its losses itself."""
+
+    def __call__(self) -> None:
+        images, mask = self.samples.decompose()
+        labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in self.targets]
+        with autocast(self.device, self.amp):
+            loss = self.model(pixel_values=images / 255, pixel_mask=~mask, labels=labels).loss
+        self.update(loss)
