@@ -48,12 +48,15 @@ def nested_tensor_from_tensor_list(
     width = max(image.shape[2] for image in images)
     dtype, device = images[0].dtype, images[0].device
     shape = len(images), images[0].shape[0], height, width
-    tensors = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format).zero_()
-    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=device)
+    tensors = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+    mask = torch.zeros(len(images), height, width, dtype=torch.bool, device=device)
     for i, image in enumerate(images):
         h, w = image.shape[1:]
         tensors[i, :, :h, :w] = image
-        mask[i, :h, :w] = False
+        tensors[i, :, h:] = 0
+        tensors[i, :, :, w:] = 0
+        mask[i, h:] = True
+        mask[i, :, w:] = True
     return NestedTensor(tensors, mask, has_padding=any(image.shape[1:] != (height, width) for image in images))
 
 
