@@ -45,7 +45,7 @@ from util.distributed import (
 )
 from util.errors import InputError, what_to_do
 from util.finetune import start_from
-from util.kernels import use_deterministic_kernels, use_fast_kernels
+from util.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
 from util.log_file import trim_log
 from util.logger import log, warn
 from util.preemption import EXIT_CODE, SIGNALS, Preempted, end_at_once, kill_workers, noticing_signals
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         print_training(args, loader_train, from_scratch=not (checkpoint or start))
     model.to(device)
     if args.compile:
-        model.compile()
+        compile_model(model)
     parallel_model = distribute(model, device, args.distributed, args.backbone_norm == "batch", trains=not args.eval)
 
     base_ds = get_coco_api_from_dataset(dataset_val)

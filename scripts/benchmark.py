@@ -26,7 +26,7 @@ from scripts.benchmark_model import VARIANTS, TrainingStep, build, inference, ra
 from scripts.benchmark_peer import PeerRun, inference_of_peer, peer_runs, training_of_peer
 from scripts.timing import alternate, peak_mib
 from util.command import run_command
-from util.kernels import use_fast_kernels
+from util.kernels import compile_model, use_fast_kernels
 
 PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by --amp
 
@@ -112,7 +112,7 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
     parameters = sum(tensor.numel() for tensor in models[""].state_dict().values())
     if flags.compile:
         models[" compiled"] = build(variant, device, "--no_aux_loss")[0].eval()
-        models[" compiled"].compile()
+        compile_model(models[" compiled"])
     image = random_images(1, flags.size, device)
     runs = {(amp, kind): inference(model, image, amp) for amp in flags.amp for kind, model in models.items()}
     if "none" in flags.amp:
@@ -160,7 +160,7 @@ def measure_step(
     steps = {"": TrainingStep(*build(variant, device), batch_size, amp, flags)}
     if flags.compile:
         steps[" compiled"] = TrainingStep(*build(variant, device), batch_size, amp, flags)
-        steps[" compiled"].model.compile()
+        compile_model(steps[" compiled"].model)
     runs = steps | ({" transformers": peer} if peer else {})
     return [
         {

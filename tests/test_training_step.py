@@ -12,6 +12,7 @@ from tests import two_processes
 from tests.conftest import free_port
 from tests.operators import Recorder
 from tests.small import FLAGS, build_small
+from util.kernels import compile_model
 
 IMAGES = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
 
@@ -69,17 +70,27 @@ def test_the_host_waits_for_a_gpu_once_a_step():
     assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
 
 
-def test_the_model_compiles_as_one_graph():
+def test_one_compilation_serves_images_of_all_sizes():
     model, _ = build_small("--enc_layers", 1, "--dec_layers", 2)
     keys = list(model.state_dict())
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    sizes = [((96, 160), (64, 64)), ((128, 224), (96, 96)), ((160, 320), (160, 96)), ((192, 128), (64, 128))]
+    batches = [[torch.rand(3, *size) for size in of_batch] for of_batch in sizes]
+    alike = [[image] * 2 for image, _ in batches]
     with torch.no_grad():
-        expected = [model(samples) for samples in (IMAGES, IMAGES[:1])]
-    model.compile(fullgraph=True, backend="aot_eager")
+        expected = [model(samples) for samples in batches + alike]
+    compile_model(model, fullgraph=True, backend=backend)
     assert list(model.state_dict()) == keys
     with torch.no_grad():
-        for samples, outputs in zip((IMAGES, IMAGES[:1]), expected, strict=True):
+        for samples, outputs in zip(batches + alike, expected, strict=True):
             assert_close(model(samples), outputs, rtol=0, atol=1e-4)
-    model.train()(IMAGES)["pred_boxes"].sum().backward()
+    assert len(compiled) == 2  # with padding, and without
+    model.train()(batches[0])["pred_boxes"].sum().backward()
 
 
 @pytest.mark.slow
@@ -88,7 +99,7 @@ def test_compiled_code_gives_the_same_outputs():
     model, _ = build_small("--enc_layers", 1, "--dec_layers", 2)
     with torch.no_grad():
         expected = model(IMAGES)
-        model.compile()
+        compile_model(model)
         assert_close(model(IMAGES), expected, rtol=0, atol=1e-4)
 
 

@@ -118,7 +118,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--overfit", default=0, type=int, metavar="N", help="train and evaluate on the first N training images only")
     add("--start_epoch", default=0, type=int, help="first epoch, where no checkpoint says otherwise")
-    add("--compile", action="store_true", help="compile the model by torch.compile; the first steps take minutes")
+    add(
+        "--compile", action="store_true", help="compile the transformer by torch.compile; some early steps take minutes"
+    )
     add("--checkpoint_activations", action="store_true", help="less memory in training, by computing some things twice")
     add("--save_every", default=0, type=int, help="also write checkpoint.pth after every so many steps; 0: epochs only")
     add("--skip_nonfinite", default=0, type=int, help="steps with infinite or NaN losses to leave out before giving up")

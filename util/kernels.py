@@ -1,12 +1,14 @@
-"""Which kernels a run uses: the fast ones, or those that always compute the same; and the memory of those of CPUs."""
+"""Which kernels a run uses: fast ones, compiled ones, or those that always compute the same."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+from typing import Any
 
 import torch
+from torch import nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -34,6 +36,15 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def compile_model(model: nn.Module, **options: Any) -> None:
+    """Compiles a model's transformer in place, so that its keys stay; `options` are those of `nn.Module.compile`.
+
+    One compilation then serves images of all sizes, another those without padding. The backbone is left as it is: its
+    convolutions would be compiled anew for every size, for minutes, and after eight sizes no more at all.
+    """
+    model.transformer.compile(dynamic=True, **options)
 
 
 def use_deterministic_kernels() -> None:
