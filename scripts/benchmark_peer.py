@@ -1,6 +1,6 @@
 """The benchmark's competitor: Hugging Face `transformers`, in a process of its own.
 
-There it has memory to itself and the settings that its users have.
+There it shares no memory with this code, which would be handed from one to the other.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ def peer_runs(variant: str, make: Callable[..., Runs], flags: argparse.Namespace
 def serve(pipe: Connection, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any) -> None:
     """What the process does: runs what it is asked for, until it is ended."""
     device = torch.device(flags.device)
-    if device.type == "cuda":  # TF32 for both
-        use_fast_kernels(device)
+    use_fast_kernels(device)  # TF32 for both
     runs = make(flags, *args)
     while True:
         request, amp = pipe.recv()
