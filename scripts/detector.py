@@ -19,7 +19,6 @@ from util.args import get_args_parser
 from util.checkpoint import classes_of, load_checkpoint, load_model_weights, num_classes_of
 from util.classes import Classes
 from util.errors import InputError, reason
-from util.kernels import use_fast_kernels
 
 
 @dataclass
@@ -71,7 +70,6 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: cannot be used ({reason(error)})") from error
-    use_fast_kernels(torch.device(device))
     return build_detector(load_checkpoint(source), source, device)
 
 

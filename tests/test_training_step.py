@@ -70,6 +70,19 @@ def test_the_host_waits_for_a_gpu_once_a_step():
     assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
 
 
+def test_the_model_compiles_as_one_graph():
+    model, _ = build_small("--enc_layers", 1, "--dec_layers", 2)
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        expected = [model(samples) for samples in (IMAGES, IMAGES[:1])]
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert list(model.state_dict()) == keys
+    with torch.no_grad():
+        for samples, outputs in zip((IMAGES, IMAGES[:1]), expected, strict=True):
+            assert_close(model(samples), outputs, rtol=0, atol=1e-4)
+    model.train()(IMAGES)["pred_boxes"].sum().backward()
+
+
 def test_one_compilation_serves_images_of_all_sizes():
     model, _ = build_small("--enc_layers", 1, "--dec_layers", 2)
     keys = list(model.state_dict())
