@@ -50,6 +50,18 @@ def assert_same_end(output, expected) -> None:
     assert (output / "log.txt").read_text() == (expected / "log.txt").read_text()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests with the mark `gpu` on machines without one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """The CPU and, on machines that have one, a GPU."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
     """One where several processes share the tests (pytest-xdist), else two."""

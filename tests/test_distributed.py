@@ -103,12 +103,17 @@ def test_two_agents_of_torchrun(shapes, tmp_path, start):
     assert_trained_together(printed, tmp_path)
 
 
-def test_a_step_on_two_processes_is_one_of_the_double_batch(parse, tmp_path):
-    """Images of one size, boxes in each, frozen norms, no dropout."""
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+def test_a_step_on_two_processes_is_one_of_the_double_batch(device, parse, tmp_path):
+    """Images of one size, boxes in each, frozen norms, no dropout; by gloo on CPUs, by NCCL on GPUs."""
     args = parse(*TINY, "--backbone_norm", "frozen", "--backbone_weights", "x", "--dropout", 0, "--num_classes", 4)
+    args.device = device
     torch.multiprocessing.spawn(two_processes.step, (1, 0, args, tmp_path), nprocs=1)
     torch.multiprocessing.spawn(two_processes.step, (2, free_port(), args, tmp_path), nprocs=2)
-    one, first, second = (torch.load(tmp_path / f"{name}.pth") for name in ("1-0", "2-0", "2-1"))
+    one, first, second = (torch.load(tmp_path / f"{name}.pth", map_location="cpu") for name in ("1-0", "2-0", "2-1"))
     assert first["stats"] == second["stats"]
     for name, value in one["stats"].items():
         if "error" not in name:  # means over images that differ in their number of boxes

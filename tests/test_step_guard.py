@@ -19,11 +19,12 @@ from util.step_guard import StepGuard
 
 
 @pytest.fixture
-def parts(parse):
-    """A small model with trained norms, its criterion, its optimizer and its flags."""
+def parts(parse, device):
+    """Return a small model with trained norms, its criterion, its optimizer and its flags."""
     torch.manual_seed(0)
-    args = parse(*TINY, "--num_classes", 4)
+    args = parse(*TINY, "--num_classes", 4, "--device", device)
     model, criterion, _ = build_model(args)
+    model.to(device)
     return model, criterion, build_optimizer(model, 1e-3, 1e-3, 1e-4), args
 
 
@@ -36,9 +37,9 @@ def batch(image_id: int, box: float = 0.5):
 
 
 def train(parts, batches, epoch=0, progress=None, guard=None):
-    model, criterion, optimizer, _ = parts
+    model, criterion, optimizer, args = parts
     return train_one_epoch(
-        model, criterion, batches, optimizer, torch.device("cpu"), epoch, 0.1, progress=progress, guard=guard
+        model, criterion, batches, optimizer, torch.device(args.device), epoch, 0.1, progress=progress, guard=guard
     )
 
 
@@ -103,7 +104,7 @@ def test_a_gradient_alone_that_is_not_finite_is_found(parts):
 
 
 def test_float16_gradients_that_overflow_lower_the_scale_instead(parts):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    scaler = torch.amp.GradScaler(parts[3].device, init_scale=2.0**127)
     progress = Progress(scaler)
     before = everything(parts)
     train(parts, [batch(1)], progress=progress)
@@ -120,7 +121,7 @@ def test_a_dump_repeats_the_step(parts, tmp_path, capsys):
     with pytest.raises(InputError):
         train(parts, [batch(1), batch(2, math.nan)], guard=guard)
     (dump,) = tmp_path.iterdir()
-    replay.main(["--device", "cpu", str(dump)])
+    replay.main(["--device", args.device, str(dump)])
     printed = capsys.readouterr().out
     assert "epoch 0, step 1, process 0, images [2]" in printed
     recorded = torch.load(dump, weights_only=True)["losses"]

@@ -54,7 +54,7 @@ def test_the_host_reads_no_value_in_a_step():
     assert recorder.count_waits() == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_host_waits_for_a_gpu_once_a_step():
     model, criterion = build_small()
     model.train()

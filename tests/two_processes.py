@@ -35,8 +35,10 @@ def step(rank: int, world_size: int, port: int, args: argparse.Namespace, output
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     init_distributed_mode(args)
     torch.manual_seed(rank)  # the first process's weights count
+    device = torch.device(args.device)
     model, criterion, _ = build_model(args)
-    parallel_model = distribute(model, torch.device("cpu"), args.distributed, trained_norms=False, trains=True)
+    model.to(device)
+    parallel_model = distribute(model, device, args.distributed, trained_norms=False, trains=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     images, targets = (values[rank::world_size] for values in images_and_targets(4))
     size = len(images) // args.accum_steps
@@ -45,7 +47,7 @@ def step(rank: int, world_size: int, port: int, args: argparse.Namespace, output
         for i in range(0, len(images), size)
     ]
     stats = train_one_epoch(
-        parallel_model, criterion, batches, optimizer, torch.device("cpu"), epoch=0, accum_steps=args.accum_steps
+        parallel_model, criterion, batches, optimizer, device, epoch=0, accum_steps=args.accum_steps
     )
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     torch.save(
