@@ -56,12 +56,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> torch.device:
-    """The CPU and, on machines that have one, a GPU."""
-    return torch.device(request.param)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
     """One where several processes share the tests (pytest-xdist), else two."""

@@ -18,6 +18,12 @@ from util.progress import Progress
 from util.step_guard import StepGuard
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """The CPU and, on machines that have one, a GPU."""
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def parts(parse, device):
     """Return a small model with trained norms, its criterion, its optimizer and its flags."""
