@@ -37,6 +37,7 @@ def train_one_epoch(
     progress: Progress | None = None,
     guard: StepGuard | None = None,
     after_step: Callable[[], None] = lambda: None,
+    later_steps: int = 0,
 ) -> dict[str, float]:
     """Trains on every batch once; gradients are clipped to a total norm of `max_norm` (0: not at all).
 
@@ -45,7 +46,8 @@ def train_one_epoch(
         accum_steps: so many batches make one step, as if they were one batch; left-over ones are dropped.
         progress: what an interrupted epoch had gathered; the loader then yields the remaining batches.
         guard: decides about steps that are not finite; by default the first one ends the run.
-        after_step: called behind every step.
+        after_step: called after every step.
+        later_steps: number of steps in the epochs after this one, for the remaining time of the run in the log.
 
     Returns the means over steps and processes of the learning rate and of all losses, weighted and unweighted.
 
@@ -59,7 +61,7 @@ def train_one_epoch(
     logger, scaler = progress.logger, progress.scaler
     skipped: set[int] = set()
     steps = Steps(data_loader, accum_steps)
-    for batches in logger.log_every(steps, PRINT_FREQ, f"Epoch [{epoch}]", progress.step):
+    for batches in logger.log_every(steps, PRINT_FREQ, f"Epoch [{epoch}]", progress.step, later_steps):
         skipped |= ids_of_skipped(target for _, targets in batches for target in targets)
         batches = [to_device(samples, targets, device) for samples, targets in batches]
         num_boxes = criterion.mean_num_boxes([target for _, targets in batches for target in targets], device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from util.advice import lr_factor
 from util.checkpoint import save_on_master
 from util.distributed import barrier, get_rank, get_world_size, is_main_process
 from util.log_file import append_log, best_ap
+from util.logger import log
 from util.optim import build_optimizer, build_schedule, restore_optimizer
 from util.preemption import Preempted, StopRequest
 from util.progress import Progress
@@ -62,6 +65,7 @@ class TrainingRun:
         self.board = board
         self.device = torch.device(args.device)
         self.images_a_step = args.batch_size * args.accum_steps  # of this process
+        self.steps_per_epoch = len(loader) // args.accum_steps
         factor = lr_factor(args, images_a_step(args))
         self.optimizer = build_optimizer(model, args.lr * factor, args.lr_backbone * factor, args.weight_decay)
         self.lr_scheduler = build_schedule(self.optimizer, args.lr_drop, args.start_epoch)
@@ -75,7 +79,8 @@ class TrainingRun:
         self.progress.restore(checkpoint, self.images_a_step)
 
     def train_epoch(self, epoch: int) -> None:
-        """Trains an epoch, or what is left of it, writes its checkpoint, evaluates, and logs."""
+        """Train an epoch, or the rest of an interrupted one, write its checkpoint, evaluate, and log."""
+        start, is_whole = time.time(), self.progress.step == 0
         self.loader.dataset.set_epoch(epoch)
         self.loader.sampler.set_epoch(epoch, start=self.progress.step * self.images_a_step)
         stats = train_one_epoch(
@@ -91,6 +96,7 @@ class TrainingRun:
             self.progress,
             self.guard,
             partial(self.after_step, epoch),
+            later_steps=(self.args.epochs - epoch - 1) * self.steps_per_epoch,
         )
         entry = {f"train_{name}": value for name, value in stats.items()}
         self.lr_scheduler.step()
@@ -98,17 +104,21 @@ class TrainingRun:
         self.save(epoch, train_stats=entry)
         self.end_if_asked()
         self.finish_epoch(epoch, entry)
+        if is_whole and (left := self.args.epochs - epoch - 1):
+            seconds = time.time() - start
+            spent, remaining = (timedelta(seconds=int(value)) for value in (seconds, seconds * left))
+            log(f"epoch {epoch} took {spent} with evaluation; epochs left: {left}, about {remaining}")
 
     def steps_done(self, epoch: int) -> int:
         """The steps of the run so far, within an epoch."""
-        return epoch * (len(self.loader) // self.args.accum_steps) + self.progress.step
+        return epoch * self.steps_per_epoch + self.progress.step
 
     def after_step(self, epoch: int) -> None:
         """A checkpoint every `--save_every` steps, and where a signal asks for the end; curves as lines are printed."""
         if (self.progress.step - 1) % PRINT_FREQ == 0:
             self.board.write_step(self.steps_done(epoch), self.progress.logger)
         every = self.args.save_every
-        within = self.progress.step < len(self.loader) // self.args.accum_steps
+        within = self.progress.step < self.steps_per_epoch
         if self.guard.stopping or (every and within and self.progress.step % every == 0):
             self.guard.settle(self.progress)
             self.save(epoch - 1)

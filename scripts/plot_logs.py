@@ -1,4 +1,4 @@
-"""Draws the loss and AP curves of runs, of those that still go on too.
+"""Draw the loss and AP curves of runs, also while they train.
 
     python -m scripts.plot_logs output/first output/second --output curves
 
@@ -29,6 +29,10 @@ LEGEND_COLUMNS = 3
 COLOURS = mpl.colormaps["tab10"].colors
 TRAIN = {"linestyle": "--", "linewidth": 1.2, "markersize": 3}
 VAL = {"linestyle": "-", "linewidth": 1.6, "markersize": 3, "marker": "o"}
+# The least that the height of an axis stands for, so that noise looks like noise: a tenth of AP's range, and a tenth
+# of the largest loss.
+MIN_AP_RANGE = 0.1
+MIN_LOSS_RANGE = 0.1
 
 
 def plot_logs(folders: Sequence[Path], output: Path) -> list[Path]:
@@ -87,8 +91,9 @@ def draw(logs: dict[str, Log]) -> Figure:
         precision.plot(*points(log, "test_coco_eval_bbox", 0), color=colours[name], label="AP", **VAL)
         if single:
             precision.plot(*points(log, "test_coco_eval_bbox", 1), color=COLOURS[1], label="AP50", **VAL)
-    loss.set(xlabel="epoch", title="Loss")
-    precision.set(xlabel="epoch", title="Average precision on val" if single else "AP on val", ylim=(0, None))
+    loss.set(xlabel="epoch", title="Loss", ylim=widened(*loss.get_ylim()))
+    precision.set(xlabel="epoch", title="Average precision on val" if single else "AP on val")
+    precision.set_ylim(0, max(precision.get_ylim()[1], MIN_AP_RANGE))
     for axes in (loss, precision):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
@@ -98,6 +103,12 @@ def draw(logs: dict[str, Log]) -> Figure:
         precision.text(0.5, 0.5, "no evaluation yet", ha="center", color="0.4")
         precision.set_axis_off()
     return figure
+
+
+def widened(low: float, high: float) -> tuple[float, float]:
+    """Return the limits of the loss axis, moved apart to `MIN_LOSS_RANGE` of the larger one if they are closer."""
+    missing = MIN_LOSS_RANGE * max(abs(low), abs(high)) - (high - low)
+    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 
 def add_legends(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:

@@ -1,6 +1,7 @@
 """Runs through the command line: training, resuming, evaluating, several processes, and mistakes."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -127,6 +128,17 @@ def test_a_resumed_run_ends_like_one_never_interrupted(shapes, trained, tmp_path
     train(shapes, tmp_path, "--epochs", 3, *common)
     assert "finished" in capsys.readouterr().out
     assert log_lines(tmp_path) == log_lines(trained)
+
+
+def test_the_remaining_time_of_the_run(shapes, tmp_path, capsys):
+    """In each line of an epoch by its steps, after each epoch with evaluation; the last epoch ends the run."""
+    train(shapes, tmp_path, "--epochs", 3)
+    lines = capsys.readouterr().out.splitlines()
+    for epoch in range(3):
+        steps = [line for line in lines if line.startswith(f"Epoch [{epoch}]  [")]
+        assert steps and all(("(run " in line) == (epoch < 2) for line in steps)
+    ends = [line for line in lines if "took" in line and "with evaluation" in line]
+    assert [re.search(r"epochs left: (\d), about \d+:\d\d:\d\d$", line)[1] for line in ends] == ["2", "1"]
 
 
 def test_going_on_from_an_earlier_checkpoint_drops_later_log_lines(shapes, trained, tmp_path, capsys):

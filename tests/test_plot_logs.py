@@ -103,6 +103,26 @@ def test_a_run_that_was_not_evaluated_yet(tmp_path, drawn):
     assert [text.get_text() for text in drawn.figures[0].axes[1].texts] == ["no evaluation yet"]
 
 
+def test_noise_is_not_scaled_to_full_height(tmp_path, drawn):
+    """A loss that wavers by 0.01 % and an AP of 0.0004 are flat; a clear descent fills its axis."""
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [
+        {"epoch": epoch, "train_loss": 5 + wave, "test_loss": 5 - wave, "test_coco_eval_bbox": [0.0002 + wave] * 12}
+        for epoch, wave in enumerate((0.0002, -0.0002) * 5)
+    ]
+    (run / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_logs.plot_logs([run], tmp_path / "curves")
+    loss, precision = drawn.figures[-1].axes
+    low, high = loss.get_ylim()
+    assert low < 4.8 and high > 5.2
+    assert precision.get_ylim() == (0, 0.1)
+
+    plot_logs.plot_logs([write(tmp_path / "descent", 8)], tmp_path / "curves")
+    low, high = drawn.figures[-1].axes[0].get_ylim()
+    assert high - low < 1.2 * (10 - 2)
+
+
 def test_mistakes(tmp_path):
     run = write(tmp_path / "run", 1)
     cases = {"empty": b"", "begun": b'{"epoch": 0, "train_lo', "binary": bytes(range(256))}

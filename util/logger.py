@@ -153,11 +153,14 @@ class MetricLogger:
     def __str__(self) -> str:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.shown().items())
 
-    def log_every(self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0) -> Iterator:
-        """Yields from `iterable` (of known length) and shows averages, times and memory every `print_freq` items.
+    def log_every(
+        self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0, later: int = 0
+    ) -> Iterator:
+        """Yield from `iterable` (of known length) and show averages, times and memory every `print_freq` items.
 
-        A terminal gets a progress bar, a file plain lines with the remaining time. Where `start` items were had before
-        an interruption, the iterable yields the others only, but has the length of all.
+        A terminal gets a progress bar, a file plain lines with the remaining time, also of the whole run if `later`
+        items follow in later epochs. If an interrupted epoch is resumed after `start` items, the iterable yields only
+        the remaining ones but has the length of all.
         """
         steps = len(iterable)
         on_terminal = sys.stdout.isatty()
@@ -179,13 +182,18 @@ class MetricLogger:
             bar.update()
             if step % print_freq == 0 or step == steps - 1:
                 memory = f"{peak_memory_mib():.0f} MiB"
+                eta, run_eta = (
+                    timedelta(seconds=int(step_time.global_avg * (steps - step - 1 + more))) for more in (0, later)
+                )
+                of_run = f" (run {run_eta})" if later else ""
                 if on_terminal:
-                    bar.set_postfix_str(" ".join(f"{k} {m.median:.3g}" for k, m in self.shown().items()) + f" {memory}")
+                    averages = " ".join(f"{k} {m.median:.3g}" for k, m in self.shown().items())
+                    bar.set_postfix_str(f"{averages} {memory}{of_run}")
                 else:
-                    eta = timedelta(seconds=int(step_time.global_avg * (steps - step - 1)))
                     place = f"[{step:>{len(str(steps))}}/{steps}]"
                     times = f"time: {step_time}  data: {data_time}  max mem: {memory}"
-                    log(self.delimiter.join(part for part in (header, place, f"eta: {eta}", str(self), times) if part))
+                    parts = (header, place, f"eta: {eta}{of_run}", str(self), times)
+                    log(self.delimiter.join(part for part in parts if part))
         bar.close()
         total = time.time() - begin
         log(f"{header} total time: {timedelta(seconds=int(total))} ({total / max(steps - start, 1):.4f} s / it)")
