@@ -65,7 +65,7 @@ def train_one_epoch(
         skipped |= ids_of_skipped(target for _, targets in batches for target in targets)
         batches = [to_device(samples, targets, device) for samples, targets in batches]
         num_boxes = criterion.mean_num_boxes([target for _, targets in batches for target in targets], device)
-        guard.begin(epoch, progress.step, batches)
+        guard.begin(epoch, progress.step, batches, num_boxes)
         optimizer.zero_grad()
         parts = []
         for samples, targets in batches:

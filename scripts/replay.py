@@ -1,4 +1,4 @@
-"""Repeats the training step that ended a run because it was not finite, and says where that begins.
+"""Repeat the training step that ended a run because it was not finite, and find the first module that is not.
 
 Usage: python -m scripts.replay output/run/nonfinite-epoch0003-step000012-process0.pth
 """
@@ -16,6 +16,7 @@ from engine import autocast, logged_losses, sum_of_losses, to_device
 from models import build_model
 from util.command import run_command
 from util.errors import InputError
+from util.kernels import use_deterministic_kernels, use_fast_kernels
 from util.nested_tensor import NestedTensor
 from util.rng import set_torch_rng_states
 
@@ -23,7 +24,7 @@ from util.rng import set_torch_rng_states
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.replay", description="Repeats a training step that was not finite."
+        prog="python -m scripts.replay", description="Repeat a training step that was not finite."
     )
     parser.add_argument("dump", help="the file that the run left")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -35,18 +36,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{flags.dump}: not the dump of a step") from error
     ids = [int(target["image_id"]) for *_, targets in batches for target in targets]
     print(f"epoch {place['epoch']}, step {place['step']}, process {place['process']}, images {ids}")
+    for line in limits_of(dump, torch.device(flags.device)):
+        print(f"note: {line}")
     losses, first = repeat(dump, torch.device(flags.device))
+    recorded = {name: dump["losses"][name].to(value.device) for name, value in losses.items()}
     for name, value in losses.items():
-        print(f"  {name} {value.item():g} (recorded: {dump['losses'][name].item():g})")
+        print(f"  {name} {value.item():g} (recorded: {recorded[name].item():g})")
+    same = all(torch.equal(value.nan_to_num(), recorded[name].nan_to_num()) for name, value in losses.items())
+    print("all losses equal the recorded ones bit for bit" if same else "some losses differ from the recorded ones")
     print(first or "the outputs of all modules are finite: look at the targets")
 
 
-def repeat(dump: dict[str, Any], device: torch.device) -> tuple[dict[str, Tensor], str]:
-    """The losses of a dumped step, and the first module whose output is not finite ("" if none).
+def limits_of(dump: dict[str, Any], device: torch.device) -> list[str]:
+    """Return the reasons why the replay may not give exactly the recorded losses."""
+    args, limits = dump["args"], []
+    if device.type != torch.device(args["device"]).type:
+        limits.append(
+            f"the run was on --device {args['device']}, the replay is on {device}: sums are rounded differently"
+        )
+    if args["compile"]:
+        limits.append("the run was compiled, the replay is not, so that it can look into every module")
+    if dump["processes"] > 1 and args["backbone_norm"] == "batch" and device.type == "cuda":
+        limits.append(f"batch norms saw the images of {dump['processes']} processes, here they see those of one")
+    return limits
 
-    They are those of the run where the device is of the same type.
+
+def repeat(dump: dict[str, Any], device: torch.device) -> tuple[dict[str, Tensor], str]:
+    """Repeat the forward pass of a dumped step with the kernels, precision and flags of its run.
+
+    Returns the weighted losses, and the first module whose output is not finite ("" if there is none).
     """
     args = argparse.Namespace(**dump["args"])
+    use_fast_kernels(device)
+    if args.deterministic:
+        use_deterministic_kernels()
     model, criterion, _ = build_model(args)
     model.load_state_dict(dump["model"])
     model.to(device).train()
@@ -63,7 +86,7 @@ def repeat(dump: dict[str, Any], device: torch.device) -> tuple[dict[str, Tensor
         module.register_forward_hook(check(name))
     set_torch_rng_states(dump["random"])
     batches = [to_device(NestedTensor(images, mask), targets, device) for images, mask, targets in dump["batches"]]
-    num_boxes = criterion.mean_num_boxes([target for _, targets in batches for target in targets], device)
+    num_boxes = dump["num_boxes"].to(device)
     parts = []
     for samples, targets in batches:
         with autocast(device, args.amp):

@@ -14,7 +14,7 @@ import torch
 
 from tests import two_processes
 from tests.conftest import ROOT, TINY, assert_same_end, free_port, log_lines
-from util.distributed import first_slurm_node
+from util.distributed import distribute, first_slurm_node
 from util.preemption import EXIT_CODE
 
 MODULE = "torch.distributed.run"
@@ -106,13 +106,17 @@ def test_two_agents_of_torchrun(shapes, tmp_path, start):
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
+@pytest.mark.parametrize("boxes", [(1, 2, 3, 4), (1, 0, 3, 0)], ids=["boxes", "none_on_one_process"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
-def test_a_step_on_two_processes_is_one_of_the_double_batch(device, parse, tmp_path):
-    """Images of one size, boxes in each, frozen norms, no dropout; by gloo on CPUs, by NCCL on GPUs."""
+def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, parse, tmp_path):
+    """Images of one size, frozen norms, no dropout; by gloo on CPUs, by NCCL on GPUs.
+
+    Each process starts from weights and statistics of its own: those of the first one count.
+    """
     args = parse(*TINY, "--backbone_norm", "frozen", "--backbone_weights", "x", "--dropout", 0, "--num_classes", 4)
     args.device = device
-    torch.multiprocessing.spawn(two_processes.step, (1, 0, args, tmp_path), nprocs=1)
-    torch.multiprocessing.spawn(two_processes.step, (2, free_port(), args, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(two_processes.step, (1, 0, args, tmp_path, boxes), nprocs=1)
+    torch.multiprocessing.spawn(two_processes.step, (2, free_port(), args, tmp_path, boxes), nprocs=2)
     one, first, second = (torch.load(tmp_path / f"{name}.pth", map_location="cpu") for name in ("1-0", "2-0", "2-1"))
     assert first["stats"] == second["stats"]
     for name, value in one["stats"].items():
@@ -140,6 +144,60 @@ def test_evaluation_on_two_processes_counts_every_image_once(shapes, tmp_path, r
         results.append(saved)
     for key in ("precision", "recall", "scores"):
         assert torch.equal(results[0][key], results[1][key])
+
+
+def test_models_with_other_outputs_can_be_distributed(tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 2, 3)
+
+        def forward(self, images):
+            maps = self.layer(images)
+            return {"pred_masks": [maps], "memory": {"count": 3, "constant": torch.ones(2)}}
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        distribute(Model(), torch.device("cpu"), distributed=True, trained_norms=False, trains=True)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+DIES = "import os, sys; import main, training; {owner}.{name} = lambda *_, **__: os._exit(9); main.run()"
+
+
+@pytest.mark.parametrize("place", ["main.load_data", "main.distribute", "training.train_one_epoch", "main.evaluate"])
+def test_a_process_that_dies_ends_the_other_with_one_line(place, shapes, tmp_path, start):
+    """Started without torchrun, which would end the other process before it can say anything."""
+    owner, name = place.split(".")
+    env = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    recipe = flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2)
+    survivor = start(ROOT / "main.py", *recipe, RANK=0, **env)
+    dying = start("-c", DIES.format(owner=owner, name=name), *recipe, RANK=1, **env)
+    assert dying.wait(timeout=120) == 9
+    printed = output_of(survivor, 1)
+    assert "error: process 0: another process of this run has ended; its own messages say why (" in printed
+    assert "Traceback" not in printed
+
+
+def test_replay_on_one_process_of_a_step_of_two(shapes, tmp_path, start):
+    """The losses of both processes are divided by the mean number of boxes; each leaves a file of its own."""
+    checkpoint = tmp_path / "start.pth"
+    output_of(start(ROOT / "main.py", *flags(shapes, tmp_path / "one", "--epochs", 1)))
+    weights = torch.load(tmp_path / "one" / "checkpoint.pth", weights_only=True)
+    weights["model"]["bbox_embed.layers.2.bias"][0] = float("nan")
+    torch.save({"model": weights["model"], "args": weights["args"]}, checkpoint)
+    more = ("--epochs", 1, "--batch_size", 2, "--resume", checkpoint, "--amp", "bf16", "--deterministic")
+    output_of(start(*TORCHRUN, ROOT / "main.py", *flags(shapes, tmp_path / "two", *more)), 1)
+    dumps = sorted((tmp_path / "two").glob("nonfinite-*.pth"))
+    assert [path.stem[-8:] for path in dumps] == ["process0", "process1"]
+    losses = []
+    for path in dumps:
+        printed = output_of(start("-m", "scripts.replay", path, "--device", "cpu"))
+        assert "all losses equal the recorded ones bit for bit" in printed
+        assert "the first output that is not finite is that of bbox_embed.layers.2" in printed
+        losses.append(next(line for line in printed.splitlines() if line.startswith("  loss_ce ")))
+    assert losses[0] != losses[1]
 
 
 def test_processes_that_read_different_checkpoints(shapes, tmp_path, start):

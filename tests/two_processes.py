@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,35 +13,41 @@ from util.distributed import distribute, init_distributed_mode, leave_process_gr
 from util.nested_tensor import nested_tensor_from_tensor_list
 
 
-def images_and_targets(count: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """Images of one size with 1, 2, .. boxes each."""
+def images_and_targets(boxes: Sequence[int]) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Return images of one size and targets with the given numbers of boxes."""
+    count = len(boxes)
     generator = torch.Generator().manual_seed(7)
     images = [torch.randint(256, (3, 64, 96), dtype=torch.uint8, generator=generator) for _ in range(count)]
     targets = [
         {
-            "boxes": torch.rand(i + 1, 4, generator=generator) * 0.5 + 0.2,
-            "labels": torch.randint(4, (i + 1,), generator=generator),
+            "boxes": torch.rand(n, 4, generator=generator) * 0.5 + 0.2,
+            "labels": torch.randint(4, (n,), generator=generator),
             "image_id": torch.tensor([i]),
         }
-        for i in range(count)
+        for i, n in enumerate(boxes)
     ]
     return images, targets
 
 
-def step(rank: int, world_size: int, port: int, args: argparse.Namespace, output: Path) -> None:
-    """Takes a step of gradient descent on this process's share of four images; leaves losses, gradients, weights."""
+def step(
+    rank: int, world_size: int, port: int, args: argparse.Namespace, output: Path, boxes: Sequence[int] = (1, 2, 3, 4)
+) -> None:
+    """Take a step of gradient descent on this process's share of four images; save losses, gradients and weights."""
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     init_distributed_mode(args)
-    torch.manual_seed(rank)  # the first process's weights count
+    torch.manual_seed(rank)  # the first process's weights and statistics count
     device = torch.device(args.device)
     model, criterion, _ = build_model(args)
+    for buffer in model.backbone[0].buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
     model.to(device)
     parallel_model = distribute(model, device, args.distributed, trained_norms=False, trains=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    images, targets = (values[rank::world_size] for values in images_and_targets(4))
+    images, targets = (values[rank::world_size] for values in images_and_targets(boxes))
     size = len(images) // args.accum_steps
     batches = [
         (nested_tensor_from_tensor_list(images[i : i + size]), tuple(targets[i : i + size]))

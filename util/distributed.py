@@ -10,6 +10,8 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -108,7 +110,7 @@ def first_slurm_node(nodes: str) -> str:
 def distribute(
     model: nn.Module, device: torch.device, distributed: bool, trained_norms: bool, trains: bool
 ) -> nn.Module:
-    """The model as it runs on several processes, all with the weights of the first; alone it stays as it is.
+    """Return the model as it runs on several processes, all with the state of the first; a single process keeps it.
 
     Args:
         device: where the model is; of a GPU, the current one.
@@ -121,7 +123,9 @@ def distribute(
     if trained_norms and on_cuda:
         model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     device_ids = [torch.cuda.current_device()] if on_cuda else None
-    # Running statistics are kept equal step by step; its name differs between versions of torch.
+    broadcast_state(model)
+    # Keep running statistics equal step by step; the argument's name differs between versions of torch. Without it,
+    # DistributedDataParallel may not send the buffers at its construction either, hence `broadcast_state`.
     known = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     parallel_model = DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: trained_norms})
@@ -130,16 +134,34 @@ def distribute(
     return parallel_model
 
 
+def broadcast_state(model: nn.Module) -> None:
+    """Give the first process's parameters and buffers, such as the statistics of frozen norms, to all processes."""
+    with torch.no_grad():
+        for tensor in chain(model.parameters(), model.buffers()):
+            shared = tensor.detach().contiguous()
+            dist.broadcast(shared, 0)
+            tensor.copy_(shared)
+
+
 def settle_buckets(model: DistributedDataParallel) -> None:
-    """Takes a step that changes nothing, behind which DistributedDataParallel lays out its gradient buckets anew.
+    """Take a step that changes nothing, after which DistributedDataParallel lays out its gradient buckets again.
 
     The layout decides the order in which gradients are summed; a resumed run is to begin with that of the run that it
-    goes on with.
+    continues.
     """
     device = next(model.parameters()).device
     outputs = model.eval()(torch.zeros(1, 3, 64, 64, device=device))
-    (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()).backward()
+    sum(tensor.sum() for tensor in tensors_of(outputs) if tensor.requires_grad).backward()
     model.zero_grad()
+
+
+def tensors_of(outputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a nest of dicts, lists and tuples."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, dict | list | tuple):
+        for value in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from tensors_of(value)
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
+
+# The words of gloo, NCCL and the store about a process that is gone.
+LOST_PEER = re.compile(
+    r"gloo|nccl|TCPStore|connection (closed|reset|refused)|broken pipe|remote process", re.IGNORECASE
+)
 
 
 class InputError(ValueError):
@@ -29,6 +36,14 @@ def what_to_do(error: Exception) -> str:
         return error.line
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory, lower --batch_size or --max_size ({reason(error)})"
+    if _is_lost_peer(error):
+        return f"another process of this run has ended; its own messages say why ({reason(error)})"
     if str(error).startswith("DataLoader worker"):
         return f"a process that loads data has died, perhaps for want of memory: lower --num_workers ({reason(error)})"
     return ""
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistError) or bool(LOST_PEER.search(str(error)))

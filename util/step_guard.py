@@ -28,10 +28,11 @@ Batches = list[tuple[NestedTensor, list[dict[str, Tensor]]]]
 
 @dataclass
 class Step:
-    """What it takes to report a step and to repeat it. Tensors are on the device but for the verdict."""
+    """Everything needed to report a step and to repeat it. Tensors are on the device, except the verdict."""
 
     place: dict[str, int]
     batches: Batches
+    num_boxes: Tensor | None
     random: dict[str, Tensor]
     losses: dict[str, Tensor] = field(default_factory=dict)
     verdict: Tensor | None = None
@@ -71,10 +72,10 @@ class StepGuard:
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.statistics_before: list[Tensor] = []
 
-    def begin(self, epoch: int, number: int, batches: Batches) -> None:
-        """To be called with the batches of every step before the model sees them."""
+    def begin(self, epoch: int, number: int, batches: Batches, num_boxes: Tensor | None = None) -> None:
+        """Take note of a step before the model sees its batches; `num_boxes` is what its losses are divided by."""
         place = {"epoch": epoch, "step": number, "process": get_rank()}
-        self.step = Step(place, batches, torch_rng_states())
+        self.step = Step(place, batches, num_boxes, torch_rng_states())
         self.statistics_before = [buffer.clone() for buffer in self.statistics]
 
     def step_optimizer(
@@ -156,6 +157,8 @@ class StepGuard:
             "place": step.place,
             "model": self.model.state_dict(),
             "batches": [(images.tensors, images.mask, list(targets)) for images, targets in step.batches],
+            "num_boxes": step.num_boxes,
+            "processes": get_world_size(),
             "random": step.random,
             "losses": step.losses,
             **self.description,
