@@ -34,7 +34,7 @@ from util.advice import advice, lr_factor
 from util.args import check_args, get_args_parser
 from util.checkpoint import classes_of, load_checkpoint, load_model_weights
 from util.classes import Classes
-from util.command import error_line
+from util.command import error_line, replace_unprintable_characters
 from util.distributed import (
     distribute,
     get_rank,
@@ -212,6 +212,7 @@ def run() -> None:
         parents=[get_args_parser()],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    replace_unprintable_characters()
     for number in SIGNALS:
         signal.signal(number, end_at_once)
     status: int | str = 0

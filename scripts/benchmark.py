@@ -9,12 +9,17 @@ Competitors take turns, and medians are shown: machines are noisy. Weights are r
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import json
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch

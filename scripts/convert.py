@@ -5,9 +5,14 @@ Usage: python -m scripts.convert conditional_detr_resnet50 output/hf_r50 --to tr
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from scripts.detector import build_detector
 from util.checkpoint import load_checkpoint, save_on_master

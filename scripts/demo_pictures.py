@@ -7,8 +7,13 @@ Reads checkpoint.pth and log.txt of the run's folder; writes predictions.png, cu
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
+
+if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
 
 import torch
 from matplotlib.figure import Figure

@@ -8,6 +8,12 @@ holds the names and ids of the classes and the size of images that the model exp
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import json
 import tempfile
@@ -15,7 +21,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import torch

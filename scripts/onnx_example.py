@@ -17,6 +17,7 @@ import onnxruntime
 from PIL import Image
 
 NUM_DETECTIONS = 100
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]  # not those that Pillow runs other programs for
 
 
 def resize(image: Image.Image, min_size: int, max_size: int) -> Image.Image:
@@ -54,10 +55,11 @@ def main() -> None:
     parser.add_argument("images", nargs="+")
     parser.add_argument("--threshold", default=0.5, type=float, help="lowest score that is printed")
     flags = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # names of classes and files may hold what a terminal's encoding lacks
 
     session = onnxruntime.InferenceSession(flags.model, providers=["CPUExecutionProvider"])
     facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    photos = [Image.open(path).convert("RGB") for path in flags.images]
+    photos = [Image.open(path, formats=FORMATS).convert("RGB") for path in flags.images]
     sizes = np.array([(photo.height, photo.width) for photo in photos])
     images, padding = batch([resize(photo, facts["min_size"], facts["max_size"]) for photo in photos])
 

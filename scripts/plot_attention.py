@@ -8,10 +8,15 @@ layer.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -7,10 +7,15 @@ Reads log.txt of each folder, also that of the published code; writes curves.png
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 from collections.abc import Sequence
 from itertools import count, cycle
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl

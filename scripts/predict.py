@@ -18,13 +18,18 @@ padded and --batch_size does not change what is found. What cannot be read is na
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np

@@ -5,6 +5,12 @@ Usage: python -m scripts.replay output/run/nonfinite-epoch0003-step000012-proces
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 from collections.abc import Sequence
 from typing import Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -15,6 +16,7 @@ from util.errors import InputError, what_to_do
 
 def run_command(main: Callable[[], Any]) -> None:
     """Runs a tool and exits with the status that it returns (None: 0); a mistake of the user ends in one line and 1."""
+    replace_unprintable_characters()
     try:
         status = main()
     except KeyboardInterrupt:
@@ -24,6 +26,13 @@ def run_command(main: Callable[[], Any]) -> None:
             raise
         status = error_line(line)
     sys.exit(status)
+
+
+def replace_unprintable_characters() -> None:
+    """Makes standard output and error replace what their encoding lacks, such as accents in cp1252, not raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in notebooks and tests it may be another object
+            stream.reconfigure(errors="replace")
 
 
 def error_line(message: str) -> str:
