@@ -7,9 +7,13 @@ Usage:
 
 from __future__ import annotations
 
+from util.preemption import EXIT_CODE, Stopped, ignore_signals, kill_workers, stop_request
+
+if __name__ == "__main__":  # the imports below take seconds
+    stop_request.install(EXIT_CODE)
+
 import argparse
 import os
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -48,8 +52,14 @@ from util.finetune import start_from
 from util.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
 from util.log_file import trim_log
 from util.logger import log, warn
-from util.preemption import EXIT_CODE, SIGNALS, Preempted, end_at_once, kill_workers, noticing_signals
-from util.resume import choose_num_classes, first_epoch, holds_training, read_checkpoint, unlogged_epoch
+from util.resume import (
+    choose_num_classes,
+    first_epoch,
+    holds_training,
+    how_to_resume,
+    read_checkpoint,
+    unlogged_epoch,
+)
 from util.rng import seed_everything
 from util.tensorboard import TensorBoard
 
@@ -59,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
 
     Raises:
         InputError: for flags, files and annotations that are not usable; before any long work where that can be known.
-        Preempted: where a signal asked the run to end.
+        Stopped: where a signal asked the run to stop.
     """
     device = set_up(args)
     output_dir = make_output_dir(args.output_dir)
@@ -112,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     start_time = time.time()
     board_dir = output_dir / "tensorboard" if args.tensorboard and is_main_process() else None
     board = TensorBoard(board_dir, partial(draw_examples, dataset_val, all_classes))
-    with noticing_signals() as stop_request, board:
+    with stop_request.deferred(), board:
         run = TrainingRun(
             args, model, parallel_model, criterion, loader_train, evaluate_val, output_dir, stop_request, board
         )
@@ -198,13 +208,16 @@ def print_training(args: argparse.Namespace, loader: DataLoader, from_scratch: b
     )
     if args.overfit:
         log(f"overfitting: {args.overfit} images, each many times an epoch, without augmentation")
+    if not args.output_dir:
+        warn("nothing will be saved, and the run cannot be resumed: name a folder by --output_dir")
     for line in advice(args, images, steps, from_scratch):
         warn(line)
 
 
 @record  # so that torchrun shows what ended a process
 def run() -> None:
-    """The command line: a mistake of the user ends in one line, a request to end the run in its own exit code."""
+    """The command line: a mistake of the user ends in one line, a request to stop in an exit code of its own."""
+    stop_request.install(EXIT_CODE)
     parser = argparse.ArgumentParser(
         "main.py",
         usage="%(prog)s --coco_path PATH [flags]",
@@ -213,25 +226,29 @@ def run() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     replace_unprintable_characters()
-    for number in SIGNALS:
-        signal.signal(number, end_at_once)
-    status: int | str = 0
+    args = parser.parse_args()
     try:
-        main(parser.parse_args())
-    except Preempted:
-        log(f"ended on request (exit code {EXIT_CODE}); --resume auto goes on from here", "yellow")
-        status = EXIT_CODE
-    except KeyboardInterrupt:
-        status = "interrupted"
+        status = run_main(args)
+    except Stopped as stopped:
+        status = stopped.code
+        log(f"ended on request (exit code {status}); {how_to_resume(args)}", "yellow")
+    finally:
+        ignore_signals()  # nothing is left to stop, and the exit code is to be that of the run
+        kill_workers()  # at exit, the data loader would wait for each of them first
+    leave_process_group(orderly=not status)
+    sys.exit(status)
+
+
+def run_main(args: argparse.Namespace) -> int | str:
+    """Return the exit code of a run, or the line that says what the user can mend."""
+    try:
+        main(args)
     except (InputError, RuntimeError) as error:
         if not (line := what_to_do(error)):
             raise
         process = f"process {get_rank()}: " if get_world_size() > 1 else ""
-        status = error_line(process + line)
-    finally:
-        kill_workers()  # at exit, the data loader would wait for each of them first
-    leave_process_group(orderly=not status)
-    sys.exit(status)
+        return error_line(process + line)
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from datasets.coco_eval import CocoEvaluator
 from engine import PRINT_FREQ, train_one_epoch
 from util.advice import lr_factor
 from util.checkpoint import save_on_master
-from util.distributed import barrier, get_rank, get_world_size, is_main_process
+from util.distributed import all_gather_plain, get_rank, get_world_size, is_main_process
 from util.log_file import append_log, best_ap
 from util.logger import log
 from util.optim import build_optimizer, build_schedule, restore_optimizer
-from util.preemption import Preempted, StopRequest
+from util.preemption import Stopped, StopRequest
 from util.progress import Progress
 from util.rng import seed_everything
 from util.step_guard import StepGuard
@@ -38,7 +38,7 @@ class TrainingRun:
         loader: the training batches.
         evaluate_val: evaluates the model; returns the statistics for the log first.
         output_dir: where checkpoints and the log go; None: nowhere.
-        stop_request: true once this process is asked to end.
+        stop_request: true once this process is asked to stop.
         board: where the curves are drawn.
     """
 
@@ -125,10 +125,10 @@ class TrainingRun:
         self.end_if_asked()
 
     def end_if_asked(self) -> None:
-        """Ends the run on all processes, behind a checkpoint."""
+        """End the run on all processes, after a checkpoint."""
         if self.guard.stopping:
-            barrier()  # the first process to end may take the others with it, and one still writes
-            raise Preempted
+            # Wait for the process that still writes: the first one to end may take the others with it.
+            raise Stopped(max(all_gather_plain(self.stop_request.exit_code)))
 
     def save(self, epoch: int, **more: Any) -> None:
         """Writes what it takes to go on; `epoch` is the last finished one."""

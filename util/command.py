@@ -12,15 +12,18 @@ from typing import Any
 from termcolor import colored
 
 from util.errors import InputError, what_to_do
+from util.preemption import stop_request
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Runs a tool and exits with the status that it returns (None: 0); a mistake of the user ends in one line and 1."""
+    """Run a tool and exit with the status that it returns (None: 0).
+
+    A mistake of the user ends in one line and exit code 1, Ctrl-C in one line and 130, SIGTERM in one line and 143.
+    """
     replace_unprintable_characters()
+    stop_request.install()
     try:
         status = main()
-    except KeyboardInterrupt:
-        status = "interrupted"
     except (InputError, RuntimeError) as error:
         if not (line := what_to_do(error)):
             raise

@@ -1,83 +1,177 @@
-"""Ending a run in good order when the cluster asks for it.
+"""Requests to stop: signals from schedulers and torchrun, and Ctrl-C.
 
 SIGTERM comes from schedulers and torchrun before they kill; SIGUSR1 is what `sbatch --signal=USR1@120` sends two
-minutes before the time is up.
+minutes before the time limit; SIGINT is Ctrl-C.
+
+Python runs a signal's handler in the main thread, between two of its instructions. An exception that the handler raises
+therefore comes out of any line, also of one that reads a file, where it must not be taken for a fault of the file. The
+main thread cannot run the handler at all while it waits in C++ code, as for other processes. What it misses, a thread
+makes up for. This module needs nothing but Python itself, so that it can be set up before imports that take seconds.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
+import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODE = 75  # of main.py; "try again later" (EX_TEMPFAIL of sysexits.h)
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
+EXIT_CODE = 75  # of main.py after SIGTERM or SIGUSR1: "try again later" (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 128 + signal.SIGINT  # the exit code after Ctrl-C, as shells have it
+PATIENCE = 3  # seconds that a process has to end by itself where it has nothing to finish
+# Launchers pass on a Ctrl-C that the terminal has sent to the processes already: what arrives so soon is the same one.
+SAME_REQUEST = 2 if "RANK" in os.environ or "SLURM_PROCID" in os.environ else 0  # seconds
 
 
-class Preempted(Exception):
-    """The run was asked to end, and all that it needs to go on is on the disk."""
+class Stopped(SystemExit):
+    """This process was asked to stop; `code` is its exit code.
 
-
-def end_at_once(*_: object) -> None:
-    """The handler for `SIGNALS` where there is nothing to finish."""
-    raise Preempted
+    It is no `Exception`: code that takes any exception for a damaged file lets it pass.
+    """
 
 
 class StopRequest:
-    """True once one of `SIGNALS` has arrived."""
+    """The request to stop this process, once a signal has brought it, and the handler of these signals.
+
+    By default, the signal raises `Stopped` at once. While work is `deferred`, it is only noted: the work looks at the
+    truth of this object where it can stop, and raises `Stopped` itself.
+    """
 
     def __init__(self) -> None:
-        self.arrived = False
-        self.raises = False
+        self.exit_code = 0  # other than 0 once a signal has arrived
+        self.deferring = False
+        self.installed = False
+        self.code_if_preempted: int | None = None
 
     def __bool__(self) -> bool:
-        return self.arrived
+        return self.exit_code != 0
 
-    def __call__(self, *_: object) -> None:
-        self.arrived = True
-        if self.raises:
-            end_at_once()
+    def __call__(self, number: int, _frame: object) -> None:
+        """Handle a signal."""
+        if self:
+            if not self.installed and number == signal.SIGINT:  # else the thread does it
+                raise Stopped(INTERRUPTED)
+            return  # an exception on its way must not be replaced by another
+        self.exit_code = self._code_after(number)
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if not self.deferring:
+            _tell(f"stopped by {name}")
+            self.raise_if_asked()
+        _tell(f"{name}: finishing this step" + "; press it again to stop at once" * (number == signal.SIGINT))
+
+    def install(self, code_if_preempted: int | None = None) -> None:
+        """Make this process, which a command line has started, obey signals from now on until its end.
+
+        Args:
+            code_if_preempted: the exit code after SIGTERM and SIGUSR1, by default 128 and the signal's number.
+        """
+        self.code_if_preempted = code_if_preempted
+        if self.installed:
+            return
+        self.installed = True
+        received, sent = socket.socketpair()
+        sent.setblocking(False)
+        threading.Thread(target=self._watch, args=(received, sent), daemon=True).start()
+        signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self)
+        if hasattr(os, "register_at_fork"):  # processes that load data are forked, and would otherwise begin with these
+            os.register_at_fork(
+                before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
+                after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
+                after_in_child=ignore_signals,
+            )
+
+    def raise_if_asked(self) -> None:
+        """Raise `Stopped` if this process was asked to stop."""
+        if self:
+            raise Stopped(self.exit_code)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within the block a signal raises Preempted: for work that a resumed run repeats."""
-        if self.arrived:
-            end_at_once()
-        self.raises = True
+    def deferred(self) -> Iterator[None]:
+        """Note signals within the block instead of raising anything.
+
+        Where no command line has called `install`, as in a notebook, signals are handled within the block only.
+        """
+        self.raise_if_asked()
+        here = not self.installed and threading.current_thread() is threading.main_thread()  # others may not
+        before = {number: signal.signal(number, self) for number in SIGNALS if here}
+        self.deferring = True
         try:
             yield
         finally:
-            self.raises = False
+            self.deferring = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if not self.installed:
+                self.exit_code = 0  # the next run may be another one
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise `Stopped` on a signal within the block, part of a `deferred` one, whose work a resumed run repeats."""
+        self.deferring = False
+        self.raise_if_asked()
+        yield
+        self.deferring = True
+        self.raise_if_asked()  # where the exception was lost: Python drops those raised in `__del__`, for example
+
+    def _code_after(self, number: int) -> int:
+        return self.code_if_preempted if self.code_if_preempted and number != signal.SIGINT else 128 + number
+
+    def _watch(self, received: socket.socket, _sent: socket.socket) -> None:
+        """Read the number of each signal in a thread, and end the process if the main thread does not."""
+        interrupted = math.inf  # the time of the first Ctrl-C
+        while True:
+            number = received.recv(1)[0]
+            if number not in SIGNALS:
+                continue
+            if time.monotonic() >= interrupted + SAME_REQUEST:
+                end_now(INTERRUPTED)
+            if number == signal.SIGINT:
+                interrupted = min(interrupted, time.monotonic())
+            if not self.deferring:
+                timer = threading.Timer(PATIENCE, end_now, [self._code_after(number)])
+                timer.daemon = True
+                timer.start()
 
 
-@contextmanager
-def noticing_signals() -> Iterator[StopRequest]:
-    """Within the block `SIGNALS` go to the request that it yields, and end nothing by themselves."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
-        yield request
-        return
-    before = {number: signal.signal(number, request) for number in SIGNALS}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+stop_request = StopRequest()  # signals are the process's, and so is the request
+
+
+def end_now(code: int) -> None:
+    """End this process and those that load its data, without a further line of Python in its main thread."""
+    _tell("stopped at once")
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+    os._exit(code)
 
 
 def ignore_signals() -> None:
-    """For data-loading workers: clusters signal every process, but the step under way still needs its images."""
+    """Ignore signals: in processes that load data, which receive them too, and in a process that is about to end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register  # runs before multiprocessing's own handler, which would wait for a SIGTERM to end the workers
 def kill_workers() -> None:
-    """Ends the processes that load data; what others would end them by, they ignore."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's own handler raises an error for dead workers
+    """End the processes that load data; they ignore the signals that would end others."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's own handler raises an error for dead workers
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+def _tell(line: str) -> None:
+    """Print a line on the main process, past Python's own stream, which the main thread may be writing to."""
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+        os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())

@@ -60,12 +60,27 @@ def resume_by_default(args: argparse.Namespace) -> None:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         args.resume = "auto"
         return
-    taken = any(Path(args.output_dir, f"checkpoint{name}.pth").exists() for name in ("", "_previous"))
-    if all_gather_plain(taken)[0]:
+    if all_gather_plain(has_checkpoint(args.output_dir))[0]:
         raise InputError(
             f"--output_dir {args.output_dir} holds the checkpoints of a run: go on with it by --resume auto, "
             "or name another folder"
         )
+
+
+def has_checkpoint(output_dir: str) -> bool:
+    """Return whether a run has written a checkpoint to its folder."""
+    return any(Path(output_dir, f"checkpoint{name}.pth").exists() for name in ("", "_previous"))
+
+
+def how_to_resume(args: argparse.Namespace) -> str:
+    """Return what the user of a stopped run can do next, as the end of a line."""
+    if args.eval:
+        return "the evaluation is not finished"
+    if not args.output_dir:
+        return "nothing was saved: there is no --output_dir"
+    if not has_checkpoint(args.output_dir):
+        return "nothing was saved yet: the run begins again"
+    return "to resume, repeat the command" + (" with --resume auto" if args.resume != "auto" else "")
 
 
 def check_same_on_all(checkpoint: Checkpoint, source: str) -> None:
