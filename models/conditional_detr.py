@@ -86,7 +86,7 @@ class ConditionalDETR(nn.Module):
             boxes = (self.bbox_embed(hs) + offset).sigmoid()  # [L, B, Q, 4]
 
         layers = [{"pred_logits": layer[0], "pred_boxes": layer[1]} for layer in zip(logits, boxes, strict=True)]
-        return layers[-1] | {"aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
+        return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
 
     def normalize(self, images: Tensor, padding: Tensor) -> Tensor:
         """uint8 images to normalised floats, zero on padding."""

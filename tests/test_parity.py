@@ -64,10 +64,20 @@ def test_post_processing(name):
         assert_close(detection["boxes"], arrays[f"post{image}_boxes"], atol=1e-3, rtol=0)
 
 
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_training_steps(name):
+def test_training_steps(name, float64):
+    """In float64: in float32 the rounding at ReLUs, which depends on the CPU, moves the third gradient by 2 %."""
     figures, _, args, model, criterion, _, images, targets, _ = reference_run(name)
-    model.train()
+    model.double().train()
+    images = [image.double() for image in images]
+    targets = [{"labels": target["labels"], "boxes": target["boxes"].double()} for target in targets]
     optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     for step, expected in enumerate(figures["trajectory"]):
         losses = criterion(model(images), targets)
@@ -84,6 +94,6 @@ def test_training_steps(name):
                 assert norms[key] == pytest.approx(value, rel=1e-2, abs=1e-3), key
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm)
         optimizer.step()
-        assert loss.item() == pytest.approx(expected["loss"], rel=1e-2)
-        assert grad_norm.item() == pytest.approx(expected["grad_norm"], rel=1e-2)
-    model.load_state_dict(reference_weights(model.state_dict()))
+        assert loss.item() == pytest.approx(expected["loss"], rel=1e-4)
+        assert grad_norm.item() == pytest.approx(expected["grad_norm"], rel=5e-3)
+    model.float().load_state_dict(reference_weights(model.state_dict()))
