@@ -7,10 +7,12 @@ Usage:
 
 from __future__ import annotations
 
+from util.args import check_args, command_line, get_args_parser
 from util.preemption import EXIT_CODE, Stopped, ignore_signals, kill_workers, stop_request
 
-if __name__ == "__main__":  # the imports below take seconds
+if __name__ == "__main__":  # the imports below take seconds: obey signals and answer --help before them
     stop_request.install(EXIT_CODE)
+    command_line()
 
 import argparse
 import os
@@ -35,7 +37,6 @@ from models import build_model
 from models.backbone import load_backbone_weights
 from training import TrainingRun, count_parameters, images_a_step
 from util.advice import advice, lr_factor
-from util.args import check_args, get_args_parser
 from util.checkpoint import classes_of, load_checkpoint, load_model_weights
 from util.classes import Classes
 from util.command import error_line, replace_unprintable_characters
@@ -63,6 +64,8 @@ from util.resume import (
 from util.rng import seed_everything
 from util.tensorboard import TensorBoard
 
+__all__ = ["get_args_parser", "main", "run"]
+
 
 def main(args: argparse.Namespace) -> None:
     """Trains, or with `args.eval` only evaluates, as the flags say.
@@ -78,14 +81,18 @@ def main(args: argparse.Namespace) -> None:
     unlogged = unlogged_epoch(checkpoint, source, output_dir)
     if checkpoint and not args.eval:
         args.start_epoch = first_epoch(checkpoint, source, args)
-        if args.start_epoch >= args.epochs and not unlogged:
+        if args.start_epoch >= args.epochs and holds_training(checkpoint) and not unlogged:
             log(f"finished: {source} has all {args.epochs} epochs; raise --epochs to train on", "green")
             return
+    if not args.eval and args.start_epoch >= args.epochs and not unlogged:
+        raise InputError(f"--start_epoch {args.start_epoch}: there are only {args.epochs} epochs, counted from 0")
     start = load_checkpoint(args.finetune) if args.finetune and not checkpoint else None
 
     dataset_train, dataset_val, classes = load_data(args, checkpoint, source)
     loader_train = dataset_train and build_loader(dataset_train, args, train=True)
     loader_val = build_loader(dataset_val, args, train=False)
+    if not args.eval:
+        check_trains(args, loader_train)
     all_classes = classes | dataset_val.classes  # the model may know others than this data has, and the other way round
 
     model, criterion, postprocessors = build_model(args)
@@ -169,6 +176,17 @@ def load_data(
     return train, val, classes
 
 
+def check_trains(args: argparse.Namespace, loader: DataLoader) -> None:
+    """Raise InputError for data from which nothing would be learned, and warn about too few for one batch."""
+    dataset = loader.dataset
+    if not dataset.summary().boxes:
+        raise InputError(f"{dataset.annotation_file}: no image has a box to learn from")
+    if args.accum_steps > len(loader):
+        raise InputError(f"--accum_steps {args.accum_steps}: an epoch has only {len(loader)} batches; lower it")
+    if (images := len(set(dataset.ids))) < args.batch_size * get_world_size():
+        warn(f"--overfit {args.overfit}: a batch of {args.batch_size} images repeats the {images} with boxes")
+
+
 def make_output_dir(name: str) -> Path | None:
     """The folder of `--output_dir`, made if need be; None where nothing is to be saved."""
     if not name:
@@ -190,6 +208,8 @@ def print_summary(
     for name, dataset in (("train", dataset_train), (args.image_set, dataset_val)):
         if dataset is not None:
             log(f"{name + ':':<7}{dataset.summary()}")
+    if args.image_set == "val" and not dataset_val.summary().boxes:
+        warn(f"{dataset_val.annotation_file} has no boxes: AP cannot be measured, and no best checkpoint is kept")
     total, trained = count_parameters(model)
     log(
         f"model: {total:,} parameters, {0 if args.eval else trained:,} of them trained; {args.backbone}"
@@ -218,15 +238,8 @@ def print_training(args: argparse.Namespace, loader: DataLoader, from_scratch: b
 def run() -> None:
     """The command line: a mistake of the user ends in one line, a request to stop in an exit code of its own."""
     stop_request.install(EXIT_CODE)
-    parser = argparse.ArgumentParser(
-        "main.py",
-        usage="%(prog)s --coco_path PATH [flags]",
-        description="Trains and evaluates Conditional DETR.",
-        parents=[get_args_parser()],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
     replace_unprintable_characters()
-    args = parser.parse_args()
+    args = command_line()
     try:
         status = run_main(args)
     except Stopped as stopped:

@@ -165,8 +165,8 @@ class TrainingRun:
             append_log(self.output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": trained})
 
     def save_if_best(self, epoch: int, ap: float) -> None:
-        """Keeps the model for inference where no epoch in the log has as high an AP on val."""
-        if self.output_dir and is_main_process() and ap > best_ap(self.output_dir / "log.txt"):
+        """Keep the model for inference if its AP on val is the highest in the log; -1 means val without boxes."""
+        if self.output_dir and is_main_process() and ap >= 0 and ap > best_ap(self.output_dir / "log.txt"):
             best = {"model": self.model.state_dict(), "epoch": epoch, "ap": ap, "args": vars(self.args)}
             classes = self.loader.dataset.classes.state_dict()
             save_on_master(best | classes, self.output_dir / "checkpoint_best.pth")

@@ -18,6 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from datasets.annotations import index
+from models.postprocess import check_detections
 from util.distributed import all_gather_rows
 from util.logger import log
 
@@ -58,6 +59,7 @@ class CocoEvaluator:
         [N, H, W] or [N, 1, H, W], set where they exceed 0.5.
         """
         for image_id, prediction in predictions.items():
+            check_detections(prediction, f"image id {image_id}")
             scores, labels, boxes = (prediction[key].detach().cpu().double() for key in ("scores", "labels", "boxes"))
             boxes = boxes.reshape(-1, 4)
             columns = [labels[:, None], scores[:, None], boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]

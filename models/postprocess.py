@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from util.box_ops import box_cxcywh_to_xyxy
+from util.errors import InputError
 
 
 class PostProcess(nn.Module):
@@ -39,3 +40,9 @@ class PostProcess(nn.Module):
         boxes = box_cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
         height, width = target_sizes.to(boxes).unbind(1)
         return scores, labels, boxes * torch.stack([width, height, width, height], dim=1)[:, None]
+
+
+def check_detections(detections: dict[str, Tensor], image: str = "an image") -> None:
+    """Raise InputError if scores or boxes of an image, on the CPU, are infinite or NaN."""
+    if not (detections["scores"].isfinite().all() and detections["boxes"].isfinite().all()):
+        raise InputError(f"the model's detections in {image} are not finite: check its weights, or train without --amp")

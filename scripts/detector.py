@@ -14,11 +14,12 @@ from torch import Tensor
 from datasets.transforms import resized_size
 from models import build_model
 from models.conditional_detr import ConditionalDETR
-from models.postprocess import PostProcess
+from models.postprocess import PostProcess, check_detections
 from util.args import get_args_parser
-from util.checkpoint import classes_of, load_checkpoint, load_model_weights, num_classes_of
+from util.checkpoint import check_finite, classes_of, load_checkpoint, load_model_weights, num_classes_of
 from util.classes import Classes
 from util.errors import InputError, reason
+from util.flag_limits import check_numbers
 
 
 @dataclass
@@ -53,7 +54,10 @@ class Detector:
         """The same for images that `resize` has prepared; `sizes` are (height, width) before it."""
         outputs = self.model([image.to(self.device) for image in resized])
         found = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
-        return [{name: value.cpu() for name, value in image.items()} for image in found]
+        found = [{name: value.cpu() for name, value in image.items()} for image in found]
+        for detections in found:
+            check_detections(detections)
+        return found
 
 
 def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
@@ -75,7 +79,9 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
 
 def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.device = "cpu") -> Detector:
     """As `load_detector`, of a checkpoint that is loaded; `source` names it in errors."""
+    check_finite(checkpoint, source)
     args = get_args_parser().parse_args([], argparse.Namespace(**checkpoint["args"]))
+    check_numbers(args, f"{source}: ")
     args.num_classes = num_classes_of(checkpoint, source)
     args.aux_loss = False
     model, _, postprocessors = build_model(args)

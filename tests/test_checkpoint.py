@@ -12,12 +12,12 @@ import torch
 from models import build_model
 from util.checkpoint import (
     changed_flags,
-    check_model_flags,
     load_checkpoint,
     load_latest_checkpoint,
     load_model_weights,
     num_classes_of,
     save_on_master,
+    take_model_flags,
 )
 from util.errors import InputError
 from util.log_file import append_log, read_log, trim_log
@@ -174,13 +174,15 @@ def test_urls(tmp_path):
 def test_contradicting_flags_are_named_with_both_values(parse):
     args = parse("--dilation", "--nheads", 4)
     stored = {"args": {"dilation": False, "nheads": 8, "backbone": "resnet50"}}
-    with pytest.raises(InputError, match="--dilation is True here and False there; --nheads is 4 here and 8 there"):
-        check_model_flags(args, stored, "c.pth")
-    check_model_flags(parse(), stored, "c.pth")
-    check_model_flags(args, {"args": {}}, "c.pth")
-    with pytest.raises(InputError, match="--backbone_norm is batch here and frozen there"):
-        check_model_flags(parse("--backbone_norm", "batch"), stored, "published.pth")
-    assert changed_flags(parse("--lr", 1), {"args": {"lr": 0.1}}, ["lr"]) == ["--lr is 1.0 here and 0.1 there"]
+    with pytest.raises(
+        InputError, match="--dilation is True now, False in the checkpoint; --nheads is 4 now, 8 in the checkpoint"
+    ):
+        take_model_flags(args, stored, "c.pth")
+    take_model_flags(parse(), stored, "c.pth")
+    take_model_flags(args, {"args": {}}, "c.pth")
+    with pytest.raises(InputError, match="--backbone_norm is batch now, frozen in the checkpoint"):
+        take_model_flags(parse("--backbone_norm", "batch"), stored, "published.pth")
+    assert changed_flags(parse("--lr", 1), {"args": {"lr": 0.1}}, ["lr"]) == ["--lr is 1.0 now, 0.1 in the checkpoint"]
 
 
 def test_weights_that_do_not_fit(parse):

@@ -182,7 +182,9 @@ def test_evaluation_takes_a_folder(shapes, tmp_path, capsys):
     source, folder = save(tmp_path / "c.pth", *TINY, num_classes=4), tmp_path / "folder"
     main([str(source), str(folder), "--to", "transformers"])
     flags = [*TINY, "--coco_path", str(shapes), "--eval", "--resume", str(folder)]
-    with pytest.raises(InputError, match=r"folder is of another model: --backbone_norm is batch here and frozen there"):
+    with pytest.raises(
+        InputError, match=r"folder is of another model: --backbone_norm is batch now, frozen in the checkpoint"
+    ):
         run(get_args_parser().parse_args(flags))
     run(get_args_parser().parse_args([*flags, "--backbone_norm", "frozen"]))
     assert f"loading {folder}" in capsys.readouterr().out

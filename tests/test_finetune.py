@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_reported(build, capsys):
     start_from(new, classes(_1="cat"), checkpoint(old, args, classes(_1="cat")), "old.pth", more_queries)
     report = capsys.readouterr().out
     assert "query_embed.weight is [9, 32] here and [8, 32] there" in report
-    assert "--dec_layers is 3 here and 2 there; --num_queries is 9 here and 8 there" in report
+    assert "--dec_layers is 3 now, 2 in the checkpoint; --num_queries is 9 now, 8 in the checkpoint" in report
     assert_close(new.transformer.decoder.layers[1].linear1.weight, old.transformer.decoder.layers[1].linear1.weight)
 
 

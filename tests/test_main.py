@@ -87,7 +87,7 @@ def scores(monkeypatch):
     return scores
 
 
-@pytest.mark.parametrize(("aps", "best"), [((0.1, 0.3, 0.3, 0.2), 1), ((-1, -1), 0), ((-1, 0.0), 1)])
+@pytest.mark.parametrize(("aps", "best"), [((0.1, 0.3, 0.3, 0.2), 1), ((-1, 0.0), 1)])
 def test_the_first_of_the_highest_aps_is_the_best(aps, best, shapes, tmp_path, scores):
     """As COCO has it, -1 is the AP of data without ground truth. The run goes on once in the middle."""
     scores(*aps)
@@ -147,7 +147,7 @@ def test_going_on_from_an_earlier_checkpoint_drops_later_log_lines(shapes, train
     train(shapes, tmp_path / "run", "--epochs", 3, "--dropout", 0, "--lr_drop", 3, "--resume", resume)
     printed = capsys.readouterr().out
     assert "1 lines of epoch 2 and later are dropped" in printed
-    assert "--lr_drop is 3 here and 2 there" in printed
+    assert "--lr_drop is 3 now, 2 in the checkpoint" in printed
     lines = log_lines(tmp_path / "run")
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert lines[2]["train_lr"] == pytest.approx(1e-4)
@@ -214,13 +214,13 @@ def test_start_epoch_without_a_checkpoint(shapes, tmp_path):
         (("--dataset_file", "coco_panoptic"), "--dataset_file coco_panoptic: only coco"),
         (("--batch_size", 0), "--batch_size 0: must be at least 1"),
         (("--batch_size", 15), "14 images are fewer than a batch of 15"),
-        (("--dropout", 1.5), "--dropout 1.5: must be between 0 and 1"),
+        (("--dropout", 1.5), "--dropout 1.5: must be at most 1"),
         (("--device", "tpu0"), "--device tpu0: not a device"),
         (("--device", "cuda"), "--device cuda: torch sees no GPU"),
         (("--resume", "absent.pth"), "absent.pth: no such checkpoint"),
         (("--resume", "auto"), "--resume auto looks for checkpoints in --output_dir"),
         (("--num_classes", 3), "category id 3 (triangle) does not fit the class head of 3 logits"),
-        (("--max_size", 10), "--max_size 10: must be at least 64"),
+        (("--max_size", 10), "--max_size 10: must be at least --min_size 64"),
         (("--lr", -1), "--lr -1.0: must be at least 0"),
         (("--output_dir", __file__), "test_main.py: cannot be made"),
     ],
@@ -230,6 +230,55 @@ def test_mistakes(more, message, shapes, monkeypatch):
     with pytest.raises(InputError) as error:
         main.main(main.get_args_parser().parse_args(flags(shapes, "--epochs", 1, *more)))
     assert message in str(error.value)
+
+
+def test_flags_with_which_nothing_would_be_trained(shapes, trained, tmp_path):
+    model = {"model": torch.load(trained / "checkpoint.pth", weights_only=True)["model"]}
+    torch.save(model, tmp_path / "model.pth")
+    for more, message in (
+        (("--lr", 0, "--lr_backbone", 0), "--lr 0 with --lr_backbone 0: nothing would be trained"),
+        (("--cls_loss_coef", 0, "--bbox_loss_coef", 0, "--giou_loss_coef", 0), "are all 0: nothing would be trained"),
+        (("--set_cost_class", 0, "--set_cost_bbox", 0, "--set_cost_giou", 0), "cannot all be 0"),
+        (("--accum_steps", 4), "--accum_steps 4: an epoch has only 3 batches; lower it"),
+        (("--start_epoch", 1), "--start_epoch 1: there are only 1 epochs, counted from 0"),
+        (("--start_epoch", 1, "--resume", tmp_path / "model.pth"), "--start_epoch 1: there are only 1 epochs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(shapes, tmp_path / "out", "--epochs", 1, *more)
+
+
+def test_overfitting_fewer_images_than_a_batch(shapes, tmp_path, capsys):
+    train(shapes, tmp_path, "--epochs", 1, "--overfit", 2, "--eval_every", 9)
+    assert "--overfit 2: a batch of 4 images repeats the 2 with boxes" in capsys.readouterr().out
+
+
+def test_flags_of_the_model_come_from_the_checkpoint(shapes, trained, tmp_path, run_main):
+    """Neither evaluation nor resuming needs them; what is given and contradicts is refused."""
+    data = ("--coco_path", shapes, "--device", "cpu", "--num_workers", 0)
+    done = run_main(*data, "--eval", "--resume", trained / "checkpoint.pth")
+    assert done.returncode == 0, done.stderr
+    assert "--backbone resnet18" in done.stdout and "--min_size 64" in done.stdout
+    assert f"= {max(line['test_coco_eval_bbox'][0] for line in log_lines(trained)[-1:]):.3f}" in done.stdout
+
+    shutil.copytree(trained, tmp_path / "run")
+    recipe = ("--backbone_weights", "none", "--min_size", 64, "--max_size", 107, "--batch_size", 4)
+    done = run_main(*data, *recipe, "--resume", "auto", "--output_dir", tmp_path / "run", "--epochs", 4)
+    assert done.returncode == 0, done.stderr
+    assert len(log_lines(tmp_path / "run")) == 4
+
+    done = run_main(*data, "--eval", "--resume", trained / "checkpoint.pth", "--backbone", "resnet50")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "is of another model: --backbone is resnet50 now, resnet18 in the checkpoint; drop the flag" in line
+
+
+def test_weights_that_are_not_finite_are_not_evaluated(shapes, trained, tmp_path):
+    checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
+    checkpoint["model"]["query_embed.weight"][0, 0] = float("nan")
+    torch.save(checkpoint, tmp_path / "c.pth")
+    for more in (("--eval", "--resume"), ("--epochs", 1, "--finetune")):
+        with pytest.raises(InputError, match=r"weights are not finite, the first in query_embed.weight; use an ear"):
+            main.main(main.get_args_parser().parse_args(flags(shapes, *more, tmp_path / "c.pth")))
 
 
 def test_a_mistake_is_one_line_on_the_terminal(shapes, tmp_path, run_main):
@@ -266,7 +315,7 @@ def test_a_new_run_does_not_write_over_another(shapes, trained, tmp_path):
 def test_a_checkpoint_of_another_model(shapes, trained):
     resume = ("--eval", "--resume", trained / "checkpoint.pth")
     for more, message in (
-        (("--nheads", 4), "--nheads is 4 here and 2 there"),
+        (("--nheads", 4), "--nheads is 4 now, 2 in the checkpoint"),
         (("--num_classes", 9), "--num_classes 9 contradicts the 4 classes"),
     ):
         with pytest.raises(InputError, match=message):
@@ -300,17 +349,31 @@ def test_evaluating_without_a_checkpoint_says_so(shapes, capsys):
     assert "evaluating random weights" in capsys.readouterr().out
 
 
-def test_images_without_any_box_train(shapes, tmp_path):
+def without_boxes(shapes, tmp_path, *splits: str):
+    """Return a copy of the data in which splits have no annotations."""
     empty = tmp_path / "coco"
     shutil.copytree(shapes, empty)
-    for split in ("train", "val"):
+    for split in splits:
         path = empty / "annotations" / f"instances_{split}2017.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    return empty
+
+
+def test_training_data_without_any_box(shapes, tmp_path):
+    empty = without_boxes(shapes, tmp_path, "train")
+    with pytest.raises(InputError, match=r"instances_train2017.json: no image has a box to learn from"):
+        train(empty, tmp_path / "out", "--epochs", 1)
+
+
+def test_validation_data_without_any_box(shapes, tmp_path, capsys):
+    empty = without_boxes(shapes, tmp_path, "val")
     train(empty, tmp_path / "out", "--epochs", 1)
+    assert "instances_val2017.json has no boxes: AP cannot be measured, and no best" in capsys.readouterr().out
     (line,) = log_lines(tmp_path / "out")
-    assert line["train_loss_bbox"] == 0
-    assert line["train_loss_ce"] > 0
-    assert line["train_class_error"] == 100
+    assert line["test_coco_eval_bbox"][0] == -1
+    assert line["test_loss_bbox"] == 0
+    assert line["test_class_error"] == 100
+    assert not (tmp_path / "out" / "checkpoint_best.pth").exists()
 
 
 def test_imagenet_weights_are_fetched_for_a_new_run_only(shapes, trained, tmp_path, monkeypatch):

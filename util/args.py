@@ -1,16 +1,19 @@
-"""The command line's flags, and what can be said against their values before anything is read."""
+"""The flags of the command line, and the check of their values before anything is read.
+
+Importing this file takes no time, so that `--help` and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 
-import torch
-
-from models.backbone import CHANNELS
 from util.command import need
 from util.errors import InputError
+from util.flag_limits import check_device, check_numbers, check_paths, default_device
 
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 MAX_AUTO_WORKERS = 16  # more feed no GPU faster
 
 
@@ -49,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", default="resnet50", help=f"one of {', '.join(CHANNELS)}")
+    add("--backbone", default="resnet50", help=f"one of {', '.join(BACKBONES)}")
     add("--dilation", action="store_true", help="DC5: dilate the last stage instead of striding it")
     add("--backbone_weights", default="imagenet", help="imagenet, none, or a file with torchvision's weights")
     add("--backbone_norm", default="frozen", choices=("frozen", "batch"), help="batch norms as constants, or trained")
@@ -104,7 +107,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", help="folder for checkpoints and logs; empty: nothing is saved")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
+    add("--device", default="auto", type=default_device, help="cuda, cuda:N, cpu, or auto: a GPU if there is one")
     add("--seed", default=42, type=int, help="seed of weights, order and augmentation")
     add(
         "--resume",
@@ -142,45 +145,19 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError for a flag whose value makes no sense, or that is not supported yet."""
+    """Raise InputError for a flag whose value makes no sense, or that is not supported yet."""
     segmentation = {"masks": False, "frozen_weights": None, "coco_panoptic_path": None}
     segmentation |= {"mask_loss_coef": 1, "dice_loss_coef": 1}
     for flag, default in segmentation.items():
         if getattr(args, flag) != default:
             raise InputError(f"--{flag}: segmentation is not supported yet; drop the flag")
-    smallest = {
-        "batch_size": 1,
-        "accum_steps": 1,
-        "epochs": 1,
-        "lr_drop": 1,
-        "eval_every": 1,
-        "num_queries": 1,
-        "dim_feedforward": 1,
-    }
-    smallest |= {
-        "min_size": 1,
-        "max_size": args.min_size,
-        "num_workers": 0,
-        "overfit": 0,
-        "start_epoch": 0,
-        "lr": 0,
-        "lr_backbone": 0,
-    }
-    smallest |= {"weight_decay": 0, "clip_max_norm": 0}
-    for flag, least in smallest.items():
-        if not getattr(args, flag) >= least:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
-    if args.num_classes is not None and args.num_classes < 1:
-        raise InputError(f"--num_classes {args.num_classes}: must be at least 1")
-    for flag in ("dropout", "focal_alpha"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
-    try:
-        device = torch.device(args.device)
-    except RuntimeError as error:
-        raise InputError(f"--device {args.device}: not a device; cuda, cuda:N or cpu") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: torch sees no GPU here; pass --device cpu")
+    check_numbers(args)
+    check_paths(args)
+    check_device(args.device)
+    if args.max_size < args.min_size:
+        raise InputError(f"--max_size {args.max_size}: must be at least --min_size {args.min_size}")
+    if not args.eval:
+        check_learns(args)
     if args.finetune and (args.eval or args.resume not in ("", "auto")):
         raise InputError(
             "--finetune starts a new training: it goes neither with --eval nor with --resume, but for --resume auto; "
@@ -194,3 +171,46 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--tensorboard writes to --output_dir: name it")
     if args.tensorboard:
         need("torch.utils.tensorboard", "tensorboard", "--tensorboard")
+
+
+def check_learns(args: argparse.Namespace) -> None:
+    """Raise InputError for flags with which training would change nothing."""
+    if args.lr == args.lr_backbone == 0:
+        raise InputError("--lr 0 with --lr_backbone 0: nothing would be trained")
+    if args.cls_loss_coef == args.bbox_loss_coef == args.giou_loss_coef == 0:
+        raise InputError("--cls_loss_coef, --bbox_loss_coef and --giou_loss_coef are all 0: nothing would be trained")
+
+
+def command_line(argv: Sequence[str] | None = None) -> Flags:
+    """Return the flags of main.py's command line."""
+    parser = argparse.ArgumentParser(
+        "main.py",
+        usage="%(prog)s --coco_path PATH [flags]",
+        description="Train and evaluate Conditional DETR.",
+        parents=[get_args_parser()],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    return parse_flags(parser, argv)
+
+
+class Flags(argparse.Namespace):
+    """The flags of a run; `given` are the names of those that the command line sets."""
+
+    __slots__ = ("given",)  # outside `vars`, which checkpoints keep
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
+    """Parse a command line and note which flags it sets."""
+    flags = parser.parse_args(argv, Flags())
+    unset = object()
+    probe = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags), unset)))
+    flags.given = frozenset(name for name, value in vars(probe).items() if value is not unset)
+    return flags
+
+
+def given_flags(args: argparse.Namespace) -> frozenset[str]:
+    """Return the names of the flags that were set on purpose: by the command line, else those that are no default."""
+    if hasattr(args, "given"):
+        return args.given
+    defaults = vars(get_args_parser().parse_args([]))
+    return frozenset(name for name, value in vars(args).items() if name not in defaults or value != defaults[name])

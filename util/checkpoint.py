@@ -16,12 +16,15 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from util.args import given_flags
 from util.classes import Classes
 from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError, reason
 from util.files import replacing
+from util.flag_limits import check_numbers
+from util.logger import log
 
 # The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
 MODEL_FLAGS = (
@@ -162,22 +165,51 @@ def classes_of(checkpoint: dict[str, Any], source: str | Path) -> Classes:
 
 
 def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: Iterable[str]) -> list[str]:
-    """What a checkpoint was made with other values of: one text for every such flag, with both values.
+    """Describe every flag whose value differs from the checkpoint's, with both values.
 
-    Flags that a checkpoint does not know are passed over, but for published ones, which know frozen norms only.
+    Flags that a checkpoint does not know are left out.
     """
-    stored = checkpoint["args"] and {"backbone_norm": "frozen"} | checkpoint["args"]
+    stored = stored_flags(checkpoint)
     return [
-        f"--{flag} is {getattr(args, flag)} here and {stored[flag]} there"
+        f"--{flag} is {getattr(args, flag)} now, {stored[flag]} in the checkpoint"
         for flag in flags
         if flag in stored and getattr(args, flag) != stored[flag]
     ]
 
 
-def check_model_flags(args: argparse.Namespace, checkpoint: dict[str, Any], source: str | Path) -> None:
-    """Raises InputError, with both values, where flags contradict those that a checkpoint's model was built with."""
-    if contradictions := changed_flags(args, checkpoint, MODEL_FLAGS):
-        raise InputError(f"{source} is of another model: {'; '.join(contradictions)}")
+def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that a checkpoint was made with; published ones, which do not say so, have frozen norms."""
+    return checkpoint["args"] and {"backbone_norm": "frozen"} | checkpoint["args"]
+
+
+def take_model_flags(args: argparse.Namespace, checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Set the flags that define a model to those that the checkpoint's model was built with, and print them.
+
+    An evaluation takes the size of images as well. Flags that were set on purpose stay.
+
+    Raises:
+        InputError: for a flag that was set on purpose and contradicts the checkpoint's model, with both values.
+    """
+    given, stored = given_flags(args), stored_flags(checkpoint)
+    if contradictions := changed_flags(args, checkpoint, [flag for flag in MODEL_FLAGS if flag in given]):
+        raise InputError(f"{source} is of another model: {'; '.join(contradictions)}; drop the flag")
+    wanted = (*MODEL_FLAGS, "min_size", "max_size") if args.eval else MODEL_FLAGS
+    taken = {
+        flag: stored[flag]
+        for flag in wanted
+        if flag in stored and flag not in given and getattr(args, flag) != stored[flag]
+    }
+    vars(args).update(taken)
+    if taken:
+        log(f"flags of {source}: {' '.join(f'--{flag} {value}' for flag, value in taken.items())}")
+    check_numbers(args, f"{source}: ")
+
+
+def check_finite(checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Raise InputError if a weight is infinite or NaN, as a diverged training of other code leaves it."""
+    for key, tensor in checkpoint["model"].items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"{source}: weights are not finite, the first in {key}; use an earlier checkpoint")
 
 
 def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str | Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-
-import torch
+import sys
+from types import ModuleType
 
 # The words of gloo, NCCL and the store about a process that is gone.
 LOST_PEER = re.compile(
@@ -34,16 +34,17 @@ def what_to_do(error: Exception) -> str:
     """One line about an error that the user can mend; "" for any other."""
     if isinstance(error, InputError):
         return error.line
+    torch = sys.modules.get("torch")  # importing it takes seconds, and without it none of the following has happened
+    if torch is None:
+        return ""
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory, lower --batch_size or --max_size ({reason(error)})"
-    if _is_lost_peer(error):
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and _is_lost_peer(error, torch):
         return f"another process of this run has ended; its own messages say why ({reason(error)})"
     if str(error).startswith("DataLoader worker"):
         return f"a process that loads data has died, perhaps for want of memory: lower --num_workers ({reason(error)})"
     return ""
 
 
-def _is_lost_peer(error: Exception) -> bool:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
+def _is_lost_peer(error: Exception, torch: ModuleType) -> bool:
     return isinstance(error, torch.distributed.DistError) or bool(LOST_PEER.search(str(error)))

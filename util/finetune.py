@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.checkpoint import MODEL_FLAGS, changed_flags, classes_of
+from util.checkpoint import MODEL_FLAGS, changed_flags, check_finite, classes_of
 from util.classes import Classes
 from util.errors import InputError
 from util.logger import log, warn
@@ -39,6 +39,7 @@ def start_from(
     Raises InputError where nothing fits.
     """
     known = classes_of(checkpoint, source)
+    check_finite(checkpoint, source)
     theirs, ours = checkpoint["model"], model.state_dict()
     fits = [
         name

@@ -10,10 +10,11 @@ from typing import Any
 from util.checkpoint import (
     TRAINING_FLAGS,
     changed_flags,
-    check_model_flags,
+    check_finite,
     load_checkpoint,
     load_latest_checkpoint,
     num_classes_of,
+    take_model_flags,
 )
 from util.distributed import all_gather_plain, is_main_process
 from util.errors import InputError
@@ -41,7 +42,9 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Checkpoint | None, str]:
     else:
         return None, ""
     check_same_on_all(checkpoint, source)
-    check_model_flags(args, checkpoint, source)
+    take_model_flags(args, checkpoint, source)
+    if args.eval:
+        check_finite(checkpoint, source)
     if not args.eval and (changed := changed_flags(args, checkpoint, TRAINING_FLAGS)):
         warn(f"going on from {source} with other flags: {'; '.join(changed)}")
     epochs = f", {checkpoint['epoch'] + 1} epochs trained" if "epoch" in checkpoint else ""
