@@ -62,6 +62,7 @@ from util.resume import (
     unlogged_epoch,
 )
 from util.rng import seed_everything
+from util.summary import summary
 from util.tensorboard import TensorBoard
 
 __all__ = ["get_args_parser", "main", "run"]
@@ -143,6 +144,8 @@ def main(args: argparse.Namespace) -> None:
         for epoch in range(args.start_epoch, args.epochs):
             run.train_epoch(epoch)
     log(f"training took {timedelta(seconds=int(time.time() - start_time))}", "green")
+    if output_dir:
+        log("\n".join(summary(args, vars(get_args_parser().parse_args([])), output_dir)))
 
 
 def set_up(args: argparse.Namespace) -> torch.device:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -139,6 +140,23 @@ def test_the_remaining_time_of_the_run(shapes, tmp_path, capsys):
         assert steps and all(("(run " in line) == (epoch < 2) for line in steps)
     ends = [line for line in lines if "took" in line and "with evaluation" in line]
     assert [re.search(r"epochs left: (\d), about \d+:\d\d:\d\d$", line)[1] for line in ends] == ["2", "1"]
+
+
+def test_a_run_ends_with_a_summary_whose_commands_work(shapes, tmp_path, run_main):
+    output = tmp_path / "my run"
+    done = run_main(*flags(shapes, "--epochs", 2, "--output_dir", output))
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines()[-4:])
+    aps = [line["test_coco_eval_bbox"][0] for line in log_lines(output)]
+    best = output / "checkpoint_best.pth"
+    assert lines["best AP on val"] == f"{max(aps):.3f}, in epoch {aps.index(max(aps))}: {best}"
+    assert lines["last epoch"] == f"{output / 'checkpoint.pth'}; log: {output / 'log.txt'}"
+    assert shlex.split(lines["predict"])[-5:] == ["--checkpoint", str(best), "--output", "predictions", "IMAGES"]
+    python, main_file, *evaluate = shlex.split(lines["evaluate"])
+    assert (python, main_file) == ("python", "main.py")
+    done = run_main(*evaluate)
+    assert done.returncode == 0, done.stderr
+    assert f"= {max(aps):.3f}" in done.stdout
 
 
 def test_going_on_from_an_earlier_checkpoint_drops_later_log_lines(shapes, trained, tmp_path, capsys):
