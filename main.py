@@ -48,7 +48,7 @@ from util.distributed import (
     is_main_process,
     leave_process_group,
 )
-from util.errors import InputError, what_to_do
+from util.errors import InputError, is_lost_peer, what_to_do
 from util.finetune import start_from
 from util.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
 from util.log_file import trim_log
@@ -260,6 +260,8 @@ def run_main(args: argparse.Namespace) -> int | str:
     try:
         main(args)
     except (InputError, RuntimeError) as error:
+        if is_lost_peer(error):
+            stop_request.raise_if_asked()  # the others were asked too, and could stop earlier
         if not (line := what_to_do(error)):
             raise
         process = f"process {get_rank()}: " if get_world_size() > 1 else ""

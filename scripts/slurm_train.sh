@@ -11,7 +11,8 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# Two minutes before the time is up, main.py finishes its step, writes a checkpoint and ends with exit code 75.
+# Two minutes before the time limit, main.py finishes its step, writes a checkpoint and ends with exit code 75, after
+# which this script puts the job back into the queue. Any other exit code ends the job: 130 is that of Ctrl-C.
 #SBATCH --signal=USR1@120
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this script by sbatch from the folder of main.py}"

@@ -1,11 +1,13 @@
-"""main.py, sent a signal at a chosen moment: in the middle of a file, between two renames, around a step.
+"""main.py, sent a signal at a chosen moment: in a file, between two renames, around a step, before a function's call.
 
 As a script, for torchrun: KILLED_AT holds "process:moment" for each start of the run that is to be struck, with commas
 between them. With KILLED_SIGNAL, torchrun is sent that signal instead.
 """
 
 import io
+import itertools
 import os
+import pkgutil
 import signal
 import sys
 from pathlib import Path
@@ -55,6 +57,36 @@ def kill_at(moment: int, number: int = signal.SIGKILL, process: int | None = Non
     around(files.os, "fsync")
     around(Path, "replace")
     around(training, "append_log")
+
+
+def strike_at(place: str, signals: dict[int, int]) -> None:
+    """Send this process a signal just before a call of the function `place`, from within the code that calls it.
+
+    Args:
+        signals: by the number of the call, from 1.
+    """
+    owner_name, name = place.rsplit(".", 1)
+    owner = pkgutil.resolve_name(owner_name)
+    original = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def striking(*args, **kwargs):
+        if number := signals.get(next(calls)):
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, striking)
+
+
+def run_struck(flags: list[str], place: str, signals: dict[int, int], env: dict[str, str], printed: Path) -> None:
+    """Run main.py with these flags and signals, printing to the files `printed`.out and .err; for a fresh process."""
+    torch.set_num_threads(1)
+    os.environ.update(env)
+    for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
+        os.dup2(os.open(printed.with_suffix(suffix), os.O_CREAT | os.O_WRONLY), stream.fileno())
+    strike_at(place, signals)
+    sys.argv = ["main.py", *flags]
+    main.run()
 
 
 def run(flags: list[str], moment: int, number: int) -> None:

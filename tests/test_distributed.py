@@ -266,3 +266,13 @@ def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
     assert f"0 epochs trained and {step} steps" in printed
     assert "Epoch [0]  [6/7]" in printed
     assert "Epoch [0]  [0/7]" not in printed
+
+
+def test_ctrl_c_to_torchrun(shapes, tmp_path, start):
+    """It passes Ctrl-C on; all processes stop in the same step."""
+    sigint = int(signal.SIGINT)
+    printed = output_of(killed_run(shapes, tmp_path, 2, "1:5", start, KILLED_SIGNAL=sigint), None)
+    assert printed.count("Ctrl-C: finishing this step; press it again to stop at once") == 1
+    assert printed.count("ended on request (exit code 130); to resume, repeat the command\n") == 1
+    assert "another process of this run has ended" not in printed
+    assert 0 < torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] < 7

@@ -1,61 +1,63 @@
 """Signals and Ctrl-C: no code takes them for a damaged file, and each ends the process with its exit code."""
 
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torchvision
 
-from tests.conftest import ROOT, TINY, assert_same_end
+import main
+from tests import killed
+from tests.conftest import ROOT, TINY, assert_same_end, free_port, log_lines
 from util.preemption import EXIT_CODE
 
-# Sends this process a signal just before the NUMBERth call of a function, from within the code that calls it.
-STRIKE = """
-import importlib, os, signal, sys
-import {module} as tool
-owner = importlib.import_module("{owner}")
-original, left = owner.{name}, [{number}]
-def strike(*args, **kwargs):
-    left[0] -= 1
-    if left[0] in {at}:
-        os.kill(os.getpid(), signal.{signal})
-    return original(*args, **kwargs)
-owner.{name} = strike
-{run}
-"""
+NOWHERE = "main.write_report"  # a function that training does not call
 
 
-def run_code(code: str, *flags: object) -> subprocess.CompletedProcess:
+def run_code(code: str, *flags: object, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, flags)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
         timeout=120,
         check=False,
     )
 
 
-def struck(place: str, name: str, *flags: object, number: int = 1, times: int = 1) -> subprocess.CompletedProcess:
-    """Run main.py with a signal at the given call of the function `place`, and at the calls right after it."""
-    owner, function = place.rsplit(".", 1)
-    at = tuple(range(0, -times, -1))
-    code = STRIKE.format(module="main", owner=owner, name=function, number=number, at=at, signal=name, run="tool.run()")
-    return run_code(code, *flags)
+@pytest.fixture
+def struck(tmp_path_factory):
+    """Runs main.py with a signal at the given call of a function, and at the calls right after it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.killed"])  # quickly: what it imports is imported already
+
+    def struck(
+        place: str, name: str, *flags: object, number: int = 1, times: int = 1, **env: str
+    ) -> subprocess.CompletedProcess:
+        signals = dict.fromkeys(range(number, number + times), int(getattr(signal, name)))
+        printed = tmp_path_factory.mktemp("printed") / "printed"
+        process = context.Process(target=killed.run_struck, args=(list(map(str, flags)), place, signals, env, printed))
+        process.start()
+        process.join(120)
+        out, err = (printed.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+        return subprocess.CompletedProcess(flags, process.exitcode, out, err)
+
+    return struck
 
 
 @pytest.fixture(scope="module")
 def trained(shapes, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
-    code = "import main; main.run()"
-    done = run_code(code, *TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", output)
-    assert done.returncode == 0, done.stderr
+    flags = (*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", output)
+    main.main(main.get_args_parser().parse_args([*map(str, flags)]))
     return output
 
 
@@ -70,7 +72,7 @@ def trained(shapes, tmp_path_factory):
     ],
     ids=["eval", "resume", "finetune", "backbone", "image"],
 )
-def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, place, flags, shapes, trained, tmp_path):
+def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, place, flags, shapes, trained, tmp_path, struck):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     paths = {"CHECKPOINT": trained / "checkpoint.pth", "BACKBONE": tmp_path / "resnet18.pth", "NEW": tmp_path / "new"}
     flags = [paths.get(flag, flag) for flag in ("--output_dir", trained, *flags)]
@@ -80,31 +82,29 @@ def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, place, flags, sh
     assert all(word not in printed for word in ("damaged", "skipped", "cannot be", "Traceback", "Error"))
 
 
-def test_a_signal_while_images_are_read_in_training_is_noted(shapes, tmp_path):
+def test_a_signal_while_images_are_read_in_training_is_noted(shapes, tmp_path, struck):
     """The step ends with all its images, and the run is resumed to the same end."""
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--on_bad_image", "skip", "--resume", "auto"]
     done = struck("datasets.coco.decode", "SIGTERM", *flags, "--output_dir", tmp_path / "struck", number=2)
     assert done.returncode == EXIT_CODE, done.stderr
     assert "could not be read" not in done.stdout
     for name in ("struck", "whole"):
-        assert run_code("import main; main.run()", *flags, "--output_dir", tmp_path / name).returncode == 0
+        assert struck(NOWHERE, "SIGTERM", *flags, "--output_dir", tmp_path / name).returncode == 0
     assert_same_end(tmp_path / "struck", tmp_path / "whole")
 
 
-def test_ctrl_c_finishes_the_step_and_saves(shapes, tmp_path):
+def test_ctrl_c_finishes_the_step_and_saves(shapes, tmp_path, struck):
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, "--num_workers", 1]
     done = struck("engine.logged_losses", "SIGINT", *flags)
     assert done.returncode == 130, done.stderr
     assert "Ctrl-C: finishing this step; press it again to stop at once" in done.stderr
     assert "to resume, repeat the command with --resume auto" in done.stdout
     assert "Traceback" not in done.stderr
-    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] in (
-        1,
-        2,
-    )  # noted on all processes at the next step
+    step = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"]
+    assert step in (1, 2)  # all processes learn of it in the following step
 
 
-def test_the_second_ctrl_c_ends_at_once(shapes, tmp_path):
+def test_the_second_ctrl_c_ends_at_once(shapes, tmp_path, struck):
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, "--num_workers", 1]
     done = struck("engine.logged_losses", "SIGINT", *flags, "--batch_size", 1, "--accum_steps", 6, times=2)
     assert done.returncode == 130, done.stderr
@@ -112,7 +112,7 @@ def test_the_second_ctrl_c_ends_at_once(shapes, tmp_path):
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
-def test_without_an_output_folder_nothing_can_be_resumed(shapes):
+def test_without_an_output_folder_nothing_can_be_resumed(shapes, struck):
     done = struck("engine.logged_losses", "SIGINT", *TINY, "--coco_path", shapes, "--epochs", 1)
     assert done.returncode == 130
     assert "warning: nothing will be saved, and the run cannot be resumed: name a folder by --output_dir" in done.stdout
@@ -122,19 +122,140 @@ def test_without_an_output_folder_nothing_can_be_resumed(shapes):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_tools_end_with_one_line(name, code, shapes, tmp_path):
-    program = STRIKE.format(
-        module="scripts.check_data", owner="datasets.coco", name="decode", number=1, at=(0,), signal=name,
-        run="from util.command import run_command; run_command(tool.main)",
-    )  # fmt: skip
+    program = f"""
+from scripts import check_data
+from tests.killed import strike_at
+from util.command import run_command
+strike_at("datasets.coco.decode", {{1: {int(getattr(signal, name))}}})
+run_command(check_data.main)
+"""
     done = run_code(program, "--coco_path", shapes, "--output_dir", tmp_path)
     assert done.returncode == code
     (line,) = done.stderr.splitlines()
     assert line == f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}"
 
 
+# Sends this process a signal when it is about to import torch; Python runs a file of this name at its start.
+STRIKE_AT_IMPORT = """
+import os, sys
+class Strike:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), int(os.environ["STRIKE_WITH"]))
+sys.meta_path.insert(0, Strike())
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "code"),
+    [
+        (["main.py"], "SIGTERM", EXIT_CODE),
+        (["main.py"], "SIGINT", 130),
+        (["-m", "scripts.convert"], "SIGINT", 130),
+        (["-m", "scripts.convert"], "SIGTERM", 143),
+    ],
+)
+def test_signals_while_modules_are_imported(command, name, code, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(STRIKE_AT_IMPORT)
+    strike = {"PYTHONPATH": str(tmp_path), "STRIKE_WITH": str(int(getattr(signal, name)))}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=os.environ | strike, check=False
+    )
+    assert done.returncode == code
+    assert done.stderr == f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("engine.CocoEvaluator.accumulate", 1),  # in the first evaluation
+        ("engine.CocoEvaluator.accumulate", 2),  # in the last one
+        ("training.append_log", 2),  # the run is finished by what it does next
+        ("main.kill_workers", 1),  # it is finished
+        ("main.leave_process_group", 1),
+    ],
+)
+def test_a_signal_near_the_end_of_a_run(place, number, shapes, tmp_path, struck):
+    """The exit code tells whether all epochs are in the log."""
+    flags = [*TINY, "--coco_path", shapes, "--epochs", 2, "--output_dir", tmp_path, "--num_workers", 1]
+    done = struck(place, "SIGTERM", *flags, number=number)
+    evaluated = place != "engine.CocoEvaluator.accumulate"
+    assert done.returncode == (0 if evaluated else EXIT_CODE), done.stderr
+    assert len(log_lines(tmp_path) if (tmp_path / "log.txt").exists() else []) == (2 if evaluated else number - 1)
+    assert "Traceback" not in done.stderr
+    assert ("ended on request" in done.stdout) != evaluated
+
+
+def test_a_request_that_python_loses_ends_the_process_nevertheless():
+    """An exception that is raised in `__del__` is printed and dropped."""
+    code = """
+import os, signal, time
+from util.preemption import stop_request
+class Lost:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+stop_request.install(75)
+Lost()
+time.sleep(100)
+"""
+    assert run_code(code).returncode == EXIT_CODE
+
+
+def test_ctrl_c_while_a_process_waits_for_another(shapes, tmp_path):
+    """C++ code waits there, in which Python runs no handlers."""
+    code = """
+import os, signal, threading, torch
+meet = torch.distributed.rendezvous
+def meet_and_strike(*args, **kwargs):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    return meet(*args, **kwargs)
+torch.distributed.rendezvous = meet_and_strike
+import main
+main.run()
+"""
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = run_code(code, *TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, **alone)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "stopped at once\n"
+
+
+@pytest.fixture
+def two_processes(struck):
+    """Runs main.py on two processes with a signal at a place of each; returns their exit codes and what they print."""
+
+    def run(strikes: list[tuple[str, str]], *flags: object) -> list[tuple[int, str]]:
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        with ThreadPoolExecutor(2) as pool:
+            runs = [
+                pool.submit(struck, place, name, *flags, RANK=str(rank), **meeting)
+                for rank, (place, name) in enumerate(strikes)
+            ]
+            return [(run.result().returncode, run.result().stdout + run.result().stderr) for run in runs]
+
+    return run
+
+
+def test_processes_stop_together_though_one_is_asked(shapes, tmp_path, two_processes):
+    flags = [*TINY, "--batch_size", 1, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path]
+    strikes = [(NOWHERE, "SIGINT"), ("engine.logged_losses", "SIGINT")]
+    (code, printed), (other_code, other_printed) = two_processes(strikes, *flags)
+    assert (code, other_code) == (130, 130), printed + other_printed
+    assert "ended on request (exit code 130); to resume, repeat the command with --resume auto" in printed
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] in (1, 2)
+
+
+def test_a_process_that_stops_earlier_does_not_make_the_other_fail(shapes, tmp_path, two_processes):
+    """One is asked in the evaluation, which it leaves at once, the other after it, where it waits for the next step."""
+    flags = [*TINY, "--coco_path", shapes, "--batch_size", 1, "--epochs", 2, "--output_dir", tmp_path]
+    strikes = [("training.append_log", "SIGTERM"), ("engine.CocoEvaluator.accumulate", "SIGTERM")]
+    (code, printed), (other_code, other_printed) = two_processes(strikes, *flags)
+    assert (code, other_code) == (EXIT_CODE, EXIT_CODE), printed + other_printed
+    assert "another process of this run has ended" not in printed
+
+
 @pytest.mark.slow
 def test_signals_at_random_moments_are_never_lost(shapes, tmp_path):
-    """Exit code 75 or 130 by the signal; 0 only if the run had finished; 143 before Python has set up its handlers."""
+    """Exit code 75 or 130 by the signal; 0 only if the run had finished."""
     flags = [sys.executable, ROOT / "main.py", *TINY, "--coco_path", shapes, "--epochs", 2, "--lr_drop", 1]
     flags = [*map(str, flags), "--resume", "auto", "--save_every", "1"]
     start = time.monotonic()
@@ -145,7 +266,7 @@ def test_signals_at_random_moments_are_never_lost(shapes, tmp_path):
         output = tmp_path / str(number)
         command = [*flags, "--output_dir", str(output), "--num_workers", str(number % 2)]
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        time.sleep(rng.uniform(0.2, duration))
+        time.sleep(rng.uniform(0.5, duration))
         name = rng.choice(["SIGTERM", "SIGUSR1", "SIGINT"])
         run.send_signal(getattr(signal, name))
         printed = run.communicate(timeout=120)[0]

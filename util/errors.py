@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from types import ModuleType
 
 # The words of gloo, NCCL and the store about a process that is gone.
 LOST_PEER = re.compile(
@@ -39,12 +38,16 @@ def what_to_do(error: Exception) -> str:
         return ""
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory, lower --batch_size or --max_size ({reason(error)})"
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and _is_lost_peer(error, torch):
+    if is_lost_peer(error):
         return f"another process of this run has ended; its own messages say why ({reason(error)})"
     if str(error).startswith("DataLoader worker"):
         return f"a process that loads data has died, perhaps for want of memory: lower --num_workers ({reason(error)})"
     return ""
 
 
-def _is_lost_peer(error: Exception, torch: ModuleType) -> bool:
-    return isinstance(error, torch.distributed.DistError) or bool(LOST_PEER.search(str(error)))
+def is_lost_peer(error: Exception) -> bool:
+    """Return whether an error says that another process of this run has ended."""
+    distributed = sys.modules.get("torch.distributed")
+    if not (distributed and distributed.is_available() and distributed.is_initialized()):
+        return False
+    return isinstance(error, distributed.DistError) or bool(LOST_PEER.search(str(error)))
