@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from datasets.coco import CocoDetection
+from datasets.images import MAX_MEGAPIXELS
 from datasets.samplers import EpochSampler, same_shape_batches
 from datasets.transforms import make_coco_transforms, resized_size
 from util.classes import Classes
@@ -60,6 +61,7 @@ def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | N
         on_bad_image=getattr(args, "on_bad_image", "error"),
         classes=classes,
         labelled=split != "test",
+        max_megapixels=getattr(args, "max_megapixels", MAX_MEGAPIXELS),
     )
     if overfit:
         images_a_step = args.batch_size * args.accum_steps * get_world_size()

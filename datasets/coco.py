@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.annotations import check_image_files, read_annotations
-from datasets.images import EXIF_ORIENTATION, EXIF_QUARTER_TURNS, decode
+from datasets.images import MAX_MEGAPIXELS, Picture, image_size, read_image
 from datasets.records import Objects, Records
-from datasets.transforms import Target, Transform, normalize_boxes
+from datasets.transforms import Target, Transform, normalize_boxes, scale_target
 from util.classes import Classes
-from util.errors import InputError, reason
+from util.errors import InputError
 
 MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less may vanish when float32 scales it
 
@@ -62,6 +60,7 @@ class CocoDetection(Dataset):
             "error" raises InputError, "skip" takes the next one in its place.
         classes: those of a model or of the training data, whose labels are to be used; by default the file's own.
         labelled: False for a test set, whose file holds no annotations.
+        max_megapixels: see `datasets.images.read_image`.
 
     `classes` then holds those of the file, and `coco` its contents, with labels in the place of category ids.
 
@@ -79,6 +78,7 @@ class CocoDetection(Dataset):
         on_bad_image: str = "error",
         classes: Classes | None = None,
         labelled: bool = True,
+        max_megapixels: int = MAX_MEGAPIXELS,
     ) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
@@ -87,6 +87,7 @@ class CocoDetection(Dataset):
         self.records = Records(self.coco)
         self.transforms = transforms
         self.on_bad_image = on_bad_image
+        self.max_megapixels = max_megapixels
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are at work see it change
         if len(self) == 0:
@@ -122,16 +123,18 @@ class CocoDetection(Dataset):
         Raises:
             InputError: where the image is bad, or in skipping, where all are.
         """
-        index, image, skipped = self._load_from(range(len(self))[index])
-        height, width = image.shape[1:]
-        target = make_target(int(self.records.ids[index]), self.records.objects_of(index), width, height)
+        index, picture, skipped = self._load_from(range(len(self))[index])
+        image = picture.pixels
+        target = make_target(int(self.records.ids[index]), self.records.objects_of(index), *picture.size)
+        if picture.decoded_size != picture.size:
+            target = scale_target(target, picture.size, picture.decoded_size)
         if skipped:
             target["skipped"] = torch.tensor(skipped)
         rng = random.Random(f"{self.seed} {self._epoch.item()} {index}")
         image, target = self.transforms(image, target, rng)
         return image, normalize_boxes(target, width=image.shape[2], height=image.shape[1])
 
-    def _load_from(self, start: int) -> tuple[int, Tensor, list[int]]:
+    def _load_from(self, start: int) -> tuple[int, Picture, list[int]]:
         """The first image from index `start` on that can be used: its index, itself, the ids of those skipped."""
         skipped: list[int] = []
         while True:
@@ -145,35 +148,31 @@ class CocoDetection(Dataset):
                 if len(skipped) == len(self):
                     raise InputError(f"none of {len(self)} images can be used; the last: {error}") from error
 
-    def load_image(self, index: int) -> Tensor:
-        """uint8 [3, H, W] as stored (EXIF orientation is not applied: COCO's coordinates are of the stored pixels).
+    def load_image(self, index: int) -> Picture:
+        """Read an image as stored (EXIF orientation is not applied: COCO's coordinates are of the stored pixels).
 
-        Raises InputError where it cannot be decoded or its size is not the annotated one.
+        Raises InputError if it cannot be read or its size is not the annotated one.
         """
         path = self.image_folder / self.records.file_name(index)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about sizes and metadata that keep no image from being used
-                with Image.open(path) as file:
-                    problem = self._size_problem(file, *self.records.sizes[index].tolist())
-                    if not problem:
-                        return decode(file)
-        except Exception as error:  # decoders raise many types on broken files
-            problem = f"cannot be decoded ({reason(error)})"
-        raise InputError(f"{path} (image id {self.records.ids[index]}): {problem}")
+            picture = read_image(path, max_megapixels=self.max_megapixels)
+            self._check_size(path, picture.size, *self.records.sizes[index].tolist())
+        except InputError as error:
+            raise InputError(f"{path} (image id {self.records.ids[index]}): {error}") from error
+        return picture
 
-    def _size_problem(self, file: Image.Image, width: int, height: int) -> str:
-        """What is wrong with the size of an image file, of which width and height are annotated (0: unknown)."""
-        width, height = width or file.width, height or file.height
-        if file.size == (width, height):
-            return ""
-        problem = f"is {file.width}×{file.height}, but {self.annotation_file} says {width}×{height}"
-        if file.size != (height, width) or file.getexif().get(EXIF_ORIENTATION) not in EXIF_QUARTER_TURNS:
-            return problem
-        return (
-            f"{problem}, its size when turned as its EXIF orientation says, which is not applied: "
-            "store the image turned and without EXIF, or annotate it as it is stored"
-        )
+    def _check_size(self, path: Path, size: tuple[int, int], width: int, height: int) -> None:
+        """Raise InputError if an image file is not of the annotated width and height (0: unknown)."""
+        annotated = width or size[0], height or size[1]
+        if size == annotated:
+            return
+        problem = f"is {size[0]}×{size[1]}, but {self.annotation_file} says {annotated[0]}×{annotated[1]}"
+        if image_size(path, upright=True) == annotated:
+            problem += (
+                ", its size when turned as its EXIF orientation says, which is not applied: "
+                "store the image turned and without EXIF, or annotate it as it is stored"
+            )
+        raise InputError(problem)
 
     def describe_skipped(self, ids: Iterable[int]) -> str:
         """How many images, and which, a run passed over: a line for its user."""

@@ -1,55 +1,213 @@
-"""Reading image files as uint8 tensors."""
+"""Reading image files as uint8 tensors, for everything that reads images: one place that opens, checks and decodes."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2.functional import pil_to_tensor
+
+from datasets.depth import to_rgb8
+from util.errors import InputError, reason
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # Pillow also knows some that run other programs
+MAX_MEGAPIXELS = 100
+JPEG_REDUCTIONS = (2, 4, 8)  # that its blocks of 8 × 8 pixels can be decoded at
 
 EXIF_ORIENTATION = 0x0112
-EXIF_QUARTER_TURNS = (5, 6, 7, 8)
+EXIF_QUARTER_TURNS = (5, 6, 7, 8)  # rows become columns, and then the axes below are flipped
+EXIF_FLIPS = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+PNG_XMP = b"XML:com.adobe.xmp\0\0"  # keyword and flag of uncompressed XMP
+
+MOST_NAMES = 3  # of a list
 
 
-def decode(file: Image.Image) -> Tensor:
-    """The stored pixels of a file that PIL has opened, as uint8 [3, H, W], in memory with the channels last.
+@dataclass
+class Picture:
+    """A decoded image file.
 
-    Opening has checked the header, and the number of pixels that it claims. JPEGs without a fourth channel are decoded
-    by torchvision, to the pixels that PIL would return; PIL decodes everything else, and finds the words for what is
-    damaged. Other formats gain nothing: PNGs take as long to inflate, and torchvision's decoder prints warnings.
-
-    Raises what PIL raises for files that cannot be decoded.
+    Attributes:
+        pixels: uint8 [3, H, W], with the channels last in memory.
+        size: (width, height) of the file, which `pixels` has too unless the file was too large to be decoded in full.
+        notes: what a user should know about how the file was understood; mostly empty.
     """
-    if file.format == "JPEG" and file.mode in ("L", "RGB"):
-        file.fp.seek(0)
-        encoded = torch.frombuffer(bytearray(file.fp.read()), dtype=torch.uint8)
-        with contextlib.suppress(RuntimeError):
-            return decode_jpeg(encoded, ImageReadMode.RGB)
-    return pil_to_tensor(to_rgb(file))
+
+    pixels: Tensor
+    size: tuple[int, int]
+    notes: list[str]
+
+    @property
+    def decoded_size(self) -> tuple[int, int]:
+        """The (width, height) of `pixels`."""
+        return self.pixels.shape[2], self.pixels.shape[1]
 
 
-def decode_upright(file: Image.Image) -> Tensor:
-    """As `decode`, but turned as the file's EXIF orientation says, which is how photos are shown."""
-    if _orientation(file) == 1:
-        return decode(file)
-    return pil_to_tensor(ImageOps.exif_transpose(to_rgb(file)))
+def read_image(path: Path, upright: bool = False, max_megapixels: int = MAX_MEGAPIXELS) -> Picture:
+    """Decode an image file: of several frames the first, of deep colours 8 bits (`datasets.depth`).
+
+    JPEGs of more than `max_megapixels` are decoded at a half, a quarter or an eighth of their size.
+
+    Args:
+        upright: turned as the file's EXIF orientation says, which is how photos are shown; else as stored.
+
+    Raises:
+        InputError: for a file that is missing, damaged, too large or not of one of `FORMATS`. The message says what is
+            wrong, not which file it is.
+    """
+    with contextlib.ExitStack() as files:
+        image, file = files.enter_context(_opened(path))
+        notes = []
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            notes.append("several frames, of which the first is used")
+        size, orientation = image.size, _orientation(image) if upright else 1
+        if reduction := _reduction(image, file, max_megapixels):
+            image.draft(None, tuple(max(side // reduction, 1) for side in size))
+            notes.append(f"more than {max_megapixels} megapixels, decoded at 1/{reduction} of its size")
+        rgb = None if reduction else _decode_jpeg(image, file)
+        if rgb is None:
+            rgb, note = to_rgb8(image, lambda: files.enter_context(_opened(path))[0])
+            notes += [note] if note else []
+    pixels = torch.from_numpy(_turn(rgb, orientation)).permute(2, 0, 1)
+    return Picture(pixels, _turned_size(size, orientation), notes)
 
 
-def upright_size(file: Image.Image) -> tuple[int, int]:
-    """The (width, height) that `decode_upright` returns, read from the header."""
-    return file.size[::-1] if _orientation(file) in EXIF_QUARTER_TURNS else file.size
+def image_size(path: Path, upright: bool = False) -> tuple[int, int]:
+    """Return the (width, height) of an image file from its header; for `upright` and errors see `read_image`."""
+    with _opened(path) as (image, _):
+        return _turned_size(image.size, _orientation(image) if upright else 1)
 
 
-def _orientation(file: Image.Image) -> int:
-    """1 for files to be shown as stored; PIL turns TIFFs by itself."""
-    return 1 if file.format == "TIFF" else file.getexif().get(EXIF_ORIENTATION, 1)
+def summarize_notes(notes: Iterable[tuple[str, Iterable[str]]]) -> Iterator[str]:
+    """Yield a line for each different note of images: how many have it, and some of their names.
+
+    Args:
+        notes: name and notes of each image.
+    """
+    names: dict[str, list[str]] = {}
+    for name, of_image in notes:
+        for note in of_image:
+            names.setdefault(note, []).append(name)
+    for note, having in names.items():
+        some = ", ".join(having[:MOST_NAMES]) + (", .." if len(having) > MOST_NAMES else "")
+        yield f"{len(having)} image{'' if len(having) == 1 else 's'}: {note} ({some})"
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode with 8 bits for each of red, green and blue; what is transparent keeps its colour."""
-    if image.mode.startswith("I"):  # 16 bits of grey, of which PIL would clip all but the darkest 256 to white
-        image = image.convert("I").point(lambda value: value / 257 + 0.5)
-    return image.convert("RGB")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """Open a file with Pillow; within the block, whatever its decoders raise becomes an InputError."""
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+            raise InputError("cannot be read (not a regular file)")
+        with path.open("rb") as file:
+            yield _identify(file), file
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise many types on damaged files
+        if strerror := getattr(error, "strerror", None):
+            raise InputError(f"cannot be read ({strerror})") from error
+        raise InputError(f"cannot be decoded ({reason(error)})") from error
+
+
+def _identify(file: BinaryIO) -> Image.Image:
+    """Return the image of an open file, as `Image.open` without its limit, which would refuse what can be reduced."""
+    start = file.read(16).ljust(16)
+    for load_plugins in (Image.preinit, Image.init):  # first the common ones alone, which takes less time
+        load_plugins()
+        for name in FORMATS:
+            factory, accepts = Image.OPEN.get(name, (None, None))
+            if factory and accepts(start) is True:  # a text says that this Pillow lacks the format's library
+                file.seek(0)
+                try:
+                    return factory(_without_texts(file) if name == "PNG" else file)
+                except SyntaxError as error:  # Pillow's word for a bad header
+                    raise InputError(f"cannot be decoded (a damaged {name} file)") from error
+    raise InputError(f"cannot be decoded (not an image, or not in one of the formats {', '.join(FORMATS)})")
+
+
+def _without_texts(file: BinaryIO) -> BinaryIO:
+    """Return a PNG file without its texts and colour profile: Pillow refuses long ones, and none is used here.
+
+    Uncompressed XMP stays, since it may hold the orientation.
+    """
+    size, start, kept = file.seek(0, io.SEEK_END), len(PNG_SIGNATURE), [slice(0, len(PNG_SIGNATURE))]
+    while start < size:
+        file.seek(start)
+        header = file.read(8 + len(PNG_XMP))  # length, kind, and the beginning of the contents
+        end, kind = start + 12 + int.from_bytes(header[:4], "big"), header[4:8]
+        if kind not in PNG_TEXTS or header[8:] == PNG_XMP:
+            kept.append(slice(start, end))
+        start = end
+    file.seek(0)
+    if sum(part.stop - part.start for part in kept) == start:
+        return file
+    contents = file.read()
+    return io.BytesIO(b"".join(contents[part] for part in kept))
+
+
+def _reduction(image: Image.Image, file: BinaryIO, max_megapixels: int) -> int:
+    """Return 0 for an image of at most `max_megapixels`, or by what the sides of a larger JPEG are to be divided.
+
+    Only JPEGs of a single scan take less memory when they are decoded to fewer pixels.
+    """
+    width, height = image.size
+    if width * height <= max_megapixels * 1e6:
+        return 0
+    for reduction in JPEG_REDUCTIONS if _has_one_scan(image, file) else ():
+        if -(-width // reduction) * -(-height // reduction) <= max_megapixels * 1e6:
+            return reduction
+    raise InputError(
+        f"has {width:,}×{height:,} pixels, more than {max_megapixels} megapixels: "
+        "store it smaller, or raise --max_megapixels"
+    )
+
+
+def _has_one_scan(image: Image.Image, file: BinaryIO) -> bool:
+    """Tell whether a file is a JPEG whose first scan holds all channels of all pixels."""
+    if image.format not in ("JPEG", "MPO") or "progressive" in image.info:
+        return False
+    length = 6 + 2 * image.layers  # of the scan's header, after which Pillow has stopped
+    file.seek(-2 - length, io.SEEK_CUR)
+    return file.read(5) == b"\xff\xda" + length.to_bytes(2, "big") + bytes([image.layers])
+
+
+def _decode_jpeg(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
+    """Return the pixels [H, W, 3] of a JPEG, as Pillow would in more time; None where Pillow has to.
+
+    That is for other formats, four channels, and damaged files, for which Pillow finds the better words.
+    """
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+        return None
+    file.seek(0)
+    encoded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+    try:
+        return decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    except RuntimeError:
+        return None
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1 for images to be shown as stored, and for TIFFs, which Pillow turns itself."""
+    return 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn stored pixels [H, W, 3] as an EXIF orientation says."""
+    if orientation in EXIF_QUARTER_TURNS:
+        pixels = pixels.swapaxes(0, 1)
+    return np.ascontiguousarray(np.flip(pixels, EXIF_FLIPS.get(orientation, ())))
+
+
+def _turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return the (width, height) after `_turn`."""
+    return size[::-1] if orientation in EXIF_QUARTER_TURNS else size

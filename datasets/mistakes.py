@@ -9,9 +9,11 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_api
+from torchvision.transforms.v2.functional import to_pil_image
 
 from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
+from datasets.images import Picture
 from datasets.records import Objects
 from util.classes import Classes
 from util.pictures import annotate, side_by_side
@@ -43,10 +45,10 @@ class Comparison:
         """How many objects are missed and detections false."""
         return int(self.missed.sum() + self.false.sum())
 
-    def draw(self, image: Image.Image, classes: Classes) -> Image.Image:
-        """The ground truth beside the detections, with names, scores, and which of them are missed or false."""
-        scale = np.clip(max(image.size), *PANEL) / max(image.size)
-        image = image.resize([max(1, round(side * scale)) for side in image.size])
+    def draw(self, picture: Picture, classes: Classes) -> Image.Image:
+        """The ground truth next to the detections, with names, scores, and which of them are missed or false."""
+        scale = np.clip(max(picture.size), *PANEL) / max(picture.size)
+        image = to_pil_image(picture.pixels).resize([max(1, round(side * scale)) for side in picture.size])
         labels = self.objects.labels.tolist(), self.found[:, 0].astype(int).tolist()
         names = [[classes.name_of(label) for label in of_panel] for of_panel in labels]
         truth = [f"{name}{' missed' * int(missed)}" for name, missed in zip(names[0], self.missed, strict=True)]
@@ -114,8 +116,7 @@ def worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, number: int) 
 
 def draw_image(dataset: CocoDetection, classes: Classes, position: int, comparison: Comparison) -> Image.Image:
     """An image of a data set with its comparison."""
-    pixels = dataset.load_image(position).permute(1, 2, 0).numpy()
-    return comparison.draw(Image.fromarray(pixels), classes)
+    return comparison.draw(dataset.load_image(position), classes)
 
 
 def draw_examples(

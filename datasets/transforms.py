@@ -69,17 +69,23 @@ def resized_size(width: int, height: int, size: int, max_size: int | None = None
     return (size, int(size * height / width)) if width < height else (int(size * width / height), size)
 
 
+def scale_target(target: Target, old: tuple[int, int], new: tuple[int, int]) -> Target:
+    """The target of an image whose (width, height) changes from `old` to `new`."""
+    (width, height), (ratio_w, ratio_h) = new, (new[0] / old[0], new[1] / old[1])
+    target = target | {"size": torch.tensor([height, width])}
+    if "boxes" in target:
+        scale = torch.tensor([ratio_w, ratio_h, ratio_w, ratio_h], dtype=torch.float32)
+        target |= {"boxes": target["boxes"] * scale, "area": target["area"] * (ratio_w * ratio_h)}
+    return target
+
+
 def resize(
     image: Tensor, target: Target, size: int | tuple[int, int], max_size: int | None = None
 ) -> tuple[Tensor, Target]:
     """Scales to a short side of `size`, at most `max_size` long, or to `size` = (width, height); antialiased."""
     old_height, old_width = image.shape[1:]
     width, height = size if isinstance(size, list | tuple) else resized_size(old_width, old_height, size, max_size)
-    ratio_w, ratio_h = width / old_width, height / old_height
-    target = target | {"size": torch.tensor([height, width])}
-    if "boxes" in target:
-        scale = torch.tensor([ratio_w, ratio_h, ratio_w, ratio_h], dtype=torch.float32)
-        target |= {"boxes": target["boxes"] * scale, "area": target["area"] * (ratio_w * ratio_h)}
+    target = scale_target(target, (old_width, old_height), (width, height))
     image = image[None].contiguous(memory_format=torch.channels_last)[0]  # a crop is not; twice as fast
     return F.resize(image, [height, width]), target
 

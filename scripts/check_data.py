@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from datasets import build_dataset
 from datasets.coco import CocoDetection
+from datasets.images import summarize_notes
 from datasets.transforms import resized_size
 from util.args import check_args, get_args_parser
 from util.command import run_command
@@ -54,6 +55,7 @@ class Split:
         sizes: [M, 2] width and height of the images, 0 of those that cannot be read.
         digests: of the image files, by their position; None where there is none.
         unreadable: what is wrong with each image that cannot be used.
+        notes: name and notes of each image that can.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Split:
     sizes: np.ndarray
     digests: list[bytes | None]
     unreadable: list[str]
+    notes: list[tuple[str, list[str]]]
 
     @cached_property
     def targets(self) -> np.ndarray:
@@ -105,18 +108,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def look_through(name: str, dataset: CocoDetection) -> Split:
     """Reads all images of a data set."""
 
-    def read(index: int) -> tuple[tuple[int, int], bytes | None, str]:
+    def read(index: int) -> tuple[tuple[int, int], bytes | None, str, tuple[str, list[str]]]:
+        name = dataset.records.file_name(index)
         try:
-            height, width = dataset.load_image(index).shape[1:]
+            picture = dataset.load_image(index)
         except InputError as error:
-            return (0, 0), None, str(error)
-        path = dataset.image_folder / dataset.records.file_name(index)
-        return (width, height), hashlib.sha256(path.read_bytes()).digest(), ""
+            return (0, 0), None, str(error), (name, [])
+        digest = hashlib.sha256((dataset.image_folder / name).read_bytes()).digest()
+        return picture.size, digest, "", (name, picture.notes)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         read_all = tqdm(pool.map(read, range(len(dataset))), f"reading {name}", len(dataset), leave=False, disable=None)
-        sizes, digests, problems = zip(*read_all, strict=True)
-    return Split(name, dataset, np.array(sizes), list(digests), [problem for problem in problems if problem])
+        sizes, digests, problems, notes = zip(*read_all, strict=True)
+    return Split(name, dataset, np.array(sizes), list(digests), list(filter(None, problems)), list(notes))
 
 
 def describe(split: Split, args: argparse.Namespace) -> Iterator[str]:
@@ -197,6 +201,8 @@ def suspect(train: Split, val: Split, args: argparse.Namespace) -> Iterator[str]
     for split in (train, val):
         if bad := split.unreadable:
             yield f"{len(bad)} {split.name} images cannot be used: {listed(bad)}"
+        for line in summarize_notes(split.notes):
+            yield f"{split.name}: {line}"
         counts = np.bincount(split.dataset.records.image_of_object[split.targets], minlength=1)
         if crowded := int((counts > args.num_queries).sum()):
             yield (
@@ -240,12 +246,12 @@ def write_page(split: Split, folder: Path) -> Path:
 
 def picture(dataset: CocoDetection, index: int) -> Image.Image:
     """An image with its targets, at the size of a cell of the page."""
-    stored = to_pil_image(dataset.load_image(index))
-    image = ImageOps.contain(stored, CELL)
+    stored = dataset.load_image(index)
+    image = ImageOps.contain(to_pil_image(stored.pixels), CELL)
     objects = dataset.records.objects_of(index)
     objects = objects.select(~objects.crowds)
     x, y, width, height = objects.boxes.T
-    corners = np.stack([x, y, x + width, y + height], axis=1) * (image.width / stored.width)
+    corners = np.stack([x, y, x + width, y + height], axis=1) * (image.width / stored.size[0])
     labels = objects.labels.tolist()
     return annotate(image, corners.tolist(), labels, [dataset.classes.name_of(label) for label in labels])
 

@@ -6,13 +6,11 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
-
-from PIL import Image, UnidentifiedImageError
 
 from datasets.annotations import CONTROL_CHARACTERS
 from util.errors import InputError, reason
@@ -133,27 +131,40 @@ def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Repo
     return list(chosen.values())
 
 
-def open_image(source: Source, use: Callable[[Image.Image], Result]) -> Result | InputError:
-    """What a function makes of an image file; where that cannot be read, an error that names it.
-
-    The error is a value, for threads to hand over.
-    """
-    try:
-        with Image.open(source.path) as file:
-            return use(file)
-    except UnidentifiedImageError:
-        problem = "not an image, or of a format that is not known"
-    except Exception as error:  # decoders raise many types on broken files
-        problem = getattr(error, "strerror", None) or reason(error)
-    return InputError(f"{source}: cannot be read ({problem}), skipped")
-
-
-def prefetch(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """`function` of every item, in order; the pool works on up to `ahead` items that are not asked for yet."""
-    pending = deque()
+def bounded_batches(
+    items: Iterable[Item], number: int, weigh: Callable[[Item], int], most: int
+) -> Iterator[list[Item]]:
+    """Yield the items in lists of at most `number`, shorter ones if together they would weigh more than `most`."""
+    batch, load = [], 0
     for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
+        weight = weigh(item)
+        if batch and (len(batch) == number or load + weight > most):
+            yield batch
+            batch, load = [], 0
+        batch.append(item)
+        load += weight
+    if batch:
+        yield batch
+
+
+def prefetch(
+    pool: Executor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    ahead: int,
+    weigh: Callable[[Item], int] = lambda item: 0,
+    most: int = 0,
+) -> Iterator[Result]:
+    """Yield `function` of every item, in order; the pool works on some that are not asked for yet.
+
+    They are at most `ahead` items, or fewer if together they would weigh more than `most`.
+    """
+    pending: deque[tuple[Future, int]] = deque()
+    for item in items:
+        weight = weigh(item)
+        while len(pending) >= ahead or (pending and sum(w for _, w in pending) + weight > most):
+            yield pending.popleft()[0].result()
+        pending.append((pool.submit(function, item), weight))
+        del item  # a picture is not to be kept here as well
     while pending:
-        yield pending.popleft().result()
+        yield pending.popleft()[0].result()

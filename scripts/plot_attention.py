@@ -15,7 +15,6 @@ if not __package__:  # run as a file, for which Python looks for modules in scri
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,18 +23,17 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 from torch import Tensor
 from torchvision.ops import nms
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from datasets.images import decode
+from datasets.images import read_image
 from scripts.detector import load_detector
 from util.attention_maps import AttentionMaps, View, view
 from util.box_ops import box_cxcywh_to_xyxy
 from util.classes import Classes
 from util.command import run_command
-from util.errors import InputError, reason
+from util.errors import InputError
 from util.files import replacing
 from util.pictures import draw_boxes
 
@@ -61,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     which.add_argument("--top", default=3, type=int, metavar="N", help="draw the queries of the N best detections")
     which.add_argument("--queries", nargs="+", type=int, metavar="Q", help="draw these queries, counted from 0")
     add("--layer", default=-1, type=int, help="from 0, or from -1 backwards; in layer 0, content holds positions too")
+    add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     args = parser.parse_args(argv)
 
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--output {args.output}: the file's name must end in one of .{', .'.join(sorted(formats))}")
     detector = load_detector(args.checkpoint, args.device)
     check_numbers(args, detector.args.num_queries, detector.args.dec_layers)
-    image = detector.resize(read_image(args.image))
+    image = detector.resize(read_pixels(args.image, args.max_megapixels))
     seen = view(detector.model, image.to(detector.device), args.layer)
     queries = args.queries or best_queries(seen, args.top)
     figure = draw_page(image, seen, queries, detector.classes)
@@ -89,20 +88,12 @@ def check_numbers(args: argparse.Namespace, num_queries: int, num_layers: int) -
         raise InputError(f"--layer {args.layer}: the model's decoder layers are 0 to {num_layers - 1}")
 
 
-def read_image(path: Path) -> Tensor:
-    """The stored pixels of an image file, uint8 [3, H, W].
-
-    Raises InputError where there is none, or it cannot be decoded.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such image")
+def read_pixels(path: Path, max_megapixels: int) -> Tensor:
+    """Return the stored pixels of an image file, uint8 [3, H, W]; raise InputError if it cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes and metadata that keep no image from being used
-            with Image.open(path) as file:
-                return decode(file)
-    except Exception as error:  # decoders raise many types on broken files
-        raise InputError(f"{path}: cannot be decoded ({reason(error)})") from error
+        return read_image(path, max_megapixels=max_megapixels).pixels
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def best_queries(seen: View, number: int) -> list[int]:

@@ -28,56 +28,34 @@ import argparse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from datasets.images import decode, decode_upright, upright_size
+from datasets.images import image_size, read_image, summarize_notes
 from datasets.results import coco_results, write_results
 from datasets.samplers import same_shape_batches
 from datasets.transforms import resized_size
 from scripts.detector import Detector, load_detector
 from scripts.gallery import Entry, image_entry, video_entry, write_gallery
-from scripts.inputs import Report, Source, find_sources, open_image, prefetch, with_annotated_ids
-from scripts.video import VideoReader, write_video
+from scripts.inputs import Report, Source, bounded_batches, find_sources, prefetch, with_annotated_ids
+from scripts.photo import GALLERY_SIDE, MAX_JPEG_SIDE, Found, Photo, file_name, save, weight_of
+from scripts.video import Frame, VideoReader, write_video
 from util.args import worker_count
 from util.command import run_command
-from util.errors import InputError, reason
+from util.errors import InputError
 from util.logger import log, warn
-from util.pictures import annotate
 
-GALLERY_SIDE = 1280  # pixels: enough for a screen, a tenth of a photo's bytes
-MAX_JPEG_SIDE = 65_500  # pixels; what the format holds
+MOST_PIXELS = 128_000_000  # of images that wait to be looked at, are, or wait to be drawn: 10 photos of a phone each
 
-Found = dict[str, Tensor]  # as `PostProcess` gives it
 Item, Result = TypeVar("Item"), TypeVar("Result")
-
-
-@dataclass
-class Photo:
-    """An image on its way: threads read and draw it, the model looks at it in between.
-
-    Attributes:
-        source: the file that it comes from.
-        image_id: its id in results.
-        pixels: uint8 [3, h, w].
-        resized: the same at the model's size.
-        found: what the model found; empty before.
-    """
-
-    source: Source
-    image_id: int | str
-    pixels: Tensor
-    resized: Tensor
-    found: Found = field(default_factory=dict)
 
 
 class Prediction:
@@ -95,7 +73,8 @@ class Prediction:
         self.detector = detector
         self.pool = pool
         self.report = report
-        self.found: dict[Source, list[tuple[int | str, Found]]] = {}  # by image id; a video has many
+        self.found: dict[Source, list[tuple[int | str, Found, Fraction | None]]] = {}  # id and, for frames, time
+        self.notes: list[tuple[str, list[str]]] = []  # on images, by name
         self.entries: dict[Source, Entry] = {}  # of the gallery
 
     def images(self, sources: Sequence[Source]) -> None:
@@ -104,12 +83,15 @@ class Prediction:
         usable = [(source, size) for source, size in sizes if self._is_usable(size)]
         limits = self.detector.args.min_size, self.detector.args.max_size
         shapes = [resized_size(*size, *limits) for _, size in usable]
-        batches = [[usable[i][0] for i in batch] for batch in same_shape_batches(shapes, self.args.batch_size)]
-        photos = self._in_threads(self._read, chain.from_iterable(batches))
+        pixels = {source: width * height for source, (width, height) in usable}
+        of_one_shape = [[usable[i][0] for i in batch] for batch in same_shape_batches(shapes, self.args.batch_size)]
+        batches = [part for batch in of_one_shape for part in self._batches(batch, pixels.__getitem__)]
+        photos = self._in_threads(self._read, chain.from_iterable(batches), pixels.__getitem__)
         detected = self._detect(islice(photos, len(batch)) for batch in batches)
         with tqdm(total=len(usable), desc="images", disable=None) as bar:
-            for photo, entry in self._in_threads(self._draw, detected):
-                self.found[photo.source] = [(photo.image_id, photo.found)]
+            for photo, entry in self._in_threads(self._draw, detected, weight_of):
+                self.found[photo.source] = [(photo.image_id, photo.found, None)]
+                self.notes.append((str(photo.source), photo.notes))
                 self.entries[photo.source] = entry
                 bar.update()
 
@@ -120,9 +102,14 @@ class Prediction:
         except InputError as error:
             self.report(f"{source}: {error}, skipped")
             return
-        photos = self._in_threads(self._frame, self._until_damaged(source, reader))
-        detected = self._detect(iter(lambda: list(islice(photos, self.args.batch_size)), []))
-        drawn = self._in_threads(lambda photo: (photo, self._annotated(photo)), detected)
+        frames = self._until_damaged(source, reader)
+        photos = self._in_threads(self._photo_of, frames, lambda frame: frame[1].pixels[..., 0].size)
+        detected = self._detect(self._batches(photos, weight_of))
+        drawn = self._in_threads(
+            lambda photo: (photo, photo.annotated(self.args.threshold, self.detector.classes)),
+            detected,
+            weight_of,
+        )
         first = next(drawn, None)
         if first is None:
             return
@@ -130,24 +117,39 @@ class Prediction:
         self.found[source] = []
         with (
             tqdm(total=reader.length, desc=str(source), disable=None) as bar,
-            write_video(path, reader.rate, first[1].size) as write,
+            write_video(path, reader.rate, reader.time_base, first[1].size) as write,
         ):
             for photo, image in chain([first], drawn):
-                write(image)
-                self.found[source].append((photo.image_id, photo.found))
+                write(image, *photo.frame)
+                self.found[source].append((photo.image_id, photo.found, photo.frame[0]))
                 bar.update()
         self.entries[source] = video_entry(str(source), path.relative_to(self.args.output))
 
     def results(self, sources: Iterable[Source]) -> Iterator[dict[str, Any]]:
         """All detections in COCO's result format, in the order of the sources."""
         for source in sources:
-            for image_id, found in self.found.get(source, ()):
+            for image_id, found, time in self.found.get(source, ()):
                 boxes = box_convert(found["boxes"], "xyxy", "xywh")
                 detections = zip(*(part.tolist() for part in (found["labels"], found["scores"], boxes)), strict=True)
-                yield from coco_results(image_id, detections, self.detector.classes)
+                for result in coco_results(image_id, detections, self.detector.classes):
+                    yield result if time is None else result | {"time": round(float(time), 6)}
 
-    def _in_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        return prefetch(self.pool, function, items, ahead=self.args.num_workers + self.args.batch_size)
+    def summary(self) -> str:
+        """Say how many boxes are drawn or, if none is, how far the threshold is from the best."""
+        scores = [found["scores"] for of_source in self.found.values() for _, found, _ in of_source]
+        number = sum(int((of_image >= self.args.threshold).sum()) for of_image in scores)
+        if number:
+            return f"{number:,} {'box scores' if number == 1 else 'boxes score'} {self.args.threshold:g} or more"
+        highest = max(of_image.max().item() for of_image in scores)
+        return f"no box scores {self.args.threshold:g} or more, the highest score is {highest:.2g}: lower --threshold"
+
+    def _in_threads(
+        self, function: Callable[[Item], Result], items: Iterable[Item], weigh: Callable[[Item], int] = lambda _: 0
+    ) -> Iterator[Result]:
+        return prefetch(self.pool, function, items, self.args.num_workers + self.args.batch_size, weigh, MOST_PIXELS)
+
+    def _batches(self, items: Iterable[Item], weigh: Callable[[Item], int]) -> Iterator[list[Item]]:
+        return bounded_batches(items, self.args.batch_size, weigh, MOST_PIXELS)
 
     def _detect(self, batches: Iterable[Iterable[Photo | InputError]]) -> Iterator[Photo]:
         """The photos of batches, with what the model finds."""
@@ -155,10 +157,10 @@ class Prediction:
             photos = [photo for photo in batch if self._is_usable(photo)]
             if not photos:
                 continue
-            sizes = [photo.pixels.shape[1:] for photo in photos]
-            found = self.detector.detect([photo.resized for photo in photos], sizes)
-            for photo, photo.found in zip(photos, found, strict=True):
-                yield photo
+            found = self.detector.detect([photo.resized for photo in photos], [photo.size[::-1] for photo in photos])
+            for of_photo in found:
+                photos[0].found = of_photo
+                yield photos.pop(0)  # to be held no longer than until it is drawn
 
     def _is_usable(self, item: Any) -> bool:
         """Reports what is an error; errors come as values, since threads go on meanwhile."""
@@ -167,58 +169,46 @@ class Prediction:
         return not isinstance(item, InputError)
 
     def _size(self, source: Source) -> tuple[int, int] | InputError:
-        return open_image(source, (lambda file: file.size) if self.args.annotations else upright_size)
+        try:
+            return image_size(source.path, upright=not self.args.annotations)
+        except InputError as error:
+            return InputError(f"{source}: {error}, skipped")
 
     def _read(self, source: Source) -> Photo | InputError:
-        pixels = open_image(source, decode if self.args.annotations else decode_upright)
-        if isinstance(pixels, InputError):
-            return pixels
-        return Photo(source, source.image_id, pixels, self.detector.resize(pixels))
+        try:
+            picture = read_image(source.path, not self.args.annotations, self.args.max_megapixels)
+        except InputError as error:
+            return InputError(f"{source}: {error}, skipped")
+        resized = self.detector.resize(picture.pixels)
+        return Photo(source, source.image_id, picture.pixels, picture.size, resized, notes=picture.notes)
 
-    def _frame(self, frame: tuple[Source, int, np.ndarray]) -> Photo:
-        source, number, pixels = frame
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-        return Photo(source, f"{source.image_id}#{number:06}", pixels, self.detector.resize(pixels))
+    def _photo_of(self, item: tuple[Source, Frame]) -> Photo:
+        source, frame = item
+        pixels = torch.from_numpy(np.ascontiguousarray(frame.pixels)).permute(2, 0, 1)
+        size, image_id = (pixels.shape[2], pixels.shape[1]), f"{source.image_id}#{frame.number:06}"
+        return Photo(source, image_id, pixels, size, self.detector.resize(pixels), (frame.time, frame.duration))
 
-    def _until_damaged(self, source: Source, reader: VideoReader) -> Iterator[tuple[Source, int, np.ndarray]]:
+    def _until_damaged(self, source: Source, reader: VideoReader) -> Iterator[tuple[Source, Frame]]:
         """The frames of a video that can be read."""
         try:
-            for number, pixels in reader:
-                yield source, number, pixels
+            for frame in reader:
+                yield source, frame
         except InputError as error:
             self.report(f"{source}: {error}")
 
     def _draw(self, photo: Photo) -> tuple[Photo, Entry]:
         """Saves the pictures of an image."""
         name = file_name(photo.source, ".jpg")
-        save(self._annotated(photo), self.args.output / "pictures" / name, MAX_JPEG_SIDE)
-        image = to_pil_image(photo.pixels)
-        size = image.size
-        save(image, self.args.output / "images" / name, GALLERY_SIDE)
-        return photo, image_entry(str(photo.source), Path("images", name), size, photo.found)
+        save(
+            photo.annotated(self.args.threshold, self.detector.classes),
+            self.args.output / "pictures" / name,
+            MAX_JPEG_SIDE,
+        )
+        save(to_pil_image(photo.pixels), self.args.output / "images" / name, GALLERY_SIDE)
+        return photo, image_entry(str(photo.source), Path("images", name), photo.size, photo.found)
 
     def _annotated(self, photo: Photo) -> Image.Image:
-        shown = photo.found["scores"] >= self.args.threshold
-        boxes, labels, scores = (photo.found[key][shown].tolist() for key in ("boxes", "labels", "scores"))
-        texts = [
-            f"{self.detector.classes.name_of(label)} {score:.2f}" for label, score in zip(labels, scores, strict=True)
-        ]
-        return annotate(to_pil_image(photo.pixels), boxes, labels, texts)
-
-
-def file_name(source: Source, suffix: str) -> str:
-    """What a source's picture is called: as itself, with a suffix for its format where it has another."""
-    return source.name if source.name.lower().endswith(suffix) else source.name + suffix
-
-
-def save(image: Image.Image, path: Path, longest: int) -> None:
-    """Writes a JPEG file, scaled down where a side exceeds `longest`; the image may be changed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.thumbnail((longest, longest))
-        image.save(path, "JPEG", quality=90)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or reason(error)})") from error
+        return photo.annotated(self.args.threshold, self.detector.classes)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -237,11 +227,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--every", default=1, type=int, metavar="N", help="of videos, take every N-th frame")
     add("--min_size", default=None, type=int, help="short side for the model; unset: that of its training")
     add("--max_size", default=None, type=int, help="largest long side; unset: that of its training")
+    add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
     add("--batch_size", default=4, type=int, help="images that the model looks at together")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     add("--num_workers", default="auto", type=worker_count, help="threads that read and draw; auto: one a CPU")
     args = parser.parse_args(argv)
-    for flag in ("every", "min_size", "max_size", "batch_size", "num_workers"):
+    for flag in ("every", "min_size", "max_size", "max_megapixels", "batch_size", "num_workers"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if not 0 <= args.threshold <= 1:
@@ -279,6 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_results(args.output / "detections.json", prediction.results(sources))
     entries = [prediction.entries[source] for source in sources if source in prediction.entries]
     write_gallery(args.output / "index.html", entries, detector.classes, args.threshold)
+    for line in summarize_notes(prediction.notes):
+        log(line)
+    log(prediction.summary())
     log(f"{len(entries)} of {len(sources)} inputs predicted; look at {args.output / 'index.html'}")
     if problems:
         log(f"not usable, or only in part: {len(problems)}, named in the warnings above")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,22 +15,40 @@ from PIL import Image
 from util.command import need
 from util.errors import InputError, reason
 
-MAX_RATE_DENOMINATOR = 1001  # 30000/1001 and the like; mpeg4 takes no large ones
-MISSING_SECONDS = 1  # a sound track may be that much longer than the pictures
+MISSING_SECONDS = 1  # by which a header may overstate the length of the pictures, for example by that of the sound
+MAX_DELAY = 10  # seconds; a video that begins later was cut from a longer recording, and begins at 0 here
+MPEG4_MAX_TICKS = 65_535  # per second
+
+
+class Frame(NamedTuple):
+    """A frame of a video.
+
+    Attributes:
+        number: counted from 0.
+        time: when it is shown, in seconds.
+        duration: how long it is shown, in seconds.
+        pixels: uint8 [H, W, 3], turned as the file says.
+    """
+
+    number: int
+    time: Fraction
+    duration: Fraction
+    pixels: np.ndarray
 
 
 class VideoReader:
-    """Every `every`-th frame of a video file, as it is to be shown: turned as the file says.
+    """Every `every`-th frame of a video file, each shown until the next one that is kept.
 
-    Iterating yields (frame number from 0, uint8 [H, W, 3]), and raises InputError behind the last frame that can be
-    read where others should follow.
+    Iterating yields `Frame`s with the time stamps of the file, and raises InputError after the last one that can be
+    read if others should follow.
 
     Attributes:
-        rate: frames a second, of those that are read.
-        length: how many that will be; None where the file does not say.
+        rate: frames per second, on average, of those that are kept.
+        time_base: the unit of the time stamps in seconds.
+        length: the number of frames that are kept, often an estimate; None if the file does not say.
 
     Raises:
-        InputError: where it is not a video, or PyAV is not installed.
+        InputError: if the file is not a video, or PyAV is not installed.
     """
 
     def __init__(self, path: Path, every: int = 1) -> None:
@@ -44,14 +64,27 @@ class VideoReader:
         except ValueError as error:  # most of FFmpeg's errors
             raise InputError(f"not a video, or a damaged one ({error.strerror})") from error
         self._stream.thread_type = "AUTO"
-        self._rate = Fraction(self._stream.average_rate or 25).limit_denominator(MAX_RATE_DENOMINATOR)
+        self._rate = Fraction(self._stream.average_rate or 25)
         self.rate = self._rate / every
-        seconds = self._file.duration / self._av.time_base if self._file.duration else 0
-        self._frames = self._stream.frames or round(seconds * self._rate)
-        self.length = -(-self._frames // every) or None
+        self.time_base = self._stream.time_base or 1 / self._rate
+        self._seconds = self._length_of_pictures()
+        self._frames = self._stream.frames  # 0 if the file does not say
+        frames = self._frames or round(self._seconds * self._rate)
+        self.length = -(-frames // every) or None
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        number, cause = -1, "it ends"
+    def _length_of_pictures(self) -> Fraction:
+        """Return the seconds that the pictures take, or all streams together if the file says no more; 0: unknown."""
+        if self._stream.duration:
+            return self._stream.duration * self.time_base
+        tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", self._stream.metadata.get("DURATION", ""))  # of Matroska
+        if tag:
+            return sum(Fraction(part) * unit for part, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
+        return Fraction(self._file.duration or 0, self._av.time_base)
+
+    def __iter__(self) -> Iterator[Frame]:
+        number, start, end, origin = -1, Fraction(-1), Fraction(0), Fraction(0)
+        kept: tuple[int, Fraction, np.ndarray] | None = None
+        cause = "it ends"
         with self._file:
             frames = self._file.decode(self._stream)
             while True:
@@ -63,40 +96,76 @@ class VideoReader:
                     cause = reason(error)
                     break
                 number += 1
+                stamp = end if frame.pts is None else frame.pts * self.time_base - origin
+                if number == 0 and not 0 <= stamp <= MAX_DELAY:
+                    origin, stamp = stamp, Fraction(0)
+                start = stamp if stamp > start else end  # stamps of damaged files may run backwards
+                end = start + (frame.duration * self.time_base if frame.duration else 1 / self._rate)
                 if number % self.every == 0:
+                    if kept:
+                        yield Frame(kept[0], kept[1], start - kept[1], kept[2])
                     turns = round(frame.rotation / 90)  # counterclockwise
-                    yield number, np.rot90(frame.to_ndarray(format="rgb24"), turns)
-        missing = self._frames - number - 1
-        if cause != "it ends" or missing > MISSING_SECONDS * self._rate:
-            raise InputError(f"damaged, only {number + 1} of about {self._frames} frames could be read ({cause})")
+                    kept = number, start, np.rot90(frame.to_ndarray(format="rgb24"), turns)
+        if kept:
+            yield Frame(kept[0], kept[1], end - kept[1], kept[2])
+        self._check_end(number + 1, end + origin, cause)
+
+    def _check_end(self, frames: int, end: Fraction, cause: str) -> None:
+        """Raise InputError if more should follow the frames that were read, the last of which ends at `end`."""
+        if self._frames:
+            missing, read = (self._frames - frames) / self._rate, f"{frames} of about {self._frames} frames"
+        else:
+            missing = self._seconds - end
+            read = f"{float(end):.1f} of about {float(self._seconds):.1f} seconds"
+        if cause != "it ends" or missing > MISSING_SECONDS:
+            raise InputError(f"damaged, only {read} could be read ({cause})")
 
 
 @contextmanager
-def write_video(path: Path, rate: Fraction, size: tuple[int, int]) -> Iterator[Callable[[Image.Image], None]]:
-    """An mp4 file of H.264 pictures, or of MPEG-4 ones where that is missing; gives the function that adds one.
+def write_video(
+    path: Path, rate: Fraction, time_base: Fraction, size: tuple[int, int]
+) -> Iterator[Callable[[Image.Image, Fraction, Fraction], None]]:
+    """Write an mp4 file of H.264 pictures, or of MPEG-4 ones if that is missing; sound is not written.
+
+    Yields the function that adds a picture, with the time and the duration of its frame in seconds.
 
     Args:
         path: the file.
-        rate: frames a second.
+        rate: frames per second, on average.
+        time_base: the unit that times are rounded to, in seconds.
         size: (width, height); an odd side becomes a pixel smaller, as both formats want it.
 
     Raises:
-        InputError: where it cannot be written.
+        InputError: if it cannot be written.
     """
     av = need("av", "av", "writing videos")
     width, height = (max(2, side - side % 2) for side in size)
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    if codec == "mpeg4":
+        time_base = max(time_base, Fraction(1, MPEG4_MAX_TICKS)).limit_denominator(MPEG4_MAX_TICKS)
+    earliest = 0
+    durations: dict[int, int] = {}  # by time stamp: encoders leave the last frame's to the average rate
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
-            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-            stream = file.add_stream(codec, rate=rate)
+            stream = file.add_stream(codec, rate=rate, options={"bf": "0"})  # frames are stored in the order of time
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.codec_context.time_base = time_base
 
-            def write(image: Image.Image) -> None:
+            def write(image: Image.Image, time: Fraction, duration: Fraction) -> None:
                 frame = av.VideoFrame.from_image(image).reformat(width, height, "yuv420p")
-                file.mux(stream.encode(frame))
+                nonlocal earliest
+                frame.pts, frame.time_base = max(round(time / time_base), earliest), time_base
+                earliest = frame.pts + 1  # encoders refuse two frames at one time
+                durations[frame.pts] = round(duration / time_base)
+                mux(stream.encode(frame))
+
+            def mux(packets: list[Any]) -> None:
+                for packet in packets:
+                    packet.duration = durations.pop(packet.pts, 0)
+                    file.mux(packet)
 
             yield write
-            file.mux(stream.encode())  # what the encoder still holds
+            mux(stream.encode())  # what the encoder still holds
     except (OSError, av.error.FFmpegError) as error:
         raise InputError(f"{path}: cannot be written ({reason(error)})") from error

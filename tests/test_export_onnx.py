@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from datasets.images import decode
+from datasets.images import read_image
 from main import get_args_parser
 from models import build_model
 from models.postprocess import PostProcess
@@ -193,7 +193,7 @@ def test_the_example_finds_the_same_without_torch(exported, checkpoint, photos):
     process = run_example(exported, *photos, "--threshold", 0.4)
     assert process.returncode == 0, process.stderr
     lines, detector = [], load_detector(str(checkpoint))
-    for path, found in zip(photos, detector([decode(Image.open(path)) for path in photos]), strict=True):
+    for path, found in zip(photos, detector([read_image(path).pixels for path in photos]), strict=True):
         lines += [[str(path)]]
         for score, label, box in zip(*(found[name].tolist() for name in ("scores", "labels", "boxes")), strict=True):
             if score >= 0.4:

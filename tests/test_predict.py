@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from datasets.images import decode
+from datasets.images import read_image
 from datasets.shapes import draw_scene
 from main import get_args_parser
 from models import build_model
@@ -109,8 +109,7 @@ def test_a_folder(run, photos, tmp_path, checkpoint):
     assert min(result["score"] for result in found) < 0.05 < 0.5 < max(result["score"] for result in found)
 
     detector = load_detector(str(checkpoint))
-    with Image.open(photos / "b.png") as file:
-        (expected,) = detector([decode(file)])
+    (expected,) = detector([read_image(photos / "b.png").pixels])
     x1, y1, x2, y2 = expected["boxes"].unbind(1)
     boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1)
     ours = results["b.png"]
@@ -222,7 +221,7 @@ def test_as_a_user_runs_it(checkpoint, photos, tmp_path):
         check=False,
     )
     assert process.returncode == 1
-    assert "warning: text.jpg: cannot be read (not an image" in process.stdout
+    assert "warning: text.jpg: cannot be decoded (not an image" in process.stdout
     assert not process.stderr
     assert {r["image_id"] for r in json.loads((tmp_path / "out" / "detections.json").read_text())} == {"a.jpg"}
 
@@ -332,9 +331,10 @@ class TestVideos:
         return self.write(tmp_path / "clip.mp4")
 
     def write(self, path: Path, frames: int = 10, size=(64, 48)) -> Path:
-        with write_video(path, Fraction(30000, 1001), size) as write:
+        rate = Fraction(30000, 1001)
+        with write_video(path, rate, Fraction(1, 30000), size) as write:
             for number in range(frames):
-                write(scene(number).resize(size))
+                write(scene(number).resize(size), number / rate, 1 / rate)
         return path
 
     def test_a_clip(self, run, clip, photos, tmp_path):
@@ -344,8 +344,7 @@ class TestVideos:
         assert all(len(found) == DETECTIONS for found in results.values())
         drawn = VideoReader(tmp_path / "out" / "pictures" / "clip.mp4")
         assert drawn.rate == Fraction(30000, 1001)
-        frames = [frame for _, frame in drawn]
-        assert [frame.shape for frame in frames] == [(48, 64, 3)] * 10
+        assert [frame.pixels.shape for frame in drawn] == [(48, 64, 3)] * 10
         video, image = page_data(tmp_path / "out")["entries"]
         assert video == {"name": "clip.mp4", "file": "pictures/clip.mp4", "video": True, "boxes": []}
         assert image["boxes"]
@@ -356,8 +355,10 @@ class TestVideos:
         assert list(results) == [f"clip.mp4#{number:06}" for number in (0, 3, 6, 9)]
         for name, found in results.items():
             assert_same(found, all_frames[name])
-        drawn = VideoReader(tmp_path / "out" / "pictures" / "clip.mp4")
-        assert (drawn.rate, drawn.length) == (Fraction(10000, 1001), 4)
+        drawn = list(VideoReader(tmp_path / "out" / "pictures" / "clip.mp4"))
+        frame = Fraction(1001, 30000)
+        assert [shown.time / frame for shown in drawn] == [0, 3, 6, 9]
+        assert [shown.duration / frame for shown in drawn] == [3, 3, 3, 1]  # up to the clip's end
 
     def test_damaged_ones(self, run, tmp_path):
         size, folder = (65, 47), tmp_path / "in"
@@ -373,7 +374,7 @@ class TestVideos:
         assert "text.avi: not a video" in printed
         assert "image.mkv: not a video" in printed
         drawn = VideoReader(tmp_path / "out" / "pictures" / "cut.mp4")
-        assert {frame.shape for _, frame in drawn} == {(46, 64, 3)}
+        assert {frame.pixels.shape for frame in drawn} == {(46, 64, 3)}
 
     def test_a_turned_one(self, tmp_path):
         av = pytest.importorskip("av")
@@ -387,9 +388,9 @@ class TestVideos:
             stream.set_display_rotation(90)
             file.mux(stream.encode(av.VideoFrame.from_image(image)))
             file.mux(stream.encode())
-        ((_, frame),) = VideoReader(tmp_path / "turned.mp4")
-        assert frame.shape == (64, 32, 3)
-        assert frame[60, 16, 1] < 80 < 200 < frame[4, 16, 1]
+        (frame,) = VideoReader(tmp_path / "turned.mp4")
+        assert frame.pixels.shape == (64, 32, 3)
+        assert frame.pixels[60, 16, 1] < 80 < 200 < frame.pixels[4, 16, 1]
 
     def test_without_the_library(self, run, clip, photos, monkeypatch):
         monkeypatch.setitem(sys.modules, "av", None)

@@ -102,6 +102,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=("error", "skip"),
         help="for an image that cannot be decoded or is of another size than annotated: stop, or take the next one",
     )
+    add(
+        "--max_megapixels",
+        default=100,
+        type=int,
+        help="largest image that is decoded; of JPEGs, the largest that is decoded at its full size",
+    )
     add("--min_size", default=800, type=int, help="short side in evaluation; training sizes are in proportion")
     add("--max_size", default=1333, type=int, help="largest long side")
 

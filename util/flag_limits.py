@@ -45,6 +45,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "giou_loss_coef": (0, WEIGHT),
     "mask_loss_coef": (0, WEIGHT),
     "dice_loss_coef": (0, WEIGHT),
+    "max_megapixels": (1, 10_000),
     "min_size": (1, 16_384),
     "max_size": (1, 65_536),
     "num_workers": (0, 1024),

@@ -9,7 +9,9 @@ from typing import Any
 
 from util.log_file import read_log
 
-EVALUATION_FLAGS = ("coco_path", "val_images", "val_annotations", "remove_difficult", "on_bad_image", "device")
+EVALUATION_FLAGS = (
+    *("coco_path", "val_images", "val_annotations", "remove_difficult", "on_bad_image", "max_megapixels", "device"),
+)
 
 
 def summary(args: argparse.Namespace, defaults: dict[str, Any], output_dir: Path) -> list[str]:

@@ -1,0 +1,76 @@
+"""An image on its way through `scripts.predict`, and its pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from scripts.inputs import Source
+from util.classes import Classes
+from util.errors import InputError, reason
+from util.pictures import annotate
+
+GALLERY_SIDE = 1280  # pixels: enough for a screen, a tenth of a photo's bytes
+MAX_JPEG_SIDE = 65_500  # pixels; what the format holds
+
+Found = dict[str, Tensor]  # as `PostProcess` gives it
+
+
+@dataclass
+class Photo:
+    """An image on its way: threads read and draw it, the model looks at it in between.
+
+    Attributes:
+        source: the file that it comes from.
+        image_id: its id in results.
+        pixels: uint8 [3, h, w].
+        size: the (width, height) of the file, which boxes are relative to; `pixels` of huge images are fewer.
+        resized: `pixels` at the model's size.
+        frame: (time, duration) of a video's frame, in seconds.
+        notes: what a user should know about how the file was read.
+        found: what the model found; empty before.
+    """
+
+    source: Source
+    image_id: int | str
+    pixels: Tensor
+    size: tuple[int, int]
+    resized: Tensor
+    frame: tuple[Fraction, Fraction] | None = None
+    notes: list[str] = field(default_factory=list)
+    found: Found = field(default_factory=dict)
+
+    def annotated(self, threshold: float, classes: Classes) -> Image.Image:
+        """Return the image with the boxes that score `threshold` or more, with names and scores."""
+        shown = self.found["scores"] >= threshold
+        boxes, labels, scores = (self.found[key][shown].tolist() for key in ("boxes", "labels", "scores"))
+        image = to_pil_image(self.pixels)
+        x, y = image.width / self.size[0], image.height / self.size[1]
+        boxes = [(x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in boxes]
+        texts = [f"{classes.name_of(label)} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+        return annotate(image, boxes, labels, texts)
+
+
+def weight_of(photo: Photo | InputError) -> int:
+    """Return the number of pixels that a photo holds, 0 for an error in its place."""
+    return photo.pixels[0].numel() if isinstance(photo, Photo) else 0
+
+
+def file_name(source: Source, suffix: str) -> str:
+    """What a source's picture is called: as itself, with a suffix for its format where it has another."""
+    return source.name if source.name.lower().endswith(suffix) else source.name + suffix
+
+
+def save(image: Image.Image, path: Path, longest: int) -> None:
+    """Writes a JPEG file, scaled down where a side exceeds `longest`; the image may be changed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.thumbnail((longest, longest))
+        image.save(path, "JPEG", quality=90)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or reason(error)})") from error
