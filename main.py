@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from datasets import build_dataset, build_loader, get_coco_api_from_dataset
 from datasets.coco import CocoDetection
 from datasets.mistakes import draw_examples
+from datasets.odd_boxes import crowded_images
 from datasets.report import write_report, write_test_results
 from engine import detect, evaluate
 from models import build_model
@@ -174,8 +175,6 @@ def load_data(
     args.num_classes = choose_num_classes(args, checkpoint, source, classes.num_labels)
     for dataset in filter(None, (train, val)):
         dataset.check_classes(args.num_classes)
-        if known and (other := dataset.classes.named_otherwise(known)):
-            warn(f"{dataset.annotation_file} names classes otherwise than {source}: {'; '.join(other[:3])}")
     return train, val, classes
 
 
@@ -211,6 +210,8 @@ def print_summary(
     for name, dataset in (("train", dataset_train), (args.image_set, dataset_val)):
         if dataset is not None:
             log(f"{name + ':':<7}{dataset.summary()}")
+            for line in crowded_images(dataset.objects_per_image(), args.num_queries, args.max_detections):
+                warn(f"{name}: {line}")
     if args.image_set == "val" and not dataset_val.summary().boxes:
         warn(f"{dataset_val.annotation_file} has no boxes: AP cannot be measured, and no best checkpoint is kept")
     total, trained = count_parameters(model)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from datasets.coco import CocoDetection
 from datasets.images import MAX_MEGAPIXELS
+from datasets.layouts import find_split
 from datasets.samplers import EpochSampler, same_shape_batches
 from datasets.transforms import make_coco_transforms, resized_size
 from util.classes import Classes
@@ -22,15 +23,15 @@ from util.nested_tensor import collate_fn
 from util.preemption import ignore_signals
 
 OVERFIT_STEPS = 50  # an epoch of --overfit: the few images come again and again between two evaluations
-TEST_DEV = "image_info_test-dev2017.json"  # of the images in test2017, those that COCO's server scores
 
 
 def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | None = None) -> CocoDetection:
     """The "train" or "val" split of the data that the flags name; with `args.overfit`, both are a few training images.
 
     Under `args.coco_path`, annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or
-    `{split}2017/`; `args.{split}_annotations` and `args.{split}_images` name others. "test" is COCO's test-dev, listed
-    without annotations in `annotations/image_info_test-dev2017.json`.
+    `{split}2017/`, or both as common exporters write them (`datasets.layouts`); `args.{split}_annotations` and
+    `args.{split}_images` name others. "test" is COCO's test-dev, listed without annotations in
+    `annotations/image_info_test-dev2017.json`.
 
     Args:
         image_set: the split.
@@ -46,11 +47,7 @@ def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | N
     split = "train" if overfit else image_set
     images, annotations = (getattr(args, f"{split}_{part}", None) for part in ("images", "annotations"))
     if not (images and annotations):
-        root = coco_folder(args.coco_path, split)
-        folders = [root / "images" / f"{split}2017", root / f"{split}2017"]
-        images = images or next((folder for folder in folders if folder.is_dir()), folders[0])
-        name = TEST_DEV if split == "test" else f"instances_{split}2017.json"
-        annotations = annotations or root / "annotations" / name
+        annotations, images = find_split(coco_folder(args.coco_path, split), split, annotations, images)
     sizes = getattr(args, "min_size", 800), getattr(args, "max_size", 1333)
     dataset = CocoDetection(
         images,

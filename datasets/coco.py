@@ -6,19 +6,24 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.annotations import check_image_files, read_annotations
+from datasets.annotations import Annotations, load_annotations
+from datasets.image_files import find_image_files
 from datasets.images import MAX_MEGAPIXELS, Picture, image_size, read_image
+from datasets.odd_boxes import odd_boxes
 from datasets.records import Objects, Records
 from datasets.transforms import Target, Transform, normalize_boxes, scale_target
 from util.classes import Classes
 from util.errors import InputError
+from util.logger import warn
 
 MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less may vanish when float32 scales it
 
@@ -62,7 +67,7 @@ class CocoDetection(Dataset):
         labelled: False for a test set, whose file holds no annotations.
         max_megapixels: see `datasets.images.read_image`.
 
-    `classes` then holds those of the file, and `coco` its contents, with labels in the place of category ids.
+    `classes` then holds those of the file. Of its entries, only arrays are kept (`records`); `coco` reads it again.
 
     Raises:
         InputError: where the annotations are not usable or image files are missing.
@@ -82,9 +87,10 @@ class CocoDetection(Dataset):
     ) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
-        self.coco, self.classes = read_annotations(annotation_file, remove_difficult, classes, labelled)
-        check_image_files(self.coco, self.image_folder, annotation_file, on_bad_image)
-        self.records = Records(self.coco)
+        self.load = partial(load_annotations, annotation_file, remove_difficult, classes, labelled)
+        loaded = self.load()
+        self.classes, self.image_ids = loaded.classes, loaded.image_ids
+        self.records = self._records(loaded, on_bad_image)
         self.transforms = transforms
         self.on_bad_image = on_bad_image
         self.max_megapixels = max_megapixels
@@ -92,18 +98,36 @@ class CocoDetection(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are at work see it change
         if len(self) == 0:
             raise InputError(f"{annotation_file}: lists no images")
+        for line in (*loaded.notes, *(f"{annotation_file}: {odd}" for odd in odd_boxes(self.records))):
+            warn(line)
+
+    def _records(self, loaded: Annotations, on_bad_image: str) -> Records:
+        names = [entry["file_name"] for entry in loaded.images]
+        found = find_image_files(names, self.image_folder, self.annotation_file, on_bad_image)
+        for entry, name in zip(loaded.images, found, strict=True):
+            entry["file_name"] = name
+        return Records(loaded.images, loaded.annotations)
+
+    @cached_property
+    def coco(self) -> COCO:
+        """Pycocotools' index over the annotations, with labels in the place of category ids; read on the first use."""
+        return self.load().index()
+
+    def own_id(self, image_id: int) -> int | str:
+        """Return the id that the annotation file gives an image; samples have a number in the place of a text."""
+        return self.image_ids.get(image_id, image_id)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the augmentation of the samples that are loaded from now on, by running workers too."""
         self._epoch.fill_(epoch)
 
     def keep_first(self, number: int, at_least: int = 0) -> None:
-        """Leaves out all but the first `number` images with targets, which are repeated until there are `at_least`."""
+        """Leave out all but the first `number` images with targets, which are repeated until there are `at_least`."""
         _, targets = self.visible_objects()
-        kept = self.records.ids[np.unique(self.records.image_of_object[targets])[:number]].tolist()
+        kept = np.unique(self.records.image_of_object[targets])[:number].tolist()
         if not kept:
-            raise InputError(f"{self.annotation_file}: no image has a box to learn")
-        self.records = Records(self.coco, kept * max(math.ceil(at_least / len(kept)), 1))
+            raise InputError(f"{self.annotation_file}: no image has a box to learn from")
+        self.records = self.records.select(kept * max(math.ceil(at_least / len(kept)), 1))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -158,7 +182,7 @@ class CocoDetection(Dataset):
             picture = read_image(path, max_megapixels=self.max_megapixels)
             self._check_size(path, picture.size, *self.records.sizes[index].tolist())
         except InputError as error:
-            raise InputError(f"{path} (image id {self.records.ids[index]}): {error}") from error
+            raise InputError(f"{path} (image id {self.own_id(int(self.records.ids[index]))}): {error}") from error
         return picture
 
     def _check_size(self, path: Path, size: tuple[int, int], width: int, height: int) -> None:
@@ -175,10 +199,19 @@ class CocoDetection(Dataset):
         raise InputError(problem)
 
     def describe_skipped(self, ids: Iterable[int]) -> str:
-        """How many images, and which, a run passed over: a line for its user."""
-        names = [f"{self.coco.imgs[image_id]['file_name']} (image id {image_id})" for image_id in sorted(set(ids))]
+        """Return which images a run passed over, and how many, as a line for its user."""
+        ids = sorted(set(ids))
+        names = [
+            f"{self.records.file_name(i)} (image id {self.own_id(image_id)})"
+            for image_id, i in zip(ids, self._positions(ids), strict=True)
+        ]
         first = ", ".join(names[:10]) + (", .." if len(names) > 10 else "")
         return f"{len(names)} images could not be read and were skipped: {first}"
+
+    def _positions(self, ids: Iterable[int]) -> list[int]:
+        """Return a position of each image id."""
+        position_of = {image_id: i for i, image_id in enumerate(self.ids)}
+        return [position_of[image_id] for image_id in ids]
 
     def check_classes(self, num_classes: int) -> None:
         """Raises InputError where a category in use has no logit in a head of `num_classes`."""
@@ -199,6 +232,10 @@ class CocoDetection(Dataset):
         sizes = np.where(self.records.sizes > 0, self.records.sizes, np.inf)[self.records.image_of_object]
         _, visible = visible_corners(self.records.objects.boxes, *sizes.T)
         return visible, visible & ~self.records.objects.crowds
+
+    def objects_per_image(self) -> np.ndarray:
+        """Return how many objects of each image become targets: [M]."""
+        return np.bincount(self.records.image_of_object[self.visible_objects()[1]], minlength=len(self))
 
     def summary(self) -> Summary:
         """Counts over all annotations, without opening an image."""

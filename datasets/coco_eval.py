@@ -22,6 +22,9 @@ from models.postprocess import check_detections
 from util.distributed import all_gather_rows
 from util.logger import log
 
+COCO_DETECTIONS = 100  # per image, for the 12 COCO numbers
+AT_100 = 2  # their position among pycocotools' maxDets, 1, 10 and 100
+
 
 class Detections(NamedTuple):
     """What was found in one image.
@@ -44,12 +47,16 @@ class CocoEvaluator:
     Args:
         coco_gt: the ground truth.
         iou_types: any of "bbox" and "segm".
+        max_detections: with more than COCO's 100 per image, AP and AR of so many are printed as well.
     """
 
-    def __init__(self, coco_gt: COCO, iou_types: list[str] | tuple[str, ...]) -> None:
+    def __init__(self, coco_gt: COCO, iou_types: list[str] | tuple[str, ...], max_detections: int = 100) -> None:
         self.coco_gt = coco_gt
         self.iou_types = tuple(iou_types)
         self.coco_eval = {iou_type: COCOeval(coco_gt, iouType=iou_type) for iou_type in self.iou_types}
+        if max_detections > COCO_DETECTIONS:
+            for coco_eval in self.coco_eval.values():
+                coco_eval.params.maxDets = [*coco_eval.params.maxDets, max_detections]
         self.detections: dict[int, Detections] = {}
 
     def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
@@ -120,12 +127,14 @@ class CocoEvaluator:
                 coco_eval.summarize()
             log(f"IoU metric: {iou_type}")
             log(table.getvalue().rstrip())
+            if len(coco_eval.params.maxDets) > 3:
+                log(more_detections(coco_eval))
             log(self.class_table(iou_type))
 
     def average_precision(self, iou_type: str) -> dict[int, float]:
         """AP (all areas, 100 detections) by category id; NaN for a class without ground truth."""
         coco_eval = self.coco_eval[iou_type]
-        precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # thresholds × recalls × classes
+        precision = coco_eval.eval["precision"][:, :, :, 0, AT_100]  # thresholds × recalls × classes
         return {
             category: float(p[p > -1].mean()) if (p > -1).any() else float("nan")
             for category, p in zip(coco_eval.params.catIds, np.moveaxis(precision, 2, 0), strict=True)
@@ -139,6 +148,19 @@ class CocoEvaluator:
         cells = [f"{name:<{width}} {ap:.3f}" for name, ap in scored]
         lines = ["   ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
         return "\n ".join(["AP by class:", *(lines or ["no class has ground truth"])])
+
+
+def more_detections(coco_eval: COCOeval) -> str:
+    """Return AP and AR at the largest number of detections per image, in lines like those of the 12 COCO numbers."""
+    most = coco_eval.params.maxDets[-1]
+    lines = []
+    for title, short, scores in (("Precision", "AP", "precision"), ("Recall", "AR", "recall")):
+        values = coco_eval.eval[scores][..., 0, -1]
+        value = values[values > -1].mean() if (values > -1).any() else -1
+        lines.append(
+            f" Average {title:<9} ({short}) @[ IoU=0.50:0.95 | area=   all | maxDets={most:>3} ] = {value:.3f}"
+        )
+    return "\n".join(lines)
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:

@@ -1,16 +1,17 @@
-"""What loading a sample needs of a COCO file, as a few arrays.
+"""The parts of a COCO file that samples are made of, as a few arrays.
 
-pycocotools keeps a dictionary for every image and object. A loading worker that reads them also writes, to their
-reference counts, and so copies page by page the memory that it shares with the main process: it would grow all epoch.
+pycocotools keeps a dictionary for every image and object: 20 times the memory. A loading worker that reads them also
+writes, to their reference counts, and so copies page by page the memory that it shares with the main process: it would
+grow all epoch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from pycocotools.coco import COCO
 
 
 class Objects(NamedTuple):
@@ -40,34 +41,45 @@ class Objects(NamedTuple):
         )
 
     def select(self, rows: slice | np.ndarray) -> Objects:
-        """The objects of a slice, or where a mask [N] is True."""
+        """Return the objects of a slice, of indices, or where a mask [N] is True."""
         return Objects(*(column[rows] for column in self))
 
 
 class Records:
-    """The M images of a COCO index, in the order of their ids, or those with the given `ids`, in that order.
+    """The M images of an annotation file in the order of their ids.
 
     Attributes:
         ids: [M] int64.
         sizes: [M, 2] int64, width and height as annotated, 0 where they are not.
-        objects: those of all images, one image behind the other.
+        objects: those of all images, image by image.
         image_of_object: [N] int64, the positions of their images.
     """
 
-    def __init__(self, coco: COCO, ids: Sequence[int] | None = None) -> None:
-        ids = sorted(coco.imgs) if ids is None else ids
-        images = [coco.imgs[image_id] for image_id in ids]
-        annotations = [coco.imgToAnns.get(image_id, []) for image_id in ids]
-        names = [entry["file_name"].encode() for entry in images]
-        counts = list(map(len, annotations))
+    def __init__(self, images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]) -> None:
+        images = sorted(images, key=lambda entry: entry["id"])
+        self.ids = np.array([entry["id"] for entry in images], dtype=np.int64)
         sizes = [[entry.get(side) or 0 for side in ("width", "height")] for entry in images]
-        self.ids = np.array(ids, dtype=np.int64)
         self.sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
-        self.objects = Objects.from_annotations(entry for entries in annotations for entry in entries)
-        self.image_of_object = np.repeat(np.arange(len(ids)), counts)
-        self._first_objects = np.cumsum([0, *counts])
+        positions = np.searchsorted(self.ids, np.array([entry["image_id"] for entry in annotations], dtype=np.int64))
+        order = np.argsort(positions, kind="stable")
+        self.objects = Objects.from_annotations(annotations).select(order)
+        self.image_of_object = positions[order]
+        self._set_names([entry["file_name"].encode() for entry in images])
+
+    def select(self, positions: Sequence[int]) -> Records:
+        """Return the records of the images at some positions, which may be repeated, in that order."""
+        selected = copy.copy(self)
+        rows = [np.arange(*self._first_objects[i : i + 2]) for i in positions]
+        selected.ids, selected.sizes = self.ids[positions], self.sizes[positions]
+        selected.objects = self.objects.select(np.concatenate([np.zeros(0, dtype=np.int64), *rows]))
+        selected.image_of_object = np.repeat(np.arange(len(positions)), list(map(len, rows)))
+        selected._set_names([self.file_name(i).encode() for i in positions])
+        return selected
+
+    def _set_names(self, names: list[bytes]) -> None:
         self._names = b"".join(names)
         self._name_starts = np.cumsum([0, *map(len, names)])
+        self._first_objects = np.searchsorted(self.image_of_object, np.arange(len(names) + 1))
 
     def __len__(self) -> int:
         return len(self.ids)

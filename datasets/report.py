@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from datasets.coco import CocoDetection
-from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
+from datasets.coco_eval import AT_100, CocoEvaluator, evaluation_as_plain_data
 from datasets.mistakes import draw_image, worst_images
 from datasets.results import coco_results, write_results
 from util.checkpoint import save_on_master
@@ -37,7 +38,7 @@ def write_report(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Clas
     save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), folder / "eval.pth")
     if not is_main_process():
         return
-    write_results(folder / "detections.json", results(evaluator, classes, with_names=True))
+    write_results(folder / "detections.json", results(evaluator, classes, with_names=True, own_id=dataset.own_id))
     with replacing(folder / "precision_recall.png") as file:
         precision_recall(evaluator, classes).savefig(file, dpi=110, format="png")
     drawn = write_worst_images(evaluator, dataset, classes, folder / "worst")
@@ -52,12 +53,17 @@ def write_test_results(evaluator: CocoEvaluator, classes: Classes, folder: Path)
     log(f"wrote {folder / TEST_RESULTS}: zip it and upload it to COCO's evaluation server", "green")
 
 
-def results(evaluator: CocoEvaluator, classes: Classes, with_names: bool = False) -> Iterator[dict[str, Any]]:
-    """All detections in COCO's result format, in the order of the image ids."""
+def results(
+    evaluator: CocoEvaluator,
+    classes: Classes,
+    with_names: bool = False,
+    own_id: Callable[[int], int | str] = lambda image_id: image_id,
+) -> Iterator[dict[str, Any]]:
+    """Yield all detections in COCO's result format, with the file's own id of each image."""
     for image_id in sorted(evaluator.detections):
         found = evaluator.results(image_id, "bbox")
         detections = ((result["category_id"], result["score"], result["bbox"]) for result in found)
-        yield from coco_results(image_id, detections, classes, with_names)
+        yield from coco_results(own_id(image_id), detections, classes, with_names)
 
 
 def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Classes, folder: Path) -> int:
@@ -66,7 +72,8 @@ def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes
         old.unlink()
     worst = worst_images(evaluator, dataset, WORST)
     for rank, (position, comparison) in enumerate(worst, start=1):
-        with replacing(folder / f"{rank:02}_{dataset.ids[position]}.jpg") as file:
+        name = re.sub(r"[^\w.-]", "_", str(dataset.own_id(dataset.ids[position])))
+        with replacing(folder / f"{rank:02}_{name}.jpg") as file:
             draw_image(dataset, classes, position, comparison).save(file, "JPEG", quality=90)
     return len(worst)
 
@@ -87,7 +94,7 @@ def precision_recall(evaluator: CocoEvaluator, classes: Classes) -> Figure:
 def _draw_curves(axes: Axes, evaluator: CocoEvaluator) -> None:
     coco_eval = evaluator.coco_eval["bbox"]
     thresholds, recalls = coco_eval.params.iouThrs, coco_eval.params.recThrs
-    precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # [thresholds, recalls, classes]
+    precision = coco_eval.eval["precision"][:, :, :, 0, AT_100]  # [thresholds, recalls, classes]
     precision = precision[:, :, (precision > -1).any((0, 1))]
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="Precision and recall")
     axes.grid(alpha=0.3)

@@ -63,7 +63,7 @@ def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion
         num_layers=args.dec_layers if args.aux_loss else 1,
         focal_alpha=args.focal_alpha,
     )
-    return model, criterion, {"bbox": PostProcess()}
+    return model, criterion, {"bbox": PostProcess(getattr(args, "max_detections", 100))}
 
 
 def trained_part(args: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ from util.errors import InputError
 
 
 class PostProcess(nn.Module):
-    """The highest scores over all queries and classes, at most `num_detections` an image (COCO scores 100)."""
+    """The highest scores over all queries and classes, at most `num_detections` per image (COCO scores 100)."""
 
     def __init__(self, num_detections: int = 100) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from datasets import build_dataset
 from datasets.coco import CocoDetection
 from datasets.images import summarize_notes
+from datasets.odd_boxes import crowded_images
 from datasets.transforms import resized_size
 from util.args import check_args, get_args_parser
 from util.command import run_command
@@ -204,11 +205,8 @@ def suspect(train: Split, val: Split, args: argparse.Namespace) -> Iterator[str]
         for line in summarize_notes(split.notes):
             yield f"{split.name}: {line}"
         counts = np.bincount(split.dataset.records.image_of_object[split.targets], minlength=1)
-        if crowded := int((counts > args.num_queries).sum()):
-            yield (
-                f"{crowded} {split.name} images have more boxes than the model's {args.num_queries} queries can find: "
-                f"pass --num_queries {counts.max()} or more"
-            )
+        for line in crowded_images(counts, args.num_queries, args.max_detections):
+            yield f"{split.name}: {line}"
     counts = {label: [split.boxes_of(label)[0] for split in (train, val)] for label in train.dataset.classes.names}
     named = train.dataset.classes.name_of
     if never := [named(label) for label, (n, _) in counts.items() if n == 0]:

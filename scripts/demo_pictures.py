@@ -50,7 +50,7 @@ def draw_predictions(run: Path, threshold: float) -> Path:
     pairs = figure.subplots(ROWS, 2 * PAIRS).reshape(-1, 2)
     for axes in pairs.flat:
         axes.set_axis_off()
-    shown = [index for index, image_id in enumerate(dataset.ids) if dataset.coco.imgToAnns[image_id]]
+    shown = [index for index in range(len(dataset)) if len(dataset.records.objects_of(index).labels)]
     for (left, right), index in zip(pairs, shown, strict=False):
         image, target = dataset[index]
         size = target["size"]

@@ -126,12 +126,10 @@ def test_remove_difficult(load):
             "category number 0: its id must be an integer or text of one line, not 2.5",
         ),
         (plain() | {"categories": [{"id": "2", "name": "cat"}]}, "its category_id 2 is not among the file's category"),
-        (plain() | {"annotations": plain()["annotations"] * 2}, "annotation id 1: the id is used twice"),
         (with_annotation(bbox=[1, 2, float("nan"), 3]), "annotation id 1: 'bbox' must be four finite numbers"),
         (with_annotation(bbox=[1, 2, 3]), "annotation id 1: 'bbox' must be four finite numbers"),
-        (with_annotation(bbox="missing"), "annotation id 1: 'bbox' must be four finite numbers.*None"),
         (with_annotation(bbox=["1", 2, 3, 4]), "annotation id 1: 'bbox' must be four finite numbers"),
-        (with_annotation(image_id=99), "annotation id 1: its image_id 99 is not among the file's image ids"),
+        (with_annotation(image_id=None), "annotation id 1: its image_id None is not among the file's image ids"),
         (with_annotation(category_id=99), "annotation id 1: its category_id 99 is not among the file's category ids"),
     ],
 )
@@ -147,7 +145,7 @@ def test_missing_files(folder, load, parse):
         build_dataset("val", parse("--coco_path", folder / "nowhere"))
     with pytest.raises(InputError, match=r"no val data: .* by --coco_path"):
         build_dataset("val", parse())
-    with pytest.raises(InputError, match=r"instances_train2017.json: no such annotation file"):
+    with pytest.raises(InputError, match=r"no annotations of the train images; it holds annotations/instances_val2017"):
         build_dataset("train", parse("--coco_path", folder))
     (folder / "images" / "val2017" / "a.jpg").unlink()
     with pytest.raises(InputError, match=r"val2017: 1 of the 2 images of .* are missing: a.jpg"):

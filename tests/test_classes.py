@@ -56,13 +56,37 @@ def test_another_file_has_the_same_labels():
     assert plain.of_categories(categories(3, 9, "cow")).ids == {3: 3, 9: 9, 4: "cow"}
 
 
-def test_names_that_contradict():
-    """As of a COCO model that is to be evaluated on other classes with the same ids."""
-    cells = Classes.from_categories([{"id": 1, "name": "WBC"}, {"id": 3, "name": "car"}, {"id": 12, "name": "new"}])
+def named(**names: int) -> list[dict]:
+    return [{"id": class_id, "name": name} for name, class_id in names.items()]
+
+
+def test_names_decide_where_files_number_classes_differently():
+    train = Classes.from_categories(named(WBC=1, RBC=2, Platelets=3))
+    permuted = train.of_categories(named(RBC=1, Platelets=2, wbc=3))
+    assert permuted.ids == {1: 3, 2: 1, 3: 2}
+    assert "3 classes have other ids" in permuted.difference(train)
+    assert train.of_categories(named(RBC=1, Platelets=2)).ids == {2: 1, 3: 2}
+    assert not train.of_categories(named(WBC=1, RBC=2)).difference(train)
+    with pytest.raises(InputError, match=r"val.json: category id 1 is 'white cell', but 'WBC' in the model or the tra"):
+        train.of_categories(named(**{"white cell": 1}), "val.json")
+
+
+def test_ids_decide_where_several_classes_share_a_name():
+    twice = [{"id": 1, "name": "WBC"}, {"id": 2, "name": "RBC"}, {"id": 3, "name": "RBC"}]
+    train = Classes.from_categories(twice)
+    assert train.of_categories(twice).ids == {1: 1, 2: 2, 3: 3}
+    with pytest.raises(InputError, match="category id 2 is 'Platelets', but 'RBC'"):
+        train.of_categories(named(WBC=1, Platelets=2))
+
+
+def test_checkpoints_that_do_not_name_their_classes():
+    """91 classes are taken for COCO's, unless the data says otherwise: the published code always has 91."""
     coco = Classes.from_checkpoint({}, COCO_NUM_CLASSES)
-    assert cells.named_otherwise(coco) == ["id 1 is WBC here and person there"]
-    assert not cells.named_otherwise(Classes.from_checkpoint({}, 13))
-    assert not coco.named_otherwise(coco)
+    assert coco.of_categories(named(car=7)).ids == {3: 7}
+    cells = coco.of_categories(named(WBC=1, RBC=2))
+    assert cells.ids == {1: 1, 2: 2}
+    assert "does not name its classes" in cells.difference(coco)
+    assert Classes.from_checkpoint({}, 13).of_categories(named(WBC=1)).ids == {1: 1}
 
 
 def test_classes_of_checkpoints():

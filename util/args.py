@@ -77,6 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--frozen_weights", default=None, help="detector to train a mask head on")
 
     add = parser.add_argument_group("losses and matching").add_argument
+    add("--max_detections", default=100, type=int, help="most detections per image; AP is that of 100, and of N above")
     add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses on the earlier decoder layers")
     add("--set_cost_class", default=2, type=float, help="weight of the class in the matching cost")
     add("--set_cost_bbox", default=5, type=float, help="weight of the L1 distance in the matching cost")

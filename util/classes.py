@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from util.errors import InputError
 
 ClassId = int | str
 
@@ -42,10 +45,12 @@ class Classes:
     Attributes:
         ids: label to category id.
         names: label to name.
+        assumed: the names are a guess, those of COCO for a checkpoint that does not name its 91 classes.
     """
 
     ids: dict[int, ClassId]
     names: dict[int, str]
+    assumed: bool = field(default=False, compare=False)
 
     @classmethod
     def from_categories(cls, categories: Iterable[dict[str, Any]]) -> Classes:
@@ -61,7 +66,8 @@ class Classes:
         """The classes of a checkpoint's model, which published ones do not name: those of COCO, or just numbers."""
         unnamed = COCO_NAMES if num_classes == COCO_NUM_CLASSES else {i: str(i) for i in range(num_classes)}
         names = checkpoint.get("class_names") or unnamed
-        return cls(checkpoint.get("class_ids") or {label: label for label in names}, names)
+        ids = checkpoint.get("class_ids") or {label: label for label in names}
+        return cls(ids, names, assumed=not checkpoint.get("class_names"))
 
     def state_dict(self) -> dict[str, dict]:
         """What a checkpoint keeps of them, as plain data."""
@@ -84,27 +90,62 @@ class Classes:
         """Those of both, where both are labelled alike."""
         return Classes(self.ids | other.ids, self.names | other.names)
 
-    def named_otherwise(self, other: Classes) -> list[str]:
-        """The classes that two sets name differently: one text for each, with both names."""
-        return [
-            f"id {self.id_of(label)} is {name} here and {other.names[label]} there"
-            for label, name in self.names.items()
-            if other.names.get(label, name) not in (name, str(label))  # a number says nothing
-        ]
+    def of_categories(self, categories: Iterable[dict[str, Any]], source: str = "the file") -> Classes:
+        """Return the classes of another file's `categories`, labelled as these are.
 
-    def of_categories(self, categories: Iterable[dict[str, Any]]) -> Classes:
-        """The classes of another file's `categories`, labelled as these are.
+        Names decide, since files number the same classes differently: case, blanks and underscores do not matter. Where
+        several classes share a name, or these have numbers for names, ids decide. A class that is not among these gets
+        a label of its own: its id where labels are ids and it is free, else one beyond the highest.
 
-        An id that is not among these gets a label of its own: itself where labels are ids, else one beyond the highest.
+        Raises:
+            InputError: if an id stands for one class here and for another one in `source`, and names do not tell which
+                is meant.
         """
-        label_of = {class_id: label for label, class_id in self.ids.items()}
+        categories = list(categories)
+        by_name = _by_name({label: name for label, name in self.names.items() if name != str(label)})
+        theirs = _by_name({entry["id"]: entry["name"] for entry in categories})
+        by_id = {class_id: label for label, class_id in self.ids.items()}
         plain = all(label == class_id for label, class_id in self.ids.items())
         ids, names, beyond = {}, {}, self.num_labels
         for entry in categories:
-            label = label_of.get(entry["id"])
-            if label is None and plain and is_kept(entry["id"]):
-                label = entry["id"]
+            class_id, name = entry["id"], entry["name"]
+            same_id, same_name = (
+                by_id.get(class_id),
+                by_name.get(normalized(name)) if normalized(name) in theirs else None,
+            )
+            label = same_id if same_name is None else same_name
+            if label is not None and same_name is None and self.names[label] not in (str(label), name):
+                if self.assumed:  # by the published code, trained on other classes than COCO's
+                    return Classes(self.ids, {label: str(label) for label in self.ids}).of_categories(categories)
+                if normalized(self.names[label]) != normalized(name):
+                    raise InputError(
+                        f"{source}: category id {class_id} is {name!r}, but {self.names[label]!r} in the model or the "
+                        "training data, and names do not tell which class is meant: give each class one name"
+                    )
+            if label is None and plain and is_kept(class_id) and class_id not in self.ids:
+                label = class_id
             elif label is None:
                 label, beyond = beyond, beyond + 1
-            ids[label], names[label] = entry["id"], entry["name"]
+            ids[label], names[label] = class_id, name
         return Classes(ids, names)
+
+    def difference(self, known: Classes) -> str:
+        """Return how these classes, which have the labels of `known`, are numbered or named otherwise; "" if not."""
+        if renumbered := [label for label in self.ids if known.ids.get(label, self.ids[label]) != self.ids[label]]:
+            return f"{len(renumbered)} classes have other ids than in the model or the training data: matched by name"
+        if known.assumed and any(
+            known.names.get(label, label) not in (name, str(label)) for label, name in self.names.items()
+        ):
+            return "the model does not name its classes, and these are not COCO's: matched by id"
+        return ""
+
+
+def normalized(name: str) -> str:
+    """Return a name without what files write differently: case, blanks and underscores."""
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def _by_name(names: dict[Any, str]) -> dict[str, Any]:
+    """Return the keys by their name, of those names that occur once."""
+    counts = Counter(map(normalized, names.values()))
+    return {normalized(name): key for key, name in names.items() if counts[normalized(name)] == 1}

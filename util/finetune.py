@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from util.checkpoint import MODEL_FLAGS, changed_flags, check_finite, classes_of
-from util.classes import Classes
+from util.classes import Classes, normalized
 from util.errors import InputError
 from util.logger import log, warn
 
@@ -71,10 +71,6 @@ def matching_rows(ours: Classes, theirs: Classes) -> list[tuple[int, int]]:
     label_of = {normalized(name): label for label, name in theirs.names.items()}
     pairs = [(label, label_of.get(normalized(name))) for label, name in ours.names.items()]
     return [(label, their_label) for label, their_label in pairs if their_label is not None]
-
-
-def normalized(name: str) -> str:
-    return " ".join(name.replace("_", " ").casefold().split())
 
 
 def describe_classes(classes: Classes, rows: Iterable[tuple[int, int]]) -> str:

@@ -34,6 +34,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "dim_feedforward": (1, 32_768),
     "nheads": (1, 1024),
     "num_queries": (1, 10_000),
+    "max_detections": (1, 10_000),
     "num_classes": (1, 100_000),
     "dropout": (0, 1),
     "focal_alpha": (0, 1),

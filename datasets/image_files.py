@@ -1,0 +1,123 @@
+"""Finding the image files that annotations name, also under slightly different names."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from util.errors import InputError
+from util.logger import warn
+
+
+def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_bad_image: str = "error") -> list[str]:
+    """Return the path of each image relative to its folder, `names` being as the annotation file `source` has them.
+
+    A file that is not there under its name is looked for under names that differ in what programs and systems change:
+    folders before it, backslashes, %20 and the like, upper and lower case, composed letters. The match must be the only
+    one; it is within the folder.
+
+    Raises:
+        InputError: if the folder is missing, a name leads out of it, or files are missing: how many, and which. With
+            `on_bad_image` "skip", missing files are a warning as long as one file is there.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such image folder")
+    plain = [name if is_inside(name) else "" for name in names]
+    present = {parent: _files_in(folder / parent) for parent in {Path(name).parent for name in plain}}
+    found = [name if Path(name).name in present[Path(name).parent] else "" for name in plain]
+    if all(found):
+        return found
+    similar = _similar_files(folder)
+    others = {i: _best_match(names[i], similar) for i, name in enumerate(found) if not name}
+    claimed = Counter([*filter(None, found), *others.values()])
+    others = {i: match if claimed[match] == 1 else "" for i, match in others.items()}  # a file is of one image only
+    renamed = [i for i, match in others.items() if match]
+    if renamed:
+        first = names[renamed[0]], others[renamed[0]]
+        warn(
+            f"{folder}: {len(renamed)} of the {len(names)} images are there under a slightly different name, such as "
+            f"{first[1]!r} for {first[0]!r}"
+        )
+    missing = sorted(names[i] for i, match in others.items() if not match)
+    if outside := [name for name in missing if not is_inside(name)]:
+        raise InputError(
+            f"{source}: {outside[0]!r} leaves the image folder {folder}, and no file in it has that name; "
+            "name files relative to it, without '..'"
+        )
+    if missing:
+        report_missing(missing, len(names), folder, source, on_bad_image)
+    return [name or others[i] or names[i] for i, name in enumerate(found)]
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a name stays within the folder that it is relative to."""
+    return not Path(name).anchor and ".." not in Path(name).parts
+
+
+def report_missing(missing: list[str], total: int, folder: Path, source: str | Path, on_bad_image: str) -> None:
+    """Raise InputError, or warn with `on_bad_image` "skip", about missing files."""
+    first = ", ".join(missing[:3]) + (", .." if len(missing) > 3 else "")
+    message = f"{folder}: {len(missing)} of the {total} images of {source} are missing: {first}"
+    if len(missing) == total:
+        raise InputError(f"{message}; is it the right folder?")
+    if on_bad_image == "error":
+        raise InputError(f"{message}; add them, or pass --on_bad_image skip")
+    warn(f"{message}; they are skipped")
+
+
+def _key(path: str) -> tuple[str, ...]:
+    """Return the parts of a path with all that programs and systems change made equal, the last part first."""
+    plain = unicodedata.normalize("NFC", unquote(path).replace("\\", "/")).casefold()
+    return tuple(part for part in reversed(PurePosixPath(plain).parts) if part not in ("/", "..", "."))
+
+
+def _similar_files(folder: Path) -> dict[str, list[tuple[tuple[str, ...], str]]]:
+    """Return all files below a folder by the key of their name: the keys of their parts, and their relative path."""
+    files = defaultdict(list)
+    for path in _walk(folder):
+        if key := _key(path):
+            files[key[0]].append((key, path))
+    return files
+
+
+def _best_match(name: str, files: dict[str, list[tuple[tuple[str, ...], str]]]) -> str:
+    """Return the file that shares the most parts with a name, from its end; "" if there is none or several."""
+    key = _key(name)
+    candidates = files.get(key[0], []) if key else []
+    shared = [_shared(key, other) for other, _ in candidates]
+    if not shared or shared.count(max(shared)) > 1:
+        return ""
+    return candidates[shared.index(max(shared))][1]
+
+
+def _shared(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """Return how many parts two keys share from their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of all files below a folder; symbolic links to folders are not followed."""
+    for parent, _, names in os.walk(folder):
+        for name in sorted(_files_in(Path(parent)) & set(names)):
+            yield Path(parent, name).relative_to(folder).as_posix()
+
+
+def _files_in(folder: Path) -> set[str]:
+    """Return the names of a folder's files; none if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if _is_file(entry)}
+    except OSError:
+        return set()
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a symbolic link to itself
+        return False

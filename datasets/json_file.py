@@ -1,0 +1,68 @@
+"""Reading the JSON of an annotation file, and telling COCO instance files from files of other kinds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from util.errors import InputError, reason
+
+GZIP = b"\x1f\x8b"
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds: UTF-8, 16 or 32, with or without a byte-order mark, also compressed by gzip.
+
+    Raises:
+        InputError: if the file is missing or is not JSON.
+    """
+    try:
+        contents = path.read_bytes()
+        return json.loads(gzip.decompress(contents) if contents.startswith(GZIP) else contents)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such annotation file") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{path}: not a gzip file, or a damaged one ({reason(error)})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd nesting
+        raise InputError(f"{path}: not JSON ({reason(error)})") from error
+
+
+def check_kind(data: Any, path: Path) -> None:
+    """Raise InputError for the JSON of anything but a COCO instance file, which says what it looks like instead."""
+    if kind := other_kind(data):
+        raise InputError(f"{path}: {kind}; name a COCO instance file")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise InputError(f"{path}: not a COCO instance file, it has no list {key!r}")
+
+
+def other_kind(data: Any) -> str:
+    """Return what a file of a well-known other kind is; "" for any other."""
+    if isinstance(data, list):
+        return "a list of detections, as for COCO's result files" if "score" in _first(data) else ""
+    if not isinstance(data, dict):
+        return ""
+    image, annotation, category = (_first(data.get(key)) for key in ("images", "annotations", "categories"))
+    if "segments_info" in annotation:
+        return "a panoptic file: its annotations are segments of an image, without a box each"
+    if "neg_category_ids" in image or "not_exhaustive_category_ids" in image or "synset" in category:
+        return "an LVIS file, whose images are not annotated with all classes and have no 'file_name'"
+    if isinstance(data.get("videos"), list):
+        return "a file of videos, whose annotations are tracks"
+    if "caption" in annotation:
+        return "a file of captions"
+    if "shapes" in data and "imagePath" in data:
+        return "labelme's file of a single image: convert all of them to one COCO file"
+    if "_via_img_metadata" in data:
+        return "a project of the VGG image annotator: export it as COCO"
+    return ""
+
+
+def _first(entries: Any) -> dict[str, Any]:
+    """Return the first entry of a list if it is an object, else an empty one."""
+    return entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}

@@ -1,0 +1,60 @@
+"""Boxes that look as if they were written in another format than COCO's [x, y, width, height] in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from datasets.records import Records
+
+MOST = 0.9  # share of the boxes of a file, all of which one program has written
+BEYOND = 0.1  # share of boxes that would have to lie beyond their image before they are taken for corners
+SLACK = 1.0  # pixels that a box may exceed its image or its area its box, by rounding
+
+
+def odd_boxes(records: Records) -> Iterator[str]:
+    """Yield a line for each format that the boxes seem to be in instead, with their number."""
+    boxes, areas = records.objects.boxes, records.objects.areas
+    total = len(boxes)
+    if total == 0:
+        return
+    x, y, w, h = boxes.T
+    width, height = records.sizes[records.image_of_object].T
+    known = (width > 0) & (height > 0)
+    large = ~known | ((width > 4) & (height > 4))
+    relative = large & (boxes >= 0).all(1) & (boxes <= 1).all(1) & (w > 0) & (h > 0)
+    if relative.mean() >= MOST:
+        yield (
+            f"{relative.sum():,} of {total:,} boxes have coordinates between 0 and 1: they look relative to the "
+            "image's size, but must be in pixels"
+        )
+        return
+    as_corners = known & (w >= x) & (h >= y) & (w <= width + SLACK) & (h <= height + SLACK)
+    beyond = known & ((x + w > width + SLACK) | (y + h > height + SLACK))
+    if as_corners.mean() >= MOST and beyond.mean() >= BEYOND:
+        yield (
+            f"{beyond.sum():,} of {total:,} boxes reach beyond their image: they look like corners "
+            "[x1, y1, x2, y2], but must be [x, y, width, height]"
+        )
+        return
+    exceeding = (areas > (np.abs(w * h) + SLACK) * 1.01) & ~records.objects.crowds
+    if exceeding.any():
+        yield (
+            f"{exceeding.sum():,} of {total:,} boxes have an 'area' larger than width × height: AP of small, "
+            "medium and large objects goes by it"
+        )
+
+
+def crowded_images(counts: np.ndarray, num_queries: int, max_detections: int) -> Iterator[str]:
+    """Yield a line if images have more objects, [M], than the model can find, or than are kept of its detections."""
+    if more := int((counts > num_queries).sum()):
+        yield (
+            f"{more:,} images have more boxes than the model's {num_queries} queries can find: "
+            f"pass --num_queries {counts.max()} or more"
+        )
+    if more := int((counts > max_detections).sum()):
+        yield (
+            f"{more:,} images have more than {max_detections} boxes, up to {counts.max():,}, and that is the most "
+            "detections per image: raise --max_detections"
+        )

@@ -1,0 +1,376 @@
+"""Annotation files and folders as exporters, converters and people leave them: accepted, or named for what they are."""
+
+import gzip
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main
+from datasets import build_dataset
+from datasets.coco import CocoDetection
+from datasets.coco_eval import CocoEvaluator
+from datasets.transforms import make_coco_transforms
+from scripts import check_data
+from tests.conftest import TINY
+from util.errors import InputError
+
+SIZE = (160, 120)
+NAMES = {1: "WBC", 2: "RBC", 3: "Platelets"}
+
+
+def cells(split: str = "train", images: int = 4) -> dict:
+    """Return annotations of images with three boxes each."""
+    return {
+        "images": [
+            {"id": i, "file_name": f"{split}{i:02}.jpg", "width": SIZE[0], "height": SIZE[1]}
+            for i in range(1, images + 1)
+        ],
+        "annotations": [
+            {
+                "id": 3 * i + k,
+                "image_id": i,
+                "category_id": k,
+                "bbox": [50.0 * (k - 1) + 5, 60.5, 40.0, 50.0],
+                "area": 2000.0,
+                "iscrowd": 0,
+            }
+            for i in range(1, images + 1)
+            for k in NAMES
+        ],
+        "categories": [{"id": class_id, "name": name} for class_id, name in NAMES.items()],
+    }
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Write annotations and the images of `cells`, and return the data set."""
+
+    def load(data: dict | bytes, split: str = "train", rename=lambda name: name, **options) -> CocoDetection:
+        folder = tmp_path / split
+        for entry in cells(split)["images"]:
+            path = folder / rename(entry["file_name"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", SIZE).save(path, "JPEG")
+        path = tmp_path / f"{split}.json"
+        path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
+        return CocoDetection(folder, path, make_coco_transforms("val", 64, 107), **options)
+
+    return load
+
+
+def flags(folder: Path, *more: object) -> list[str]:
+    files = [
+        part
+        for split in ("train", "val")
+        for part in (f"--{split}_images", folder / split, f"--{split}_annotations", folder / f"{split}.json")
+    ]
+    return [str(flag) for flag in (*TINY, *files, *more)]
+
+
+def renumbered(data: dict, ids: dict[int, int]) -> dict:
+    """Return annotations with other category ids; classes without a new one are left out."""
+    kept = [entry for entry in data["annotations"] if entry["category_id"] in ids]
+    return data | {
+        "categories": [entry | {"id": ids[entry["id"]]} for entry in data["categories"] if entry["id"] in ids],
+        "annotations": [entry | {"category_id": ids[entry["category_id"]]} for entry in kept],
+    }
+
+
+@pytest.mark.parametrize("ids", [{1: 3, 2: 1, 3: 2}, {2: 1, 3: 2}], ids=["permuted", "missing"])
+def test_splits_that_number_classes_differently(ids, load, tmp_path, capsys):
+    train = load(cells())
+    val = load(renumbered(cells("val"), ids), "val", classes=train.classes)
+    assert "classes have other ids than in the model or the training data: matched by name" in capsys.readouterr().out
+    names = [[train.classes.name_of(label) for label in val[0][1]["labels"].tolist()]]
+    assert names == [[NAMES[class_id] for class_id in sorted(ids)]]
+
+    check_data.main(flags(tmp_path))
+    assert "matched by name" in capsys.readouterr().out.splitlines()[0]
+    args = main.get_args_parser().parse_args(flags(tmp_path, "--epochs", 1, "--output_dir", tmp_path / "run"))
+    main.main(args)
+    resume = ("--eval", "--resume", tmp_path / "run" / "checkpoint.pth", "--output_dir", tmp_path / "eval")
+    main.main(main.get_args_parser().parse_args(flags(tmp_path, *resume)))
+    for found in json.loads((tmp_path / "eval" / "detections.json").read_text()):
+        if found["category_name"] in {NAMES[class_id] for class_id in ids}:
+            assert NAMES[{new: old for old, new in ids.items()}[found["category_id"]]] == found["category_name"]
+
+
+def test_classes_that_share_a_name(load, capsys):
+    repeated = cells()
+    repeated["categories"][2]["name"] = "RBC"
+    train = load(repeated)
+    assert "the categories 2, 3 have the same name 'RBC'" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"val.json: category id 3 is 'Platelets', but 'RBC'"):
+        load(cells("val"), "val", classes=train.classes)
+
+
+def relative(data: dict) -> dict:
+    for entry in data["annotations"]:
+        x, y, w, h = entry["bbox"]
+        entry |= {"bbox": [x / SIZE[0], y / SIZE[1], w / SIZE[0], h / SIZE[1]], "area": w * h / SIZE[0] / SIZE[1]}
+    return data
+
+
+def corners(data: dict) -> dict:
+    for entry in data["annotations"]:
+        x, y, w, h = entry["bbox"]
+        entry["bbox"] = [x, y, x + w, y + h]
+    return data
+
+
+def large_areas(data: dict) -> dict:
+    for entry in data["annotations"][:5]:
+        entry["area"] = 4000
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (relative, "12 of 12 boxes have coordinates between 0 and 1: they look relative to the image's size"),
+        (corners, "12 of 12 boxes reach beyond their image: they look like corners [x1, y1, x2, y2]"),
+        (large_areas, "5 of 12 boxes have an 'area' larger than width × height"),
+    ],
+)
+def test_boxes_in_another_format(change, message, load, capsys):
+    load(change(cells()))
+    assert message in capsys.readouterr().out
+
+
+def test_boxes_that_only_look_odd(load, capsys):
+    """At the borders, smaller than their segmentation's box, one pixel wide, of one pixel beyond the image."""
+    data = cells()
+    odd = ([0, 0, *SIZE], [0, 0, 1, 1], [100, 60, 61, 60], [1, 1, 0.5, 0.5])
+    for entry, box in zip(data["annotations"], odd, strict=False):
+        entry |= {"bbox": list(box), "area": box[2] * box[3] / 2}
+    load(data)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: gzip.compress(text.encode()),
+    ],
+    ids=["byte-order mark", "utf-16", "gzip"],
+)
+def test_encodings(encode, load):
+    assert load(encode(json.dumps(cells()))).summary() == load(cells()).summary()
+
+
+def test_a_damaged_gzip_file(load):
+    with pytest.raises(InputError, match=r"train.json: not a gzip file, or a damaged one"):
+        load(gzip.compress(json.dumps(cells()).encode())[:-20])
+
+
+def test_sizes_in_other_notations(load):
+    data = cells()
+    for entry, (width, height) in zip(
+        data["images"], ((0, 0), (160.0, 120.0), ("160", "120"), (None, 120)), strict=True
+    ):
+        entry |= {"width": width, "height": height}
+    dataset = load(data)
+    assert dataset.records.sizes.tolist() == [[0, 0], [160, 120], [160, 120], [0, 120]]
+    assert [len(dataset[i][1]["labels"]) for i in range(4)] == [3] * 4
+
+
+def test_texts_as_image_ids(load, tmp_path):
+    def with_texts(data: dict) -> dict:
+        own = {entry["id"]: Path(entry["file_name"]).stem for entry in data["images"]}
+        for entry in data["images"]:
+            entry["id"] = own[entry["id"]]
+        for entry in data["annotations"]:
+            entry["image_id"] = own[entry["image_id"]]
+        return data
+
+    dataset = load(with_texts(cells()))
+    assert [len(dataset[i][1]["labels"]) for i in range(4)] == [3] * 4
+    (tmp_path / "train" / "train02.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"train02.jpg \(image id train02\): cannot be decoded"):
+        dataset[1]
+    load(with_texts(cells()))
+    load(with_texts(cells("val")), "val")
+    main.main(main.get_args_parser().parse_args(flags(tmp_path, "--eval", "--output_dir", tmp_path / "eval")))
+    found = json.loads((tmp_path / "eval" / "detections.json").read_text())
+    assert {entry["image_id"] for entry in found} == {f"val{i:02}" for i in range(1, 5)}
+    assert {path.name[3:] for path in (tmp_path / "eval" / "worst").iterdir()} <= {
+        f"val{i:02}.jpg" for i in range(1, 5)
+    }
+
+
+def test_annotations_of_texts_for_integer_ids(load):
+    data = cells()
+    for entry in data["annotations"]:
+        entry["image_id"] = str(entry["image_id"])
+    assert load(data).summary().boxes == 12
+
+
+def test_missing_boxes_repeated_ids_and_absent_images(load, capsys):
+    data = cells()
+    polygon = {"segmentation": [[10, 20, 30, 20, 30, 60]]}
+    data["annotations"][0] |= {"bbox": []} | polygon
+    data["annotations"][1] |= {"bbox": None}
+    data["annotations"][2] |= {"bbox": [], "segmentation": {"counts": "x", "size": [1, 1]}}
+    data["annotations"][3]["id"] = data["annotations"][4]["id"]
+    data["annotations"][5]["image_id"] = 99
+    dataset = load(data)
+    assert dataset[0][1]["boxes"].tolist() == [pytest.approx([20 / 160, 40 / 120, 20 / 160, 40 / 120])]
+    assert len(set(dataset.coco.anns)) == dataset.summary().boxes == 9
+    printed = capsys.readouterr().out
+    assert "2 annotations without a box or polygon: left out" in printed
+    assert "1 annotation of images that the file does not list: left out" in printed
+    assert "1 annotation with the id of another got an id of their own" in printed
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "größe") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [
+        ("data/train/images/{}", "{}"),
+        ("images\\{}", "{}"),
+        ("C:\\data\\{}", "{}"),
+        ("/home/somebody/{}", "{}"),
+        ("../images/{}", "{}"),
+        ("{}", "sub/{}"),
+        ("my%20photo{}", "my photo{}"),
+        (DECOMPOSED + "{}", COMPOSED + "{}"),
+        (COMPOSED + "{}", DECOMPOSED + "{}"),
+    ],
+)
+def test_files_under_a_slightly_different_name(written, stored, load, capsys):
+    data = cells()
+    for entry in data["images"]:
+        entry["file_name"] = written.format(entry["file_name"])
+    dataset = load(data, rename=stored.format)
+    assert "4 of the 4 images are there under a slightly different name, such as" in capsys.readouterr().out
+    assert dataset[3][0].shape[0] == 3
+
+
+def test_the_case_of_suffixes(load):
+    data = cells()
+    for entry in data["images"]:
+        entry["file_name"] = entry["file_name"].replace(".jpg", ".JPG")
+    assert len(load(data)) == 4
+
+
+def test_files_of_two_images_are_not_mixed_up(load, tmp_path):
+    """A file that another image has, or that two could mean, stands for none of them."""
+    data = cells()
+    data["images"][0]["file_name"] = "other/train02.jpg"
+    with pytest.raises(InputError, match=r"1 of the 4 images of .* are missing: other/train02.jpg"):
+        load(data)
+    (tmp_path / "train" / "a").mkdir()
+    (tmp_path / "train" / "b").mkdir()
+    for folder in "ab":
+        Image.new("RGB", SIZE).save(tmp_path / "train" / folder / "x.jpg")
+    data["images"][0]["file_name"] = "x.jpg"
+    with pytest.raises(InputError, match=r"1 of the 4 images of .* are missing: x.jpg"):
+        load(data)
+    data["images"][0]["file_name"] = "data/b/x.jpg"
+    assert len(load(data)) == 4
+
+
+LAYOUTS = {
+    "roboflow": ("train/_annotations.coco.json", "train", "valid/_annotations.coco.json", "valid"),
+    "one_folder": ("annotations/train.json", "images", "annotations/val.json", "images"),
+    "folders": ("annotations/train.json", "images/train", "annotations/val.json", "images/val"),
+    "year_less": ("annotations/instances_train.json", "train", "annotations/instances_val.json", "val"),
+    "compressed": (
+        "annotations/instances_train2017.json.gz",
+        "train2017",
+        "annotations/instances_val2017.json",
+        "val2017",
+    ),
+    "flat": ("train.json", "train", "validation.json", "validation"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, tmp_path, parse):
+    places = LAYOUTS[layout]
+    for split, file, folder in zip(("train", "val"), places[::2], places[1::2], strict=True):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(cells(split)).encode()
+        (tmp_path / file).write_bytes(gzip.compress(text) if file.endswith(".gz") else text)
+        for entry in cells(split)["images"]:
+            Image.new("RGB", SIZE).save(tmp_path / folder / entry["file_name"])
+    for split in ("train", "val"):
+        assert build_dataset(split, parse("--coco_path", tmp_path)).summary().boxes == 12
+
+
+def test_a_layout_that_is_not_known(tmp_path, parse):
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "cells.json").write_text(json.dumps(cells()))
+    with pytest.raises(InputError) as error:
+        build_dataset("train", parse("--coco_path", tmp_path))
+    assert str(error.value).endswith(
+        "no annotations of the train images; it holds labels/cells.json; "
+        "name the file by --train_annotations and its images by --train_images"
+    )
+
+
+def first(data: dict, key: str, **more: object) -> dict:
+    data[key][0] |= more
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (first(cells(), "annotations", segments_info=[]), "a panoptic file"),
+        (first(cells(), "images", neg_category_ids=[]), "an LVIS file"),
+        (first(cells(), "categories", synset="cat.n.01"), "an LVIS file"),
+        ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}], "a list of detections"),
+        (cells() | {"videos": []}, "a file of videos"),
+        (first(cells(), "annotations", caption="a cat"), "a file of captions"),
+        ({"shapes": [], "imagePath": "a.jpg"}, "labelme's file"),
+    ],
+)
+def test_files_of_another_kind(data, message, load):
+    with pytest.raises(InputError, match=rf"train.json: {message}.*; name a COCO instance file"):
+        load(data)
+
+
+def test_images_with_many_objects(load, tmp_path, capsys):
+    crowded = cells()
+    template = crowded["annotations"][0]
+    crowded["annotations"] = [template | {"id": i + 1} for i in range(130)]
+    load(crowded)
+    load(cells("val"), "val")
+    check_data.main(flags(tmp_path))
+    printed = capsys.readouterr().out
+    assert "train: 1 images have more boxes than the model's 8 queries can find: pass --num_queries 130" in printed
+    assert "train: 1 images have more than 100 boxes, up to 130, and that is the most" in printed
+
+
+def test_more_than_100_detections_have_lines_of_their_own(load, capsys):
+    """The 12 COCO numbers are those of at most 100; 150 objects and as many right detections are AP 1 beyond."""
+    data = cells(images=1) | {"images": cells()["images"]}
+    data["annotations"] = [
+        {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [i, 0, 1, 100], "area": 100, "iscrowd": 0}
+        for i in range(150)
+    ]
+    dataset = load(data)
+    boxes = torch.tensor([[i, 0, i + 1, 100] for i in range(150)], dtype=torch.float64)
+    found = {"scores": torch.linspace(1, 0.5, 150), "labels": torch.ones(150, dtype=torch.int64), "boxes": boxes}
+    stats = []
+    for most in (100, 200):
+        evaluator = CocoEvaluator(dataset.coco, ("bbox",), most)
+        evaluator.update({1: found})
+        evaluator.synchronize_between_processes()
+        evaluator.accumulate()
+        evaluator.summarize()
+        stats.append(evaluator.coco_eval["bbox"].stats.tolist())
+    assert stats[0] == stats[1]
+    printed = capsys.readouterr().out
+    assert printed.count("maxDets=200 ] = 1.000") == 2
+    assert stats[0][0] < 0.7
