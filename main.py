@@ -8,14 +8,15 @@ Usage:
 from __future__ import annotations
 
 from util.args import check_args, command_line, get_args_parser
+from util.orphans import end_with_launcher
 from util.preemption import EXIT_CODE, Stopped, ignore_signals, kill_workers, stop_request
 
 if __name__ == "__main__":  # the imports below take seconds: obey signals and answer --help before them
     stop_request.install(EXIT_CODE)
+    end_with_launcher()
     command_line()
 
 import argparse
-import os
 import sys
 import time
 from datetime import timedelta
@@ -54,6 +55,7 @@ from util.finetune import start_from
 from util.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
 from util.log_file import trim_log
 from util.logger import log, warn
+from util.output_folder import claim_output_dir
 from util.resume import (
     choose_num_classes,
     first_epoch,
@@ -77,8 +79,12 @@ def main(args: argparse.Namespace) -> None:
         Stopped: where a signal asked the run to stop.
     """
     device = set_up(args)
-    output_dir = make_output_dir(args.output_dir)
+    with claim_output_dir(args) as output_dir:
+        train_or_evaluate(args, device, output_dir)
 
+
+def train_or_evaluate(args: argparse.Namespace, device: torch.device, output_dir: Path | None) -> None:
+    """Do what `main` says, in an output folder that no other run uses."""
     checkpoint, source = read_checkpoint(args)
     unlogged = unlogged_epoch(checkpoint, source, output_dir)
     if checkpoint and not args.eval:
@@ -115,8 +121,9 @@ def main(args: argparse.Namespace) -> None:
     parallel_model = distribute(model, device, args.distributed, args.backbone_norm == "batch", trains=not args.eval)
 
     base_ds = get_coco_api_from_dataset(dataset_val)
+    arrays_dir = "" if args.eval else args.output_dir  # eval/ is the training run's, which may use the folder, too
     evaluate_val = partial(
-        evaluate, parallel_model, criterion, postprocessors, loader_val, base_ds, device, args.output_dir, args.amp
+        evaluate, parallel_model, criterion, postprocessors, loader_val, base_ds, device, arrays_dir, args.amp
     )
     if args.eval and args.image_set == "test":
         found = detect(parallel_model, postprocessors, loader_val, base_ds, device, args.amp)
@@ -187,20 +194,6 @@ def check_trains(args: argparse.Namespace, loader: DataLoader) -> None:
         raise InputError(f"--accum_steps {args.accum_steps}: an epoch has only {len(loader)} batches; lower it")
     if (images := len(set(dataset.ids))) < args.batch_size * get_world_size():
         warn(f"--overfit {args.overfit}: a batch of {args.batch_size} images repeats the {images} with boxes")
-
-
-def make_output_dir(name: str) -> Path | None:
-    """The folder of `--output_dir`, made if need be; None where nothing is to be saved."""
-    if not name:
-        return None
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output_dir {folder}: not writable")
-    return folder
 
 
 def print_summary(

@@ -77,6 +77,9 @@ class TrainingRun:
         """Goes on where a checkpoint of this run, or a published one, was written."""
         restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
         self.progress.restore(checkpoint, self.images_a_step)
+        own = self.output_dir and Path(source).parent.resolve() == self.output_dir.resolve()
+        if own and (numbered := self.numbered(checkpoint)) and not numbered.exists():
+            save_on_master(checkpoint, numbered)  # the run was interrupted before it could
 
     def train_epoch(self, epoch: int) -> None:
         """Train an epoch, or the rest of an interrupted one, write its checkpoint, evaluate, and log."""
@@ -146,10 +149,16 @@ class TrainingRun:
         }
         latest, previous = (self.output_dir / f"checkpoint{name}.pth" for name in ("", "_previous"))
         save_on_master(checkpoint, latest, keep_old_as=previous)
-        # One stays before each drop of the learning rate and every 10 epochs.
-        epochs = epoch + 1
-        if self.progress.step == 0 and (epochs % self.args.lr_drop == 0 or epochs % 10 == 0):
-            save_on_master(checkpoint, self.output_dir / f"checkpoint{epoch:04}.pth")
+        if numbered := self.numbered(checkpoint):
+            save_on_master(checkpoint, numbered)
+
+    def numbered(self, checkpoint: dict[str, Any]) -> Path | None:
+        """Return where a checkpoint stays for good: before each drop of the learning rate, and every 10 epochs."""
+        epochs = checkpoint["epoch"] + 1
+        stays = epochs % self.args.lr_drop == 0 or epochs % 10 == 0
+        if checkpoint.get("step") or not stays:
+            return None
+        return self.output_dir / f"checkpoint{checkpoint['epoch']:04}.pth"
 
     def finish_epoch(self, epoch: int, entry: dict[str, Any]) -> None:
         """Evaluates if it is time to, and writes the epoch's line, of which `entry` is the training's part."""

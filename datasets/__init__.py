@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from util.classes import Classes
 from util.distributed import get_rank, get_world_size
 from util.errors import InputError
 from util.nested_tensor import collate_fn
+from util.orphans import end_with
 from util.preemption import ignore_signals
 
 OVERFIT_STEPS = 50  # an epoch of --overfit: the few images come again and again between two evaluations
@@ -125,5 +127,6 @@ def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) 
 
 def start_worker(_worker: int) -> None:
     """Prepares a process that loads data; torch gives it a single thread."""
+    end_with(multiprocessing.parent_process().pid, "")
     ignore_signals()
     gc.freeze()  # or the collector would write to all that is shared with the main process, and so copy it

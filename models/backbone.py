@@ -16,6 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from models.frozen_norm import FoldedBasicBlock, FoldedBottleneck, FoldedNorm, fold_norms
 from util.errors import InputError, reason
+from util.files import check_is_file, download
 
 CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -102,11 +103,11 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
     advice += ", or train without pretrained weights by --backbone_weights none --backbone_norm batch"
 
     if source == "imagenet" and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
+            download(url, path, hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
         except (OSError, RuntimeError) as error:
             raise InputError(f"the ImageNet weights {path.name} could not be downloaded ({error}); {advice}") from error
+    check_is_file(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}

@@ -25,8 +25,8 @@ from matplotlib.ticker import MaxNLocator
 
 from util.command import run_command
 from util.errors import InputError
-from util.files import replacing
-from util.log_file import read_log
+from util.files import check_is_file, replacing
+from util.log_file import number_in, read_log
 
 Log = list[dict[str, Any]]
 
@@ -59,7 +59,8 @@ def plot_logs(folders: Sequence[Path], output: Path) -> list[Path]:
 def read_run(folder: Path) -> Log:
     """The entries of a run's log that tell of its training."""
     path = folder / "log.txt"
-    if not path.is_file():
+    check_is_file(path)
+    if not path.exists():
         raise InputError(f"{path}: no such file; name folders that runs have as --output_dir")
     if not (log := [entry for entry in read_log(path) if "train_loss" in entry]):
         raise InputError(f"{path}: it holds no finished epoch (yet)")
@@ -78,9 +79,9 @@ def distinct_name(folder: Path, folders: Sequence[Path]) -> str:
 
 def points(log: Log, key: str, index: int | None = None) -> tuple[list[int], list[float]]:
     """The epochs, counted from 1, that have a value, and the values."""
-    entries = [entry for entry in log if key in entry]
-    values = [entry[key] if index is None else entry[key][index] for entry in entries]
-    return [entry["epoch"] + 1 for entry in entries], values
+    values = [(entry["epoch"] + 1, number_in(entry, key, index)) for entry in log]
+    known = [(epoch, value) for epoch, value in values if value is not None]
+    return [epoch for epoch, _ in known], [value for _, value in known]
 
 
 def draw(logs: dict[str, Log]) -> Figure:
@@ -103,7 +104,7 @@ def draw(logs: dict[str, Log]) -> Figure:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     add_legends(figure, colours)
-    if not any("test_coco_eval_bbox" in entry for log in logs.values() for entry in log):
+    if not any(points(log, "test_coco_eval_bbox", 0)[0] for log in logs.values()):
         precision.clear()
         precision.text(0.5, 0.5, "no evaluation yet", ha="center", color="0.4")
         precision.set_axis_off()

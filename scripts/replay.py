@@ -22,6 +22,7 @@ from engine import autocast, logged_losses, sum_of_losses, to_device
 from models import build_model
 from util.command import run_command
 from util.errors import InputError
+from util.files import check_is_file
 from util.kernels import use_deterministic_kernels, use_fast_kernels
 from util.nested_tensor import NestedTensor
 from util.rng import set_torch_rng_states
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("dump", help="the file that the run left")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags = parser.parse_args(argv)
+    check_is_file(Path(flags.dump))
     try:
         dump = torch.load(flags.dump, map_location="cpu", weights_only=True)
         place, batches = dump["place"], dump["batches"]

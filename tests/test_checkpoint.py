@@ -4,12 +4,14 @@ import argparse
 import functools
 import http.server
 import os
+import resource
 import threading
 
 import pytest
 import torch
 
 from models import build_model
+from models.backbone import load_backbone_weights
 from util.checkpoint import (
     changed_flags,
     load_checkpoint,
@@ -20,6 +22,7 @@ from util.checkpoint import (
     take_model_flags,
 )
 from util.errors import InputError
+from util.files import download
 from util.log_file import append_log, read_log, trim_log
 from util.optim import build_optimizer, build_schedule, restore_optimizer
 
@@ -60,13 +63,18 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    """/dev/full takes nothing, as a full disk."""
+    """A limit on the size of files stops a write in the middle, as a full disk does; /dev/full takes nothing."""
     latest, previous = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth"
     for epoch in (1, 2):
         save_on_master(small(epoch=epoch), latest, keep_old_as=previous)
-    (tmp_path / ".checkpoint.pth.tmp").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"checkpoint.pth: cannot be written .*No space left.* before is intact"):
-        save_on_master(small(epoch=3, much=torch.zeros(10**6)), latest, keep_old_as=previous)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"checkpoint.pth: cannot be written .*File too large.* before is intact"):
+            save_on_master(small(epoch=3, much=torch.zeros(10**6)), latest, keep_old_as=previous)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [latest.name, previous.name]
     assert [load_checkpoint(path)["epoch"] for path in (latest, previous)] == [2, 1]
     with pytest.raises(InputError, match=r"/dev/full: cannot be written .*No space left"):
         append_log("/dev/full", {"epoch": 0})
@@ -149,7 +157,8 @@ def test_the_log_has_whole_lines_of_earlier_epochs_only(tmp_path, capsys):
     log.write_text(log.read_text() + '{"epoch": 3, "train_l')
     assert [entry["epoch"] for entry in read_log(log)] == [0, 1, 2]
     trim_log(log, 2)
-    assert "log.txt: 2 lines of epoch 2 and later are dropped" in capsys.readouterr().out
+    dropped = "1 line of epoch 2 and later and 1 line without the numbers of an epoch"
+    assert f"log.txt: dropped {dropped}" in capsys.readouterr().out
     append_log(log, {"epoch": 2})
     assert [entry["epoch"] for entry in read_log(log)] == [0, 1, 2]
 
@@ -235,3 +244,29 @@ def test_the_schedule_goes_on_where_it_was(start):
 
     assert rates(start, 8) == rates(0, 8)[start:]
     assert rates(0, 8) == pytest.approx([3e-4 * 0.1 ** (epoch // 2) for epoch in range(8)])
+
+
+@pytest.mark.parametrize("name", ["c.pth", "model.safetensors", "folder/config.json", "backbone.pth"])
+def test_named_pipes_do_not_wait(name, tmp_path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / name)
+    source = tmp_path / name.split("/")[0]
+    with pytest.raises(InputError, match=f"{name}: is a named pipe, not a file"):
+        if name == "backbone.pth":
+            load_backbone_weights(torch.nn.Module(), "resnet18", str(source))
+        else:
+            load_checkpoint(source)
+
+
+def test_abandoned_downloads_are_removed(tmp_path):
+    """Those that nothing has come for in an hour; another process may be busy with the others."""
+    (tmp_path / "source.pth").write_bytes(b"whole")
+    old, new, other = (tmp_path / f"{name}.partial" for name in ("c.pth.0a", "c.pth.0b", "d.pth.0c"))
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    download((tmp_path / "source.pth").as_uri(), tmp_path / "c.pth", progress=False)
+    assert (tmp_path / "c.pth").read_bytes() == b"whole"
+    assert (old.exists(), new.exists(), other.exists()) == (False, True, True)

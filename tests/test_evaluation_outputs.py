@@ -92,7 +92,7 @@ def test_pycocotools_finds_the_printed_ap_in_the_file(data, dataset, tmp_path):
 
 def test_through_the_command_line(data, tmp_path, capsys):
     run(data, tmp_path)
-    files = {"detections.json", "precision_recall.png", "worst", "eval.pth", "eval"}
+    files = {"detections.json", "precision_recall.png", "worst", "eval.pth"}
     assert {path.name for path in tmp_path.iterdir()} == files
     assert "wrote detections.json, precision_recall.png and" in capsys.readouterr().out
     found = json.loads((tmp_path / "detections.json").read_text())

@@ -164,7 +164,7 @@ def test_going_on_from_an_earlier_checkpoint_drops_later_log_lines(shapes, train
     resume = trained / "checkpoint0001.pth"
     train(shapes, tmp_path / "run", "--epochs", 3, "--dropout", 0, "--lr_drop", 3, "--resume", resume)
     printed = capsys.readouterr().out
-    assert "1 lines of epoch 2 and later are dropped" in printed
+    assert "dropped 1 line of epoch 2 and later" in printed
     assert "--lr_drop is 3 now, 2 in the checkpoint" in printed
     lines = log_lines(tmp_path / "run")
     assert [line["epoch"] for line in lines] == [0, 1, 2]

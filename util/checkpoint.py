@@ -22,7 +22,7 @@ from util.args import given_flags
 from util.classes import Classes
 from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError, reason
-from util.files import replacing
+from util.files import check_is_file, download, replacing
 from util.flag_limits import check_numbers
 from util.logger import log
 
@@ -104,6 +104,7 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
 
 def load_file(path: Path, source: str | Path) -> Any:
     """What `torch.save` wrote: tensors and plain data, no code. `source` names it in errors, which are InputErrors."""
+    check_is_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -242,9 +243,8 @@ def _local_path(source: str) -> Path:
     key = hashlib.sha256(source.encode()).hexdigest()[:8]  # many checkpoints share the name checkpoint.pth
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{Path(url.path).name}"
     if is_first_of_node() and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(source, str(path), progress=is_main_process())
+            download(source, path, progress=is_main_process())
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"{source}: could not be downloaded ({error}); place the file at {path} or name another by its path"

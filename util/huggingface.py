@@ -18,7 +18,7 @@ from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
 from util.checkpoint import load_file
 from util.classes import Classes
 from util.errors import InputError, reason
-from util.files import replacing
+from util.files import check_is_file, replacing
 from util.huggingface_names import their_modules, to_ours, to_theirs
 from util.safetensors_file import read_tensors, write_tensors
 
@@ -223,6 +223,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def read_json(path: Path) -> Json:
     """The object of a JSON file. Raises InputError where it is damaged or holds something else."""
+    check_is_file(path)
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,63 +1,125 @@
-"""log.txt: one line of JSON an epoch, none twice and none missing, however often a run is interrupted."""
+"""log.txt: one line of JSON an epoch, none twice and none missing, however often a run is interrupted.
+
+A log may also come from elsewhere, or be damaged: nothing in it stops a reader.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from util.distributed import is_main_process
 from util.errors import InputError, reason
-from util.files import replacing
+from util.files import check_folder, replacing, special_file
 from util.logger import warn
+
+LONGEST_LINE = 2**20  # bytes; an epoch takes some thousands
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a log file; lines that are not whole, as a full disk leaves them, are passed over."""
-    if not Path(path).exists():
-        return []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    return [entry for entry in map(_parse, lines) if entry]
+    """Return the entries of a log file in its order, without the lines that are no entries.
+
+    There are none in a missing file, nor in something other than a file.
+    """
+    return [entry for _, entry in _lines(Path(path)) if entry]
+
+
+def number_in(entry: dict[str, Any], key: str, index: int | None = None) -> float | None:
+    """Return the number that an entry has under a key, or at a place of the list there; None if it has none."""
+    value = entry.get(key)
+    if index is not None:
+        value = value[index] if isinstance(value, list) and len(value) > index else None
+    return value if isinstance(value, float) or (type(value) is int and abs(value) < 2**63) else None
+
+
+def best_epoch(path: str | Path) -> tuple[float, int | None]:
+    """Return the highest AP on val in a log file, of equal ones the first, and its epoch.
+
+    They are minus infinity and None where nothing was evaluated.
+    """
+    aps = [(number_in(entry, "test_coco_eval_bbox", 0), entry["epoch"]) for entry in read_log(path)]
+    known = [(ap, epoch) for ap, epoch in aps if ap is not None and math.isfinite(ap)]
+    return max(known, key=lambda found: found[0], default=(-math.inf, None))
 
 
 def best_ap(path: str | Path) -> float:
-    """The highest AP on val in a log file; minus infinity where nothing was evaluated."""
-    return max((entry["test_coco_eval_bbox"][0] for entry in read_log(path) if "test_loss" in entry), default=-math.inf)
+    """Return the highest AP on val in a log file; minus infinity where nothing was evaluated."""
+    return best_epoch(path)[0]
 
 
 def append_log(path: str | Path, entry: dict[str, Any]) -> None:
-    """Adds an entry, on the main process only."""
+    """Add an entry, on the main process only."""
     if not is_main_process():
         return
+    check_folder(Path(path))
     try:
-        with Path(path).open("a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=_without_waiting) as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({reason(error)}); --resume auto goes on from here") from error
+        raise InputError(f"{path}: cannot be written ({reason(error)}); --resume auto continues from here") from error
 
 
 def trim_log(path: str | Path, epoch: int) -> None:
-    """Drops what is not a whole line, and entries of `epoch` and later ones, which are about to be trained again."""
+    """Drop entries of `epoch` and later ones, which are about to be trained again, and lines that are no entries.
+
+    Something other than a file, such as a named pipe, gives way to an empty log.
+    """
     path = Path(path)
     if not is_main_process() or not path.exists():
         return
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    kept = [line for line in lines if (entry := _parse(line)) and entry["epoch"] < epoch]
-    if len(kept) < len(lines):
-        warn(f"{path}: {len(lines) - len(kept)} lines of epoch {epoch} and later are dropped")
-    if text != (trimmed := "".join(f"{line}\n" for line in kept)):
+    if kind := special_file(path):
+        warn(f"{path}: is {kind}, not a file; a new log takes its place")
+    lines = list(_lines(path))
+    kept = [line for line, entry in lines if entry and entry["epoch"] < epoch]
+    later = sum(entry is not None and entry["epoch"] >= epoch for _, entry in lines)
+    others = len(lines) - len(kept) - later
+    dropped = [f"{_count(later)} of epoch {epoch} and later"] * bool(later)
+    dropped += [f"{_count(others)} without the numbers of an epoch"] * bool(others)
+    if dropped:
+        warn(f"{path}: dropped {' and '.join(dropped)}")
+    trimmed = b"".join(kept)
+    if kind or dropped or path.stat().st_size != len(trimmed):
         with replacing(path) as file:
-            file.write(trimmed.encode())
+            file.write(trimmed)
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield the lines of a log that are not blank, ended by a line feed, each with its entry, or None if it is none."""
+    if not path.exists() or special_file(path):
+        return
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE):
+                is_whole = line.endswith(b"\n") or len(line) < LONGEST_LINE
+                while not is_whole:
+                    rest = file.readline(LONGEST_LINE)
+                    is_whole = rest.endswith(b"\n") or len(rest) < LONGEST_LINE
+                if line := line.strip():
+                    yield line + b"\n", _parse(line)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("epoch"), int) else None
+    if not isinstance(entry, dict) or type(entry.get("epoch")) is not int:
+        return None
+    return entry if 0 <= entry["epoch"] < 2**31 else None
+
+
+def _count(lines: int) -> str:
+    return f"{lines} line" + "s" * (lines != 1)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a named pipe is an error where it would wait for a reader."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)

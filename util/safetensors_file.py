@@ -10,7 +10,7 @@ from torch import Tensor
 
 from util.command import need
 from util.errors import InputError, reason
-from util.files import replacing
+from util.files import check_is_file, replacing
 
 DESCRIPTIONS = ("args", "class_ids", "class_names")  # what a checkpoint for inference says about its model
 
@@ -41,6 +41,7 @@ def write_safetensors(path: Path, checkpoint: dict[str, Any]) -> None:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file on the CPU, and its metadata."""
     safetensors = need("safetensors", "safetensors", f"{path}: a safetensors file")
+    check_is_file(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             keys = file.keys()

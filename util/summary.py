@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from util.log_file import read_log
+from util.log_file import best_epoch
 
 EVALUATION_FLAGS = (
     *("coco_path", "val_images", "val_annotations", "remove_difficult", "on_bad_image", "max_megapixels", "device"),
@@ -22,13 +22,12 @@ def summary(args: argparse.Namespace, defaults: dict[str, Any], output_dir: Path
         defaults: the default of every flag.
         output_dir: the folder of its files.
     """
-    scored = [entry for entry in read_log(output_dir / "log.txt") if entry.get("test_coco_eval_bbox", [-1])[0] >= 0]
-    best = max(scored, key=lambda entry: entry["test_coco_eval_bbox"][0], default=None)
     latest, log = output_dir / "checkpoint.pth", output_dir / "log.txt"
-    model = output_dir / "checkpoint_best.pth" if best else latest
+    ap, epoch = best_epoch(log)
+    model = output_dir / "checkpoint_best.pth" if ap >= 0 else latest
     lines = []
-    if best:
-        lines.append(f"best AP on val: {best['test_coco_eval_bbox'][0]:.3f}, in epoch {best['epoch']}: {model}")
+    if ap >= 0:
+        lines.append(f"best AP on val: {ap:.3f}, in epoch {epoch}: {model}")
     lines.append(f"last epoch: {latest}; log: {log}")
     if not args.overfit:
         lines.append(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 from util.command import need
+from util.errors import InputError, reason
+from util.files import check_folder
 from util.logger import MetricLogger, is_shown
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L")
@@ -25,6 +29,8 @@ class TensorBoard:
         draw: the pictures of an evaluation, by name.
 
     As a context manager, it writes out at its end what is still on the way.
+
+    Its methods raise InputError where the folder cannot be written to, or was deleted.
     """
 
     def __init__(self, folder: Path | None, draw: Callable[[Any], Iterable[tuple[str, Image.Image]]]) -> None:
@@ -37,7 +43,8 @@ class TensorBoard:
         if self.folder:
             writer = need("torch.utils.tensorboard", "tensorboard", "--tensorboard").SummaryWriter
             for name, finished in {**dict.fromkeys(PARTS, epochs), "steps": steps}.items():
-                self.writers[name] = writer(self.folder / name, purge_step=finished + 1, flush_secs=FLUSH_SECONDS)
+                with self._writing():
+                    self.writers[name] = writer(self.folder / name, purge_step=finished + 1, flush_secs=FLUSH_SECONDS)
 
     def write_step(self, steps: int, logger: MetricLogger) -> None:
         """The averages over the latest steps, behind `steps` of the run."""
@@ -56,17 +63,40 @@ class TensorBoard:
             self._write(part, "epochs", {name: value for name, value in values.items() if is_shown(name)}, epochs)
             self._write(part, "coco", known, epochs)
         for name, picture in self.draw(evaluator) if evaluator else ():
-            self.writers["val"].add_image(f"images/{name}", np.asarray(picture), epochs, dataformats="HWC")
-        for writer in self.writers.values():
-            writer.flush()
+            with self._writing():
+                self.writers["val"].add_image(f"images/{name}", np.asarray(picture), epochs, dataformats="HWC")
+        with self._writing():
+            for writer in self.writers.values():
+                writer.flush()
 
     def _write(self, run: str, group: str, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writers[run].add_scalar(f"{group}/{name}", value, step)
+        with self._writing():
+            for name, value in values.items():
+                self.writers[run].add_scalar(f"{group}/{name}", value, step)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        check_folder(self.folder)
+        try:
+            yield
+        except Exception as error:  # OSError, or one of TensorFlow's own types where that is installed
+            check_folder(self.folder)
+            raise InputError(f"{self.folder}: cannot be written ({reason(error)})") from error
 
     def __enter__(self) -> TensorBoard:
+        self.excepthook, threading.excepthook = threading.excepthook, self._report
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for writer in self.writers.values():
-            writer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            for writer in self.writers.values():
+                # What ends the run is more important than what fails after it.
+                with contextlib.suppress(*[InputError] * (kind is not None)), self._writing():
+                    writer.close()
+        finally:
+            threading.excepthook = self.excepthook
+
+    def _report(self, failure: threading.ExceptHookArgs) -> None:
+        """Keep quiet about the writers' own threads: what fails in them is raised by the next call of the writer."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self.excepthook(failure)

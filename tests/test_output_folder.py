@@ -1,0 +1,319 @@
+"""Output folders: one run at a time, also when processes are killed; nothing is lost, left over or made again."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+import training
+from tests.conftest import ROOT, TINY, log_lines
+from util import output_folder
+from util.errors import InputError
+from util.files import remove_leftovers, replacing
+from util.output_folder import FolderLock
+
+# Opens a file by `replacing`, writes to it, and waits for a line of input.
+WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from util.files import replacing
+with replacing(Path(sys.argv[1])) as file:
+    file.write(b"new")
+    file.flush()
+    print("writing", flush=True)
+    input()
+"""
+
+
+def flags(shapes, output, *more: object) -> list[str]:
+    return [*TINY, "--coco_path", str(shapes), "--output_dir", str(output), *map(str, more)]
+
+
+def train(shapes, output, *more: object) -> None:
+    main.main(main.get_args_parser().parse_args(flags(shapes, output, *more)))
+
+
+@pytest.fixture
+def start():
+    """Start Python in the background; its processes that are left at the end of the test are killed."""
+    with ExitStack() as stack:
+
+        def start(*command: object, **env: str) -> subprocess.Popen:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+            )
+            stack.callback(kill_family, process.pid)
+            return process
+
+        yield start
+
+
+def kill_family(leader: int) -> None:
+    for process in family(leader):
+        os.kill(process, signal.SIGKILL)
+
+
+def family(leader: int) -> set[int]:
+    """Return a process and its descendants."""
+    parents = {pid: parent for pid, parent, _ in processes()}
+    found = {leader} & parents.keys()
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def processes() -> Iterator[tuple[int, int, str]]:
+    """Yield the id, parent and state of every living process."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+        except OSError:  # it has just ended
+            continue
+        if state != "Z":
+            yield int(folder.name), int(parent), state
+
+
+def wait_for(condition, process: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_second_run_names_the_first(shapes, tmp_path, run_main):
+    """It changes nothing; an evaluation may use the folder of a training run."""
+    train(shapes, tmp_path, "--epochs", 1)
+    lock = FolderLock(tmp_path / output_folder.TRAINING_LOCK)
+    lock.acquire()
+    # Not of the lock: to close any handle of its file would release it.
+    before = {path: path.read_bytes() for path in tmp_path.rglob("[a-z]*") if path.is_file()}
+    second = run_main(*flags(shapes, tmp_path, "--epochs", 2, "--resume", "auto"))
+    lock.check()
+    assert second.returncode == 1
+    (line,) = second.stderr.splitlines()
+    assert line.startswith(f"error: --output_dir {tmp_path}: in use by process {os.getpid()} on ")
+    assert " since 20" in line
+    assert "pytest" in line
+    assert line.endswith("; end that run, or name another folder")
+    evaluation = run_main(*flags(shapes, tmp_path, "--eval", "--resume", tmp_path / "checkpoint.pth"))
+    assert evaluation.returncode == 0, evaluation.stderr
+    assert (tmp_path / "eval.pth").exists()
+    assert before == {path: path.read_bytes() for path in before}
+    lock.release()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_restarted_run_waits_until_the_killed_one_is_gone(shapes, tmp_path, start):
+    """Processes that load data do not keep the folder locked, not even if they cannot end."""
+    first = start(ROOT / "main.py", *flags(shapes, tmp_path, "--epochs", 1000, "--num_workers", 1))
+    wait_for((tmp_path / "checkpoint.pth").exists, first)
+    more = ("--epochs", 1001, "--resume", "auto")
+    second = start(ROOT / "main.py", *flags(shapes, tmp_path, *more), TORCHELASTIC_RESTART_COUNT="1")
+    line = second.stdout.readline()
+    assert f"in use by process {first.pid} on " in line
+    assert "waiting up to 60 seconds for its end" in line
+    workers = family(first.pid) - {first.pid}
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    first.kill()
+    assert f"loading {tmp_path / 'checkpoint.pth'}" in second.stdout.readline()
+    states = {process: state for process, _, state in processes() if process in workers}
+    assert list(states.values()) == ["T"] * len(workers)
+    assert states
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("env", "restarted"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_RESTART_COUNT": "0"}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "2"}, True),
+        ({"SLURM_RESTART_COUNT": "1"}, True),
+        ({"SLURM_JOB_ID": "7"}, True),
+    ],
+)
+def test_who_waits(env, restarted, monkeypatch):
+    for name in (*output_folder.RESTART_COUNTS, *output_folder.JOBS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert output_folder.is_restarted() == restarted
+
+
+def test_a_file_system_without_locks(shapes, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    train(shapes, tmp_path, "--epochs", 1)
+    expected = f"warning: --output_dir {tmp_path}: its file system has no locks (No locks available); make sure that"
+    assert capsys.readouterr().out.count(expected) == 1
+    assert {path.name for path in tmp_path.glob("*.pth")} >= {"checkpoint.pth", "checkpoint_best.pth"}
+
+
+def test_processes_end_with_their_launcher(shapes, tmp_path, start):
+    """Both ranks and what loads their data; the run goes on in the same folder at once."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py")
+    more = ("--batch_size", 2, "--save_every", 1, "--num_workers", 1)
+    first = start(*launcher, *flags(shapes, tmp_path, "--epochs", 1000, *more))
+    wait_for((tmp_path / "log.txt").exists, first)
+    wait_for(lambda: len(family(first.pid)) == 7, first)  # launcher, two ranks, two workers each
+    started = family(first.pid)
+    first.kill()
+    wait_for(lambda: not started & {process for process, *_ in processes()})
+    train(shapes, tmp_path, "--epochs", log_lines(tmp_path)[-1]["epoch"] + 2, "--batch_size", 4, "--resume", "auto")
+
+
+def test_temporary_files_of_dead_processes_alone_are_removed(tmp_path, start):
+    path = tmp_path / "file"
+    path.write_text("old")
+    code = WRITER.format(root=str(ROOT))
+    dead, living, finished = (start("-c", code, path) for _ in range(3))
+    for process in (dead, living, finished):
+        assert process.stdout.readline() == "writing\n"
+    assert len(list(tmp_path.glob(".*"))) == 3
+    remove_leftovers(tmp_path)
+    assert len(list(tmp_path.glob(".*"))) == 3
+    finished.communicate("\n")
+    dead.kill()
+    dead.wait()
+    (tmp_path / ".hidden.tmp").write_text("not ours")
+    remove_leftovers(tmp_path)
+    assert len(list(tmp_path.glob(".file.*.tmp"))) == 1
+    assert (tmp_path / ".hidden.tmp").exists()
+    living.kill()
+    living.wait()
+    with replacing(path) as file:
+        file.write(b"newer")
+    assert path.read_text() == "newer"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", ".hidden.tmp"}
+
+
+def test_a_run_removes_what_a_killed_one_left(shapes, tmp_path, start):
+    for folder in (tmp_path, tmp_path / "eval"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".latest.pth.0123abcd.tmp").write_text("half")
+    train(shapes, tmp_path, "--epochs", 1)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_numbered_checkpoint_is_written_by_the_resumed_run(shapes, tmp_path, monkeypatch):
+    def interrupted(checkpoint, path, original=training.save_on_master, **kwargs):
+        if path.name == "checkpoint0000.pth":
+            raise KeyboardInterrupt
+        original(checkpoint, path, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_on_master", interrupted)
+        train(shapes, tmp_path, "--epochs", 2, "--lr_drop", 1)
+    train(shapes, tmp_path, "--epochs", 2, "--lr_drop", 1, "--resume", "auto")
+    assert [line["epoch"] for line in log_lines(tmp_path)] == [0, 1]
+    train(shapes, tmp_path / "whole", "--epochs", 2, "--lr_drop", 1)
+    for name in ("checkpoint0000.pth", "checkpoint0001.pth"):
+        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (tmp_path, tmp_path / "whole"))
+        assert ours["epoch"] == theirs["epoch"]
+        assert ours["processes"] == theirs["processes"]
+        assert all(torch.equal(ours["model"][key], value) for key, value in theirs["model"].items())
+
+
+@pytest.fixture
+def during_evaluation(monkeypatch):
+    """Make the next evaluation end with something that happens to the output folder."""
+
+    def during_evaluation(happens):
+        def evaluate(*args, original=main.evaluate):
+            result = original(*args)
+            happens()
+            return result
+
+        monkeypatch.setattr(main, "evaluate", evaluate)
+
+    return during_evaluation
+
+
+@pytest.mark.parametrize("tensorboard", [(), ("--tensorboard",)], ids=["plain", "tensorboard"])
+def test_a_folder_that_is_deleted_ends_the_run(tensorboard, shapes, tmp_path, during_evaluation, capfd):
+    output = tmp_path / "run"
+    during_evaluation(lambda: shutil.rmtree(output))
+    with pytest.raises(InputError, match=f"^--output_dir {output}: was deleted during the run; nothing more is saved"):
+        train(shapes, output, "--epochs", 3, *tensorboard)
+    assert not output.exists()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_folder_that_another_run_has_made_again_is_left_to_it(shapes, tmp_path, during_evaluation):
+    output = tmp_path / "run"
+
+    def happens() -> None:
+        shutil.rmtree(output)
+        output.mkdir()
+        (output / output_folder.TRAINING_LOCK).write_text("process 7 on host")
+
+    during_evaluation(happens)
+    with pytest.raises(InputError, match="was deleted during the run and is in use by process 7 on host; nothing more"):
+        train(shapes, output, "--epochs", 3)
+    assert [path.name for path in output.iterdir()] == [output_folder.TRAINING_LOCK]
+
+
+def test_a_full_disk_is_one_line_with_tensorboard(shapes, tmp_path, during_evaluation, monkeypatch, capfd):
+    """TensorBoard's own thread is what fails."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.compat.tensorflow_stub.io import gfile
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    during_evaluation(lambda: monkeypatch.setattr(gfile.LocalFileSystem, "append", full))
+    with pytest.raises(InputError, match=r"run/tensorboard: cannot be written \(\[Errno 28\] No space left on device"):
+        train(shapes, tmp_path / "run", "--epochs", 3, "--tensorboard")
+    assert capfd.readouterr().err == ""
+
+
+def test_folders_and_files_in_each_others_place(shapes, tmp_path):
+    for name in ("checkpoint_best.pth", "log.txt"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match=f"{name}: is a folder, not a file; move it elsewhere"):
+            train(shapes, tmp_path, "--epochs", 1)
+        (tmp_path / name).rmdir()
+    os.mkfifo(tmp_path / "eval")
+    with pytest.raises(InputError, match="eval: is a named pipe, not a folder; move it elsewhere"):
+        train(shapes, tmp_path, "--epochs", 1)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_named_pipes_in_the_place_of_files(shapes, tmp_path, capsys):
+    """A pipe holds nothing that could be lost: files take its place."""
+    train(shapes, tmp_path, "--epochs", 1)
+    before = log_lines(tmp_path)
+    (tmp_path / "checkpoint.pth").replace(tmp_path / "checkpoint_previous.pth")
+    for name in ("log.txt", "checkpoint_best.pth", "eval/latest.pth"):
+        (tmp_path / name).unlink()
+    for name in ("log.txt", "checkpoint.pth", "checkpoint_best.pth", "eval/latest.pth"):
+        os.mkfifo(tmp_path / name)
+    train(shapes, tmp_path, "--epochs", 2, "--resume", "auto")
+    printed = capsys.readouterr().out
+    assert f"warning: {tmp_path}/checkpoint.pth: is a named pipe, not a file; looking for one before it" in printed
+    assert f"warning: {tmp_path}/log.txt: is a named pipe, not a file; a new log takes its place" in printed
+    assert log_lines(tmp_path)[0] == before[0]
+    assert all(path.is_file() or path.is_dir() for path in tmp_path.rglob("*"))
+    json.loads((tmp_path / "log.txt").read_text().splitlines()[1])

@@ -1,0 +1,200 @@
+"""The folder of `--output_dir`, to which one run at a time writes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from util.distributed import all_gather_plain, is_main_process
+from util.errors import InputError
+from util.files import check_is_file, folder_checks, remove_leftovers, special_file
+from util.locks import try_lock
+from util.logger import log, warn
+
+# An evaluation has a lock of its own: it writes other files than a training run, which may go on in the same folder.
+TRAINING_LOCK, EVALUATION_LOCK = ".train.lock", ".eval.lock"
+TRAINING_FILES = ("checkpoint.pth", "checkpoint_previous.pth", "checkpoint_best.pth", "log.txt")
+PATIENCE = 60  # seconds for the end of the process that holds the lock
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")  # set by schedulers, which start jobs again without anyone waiting
+LONGEST_COMMAND = 200  # characters
+
+
+@contextlib.contextmanager
+def claim_output_dir(args: argparse.Namespace) -> Iterator[Path | None]:
+    """Make the folder of `--output_dir` if need be and keep other runs out of it within the block; None without one.
+
+    The lock is the main process's, and all processes wait for it. What dead runs have left half-written is removed.
+
+    Raises:
+        InputError: on all processes, where another run uses the folder, or where it cannot be used.
+    """
+    if not args.output_dir:
+        yield None
+        return
+    folder = make_output_dir(args.output_dir)
+    lock, error = None, ""
+    if is_main_process():
+        try:
+            check_contents(folder, args)
+            lock = FolderLock(folder / (EVALUATION_LOCK if args.eval else TRAINING_LOCK))
+            lock.acquire(PATIENCE if is_restarted() else 0)
+            remove_leftovers(folder)
+            remove_leftovers(folder, "*/.*.tmp")
+        except InputError as problem:
+            error = str(problem)
+    if error := all_gather_plain(error)[0]:
+        raise InputError(error)
+    try:
+        yield folder
+    finally:
+        if lock:
+            lock.release()
+
+
+def make_output_dir(name: str) -> Path:
+    """Return the folder of `--output_dir`, made if need be."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output_dir {folder}: not writable")
+    return folder
+
+
+def check_contents(folder: Path, args: argparse.Namespace) -> None:
+    """Raise InputError where a run could not write its files, for folders in the place of files and the reverse."""
+    for path in (folder / name for name in TRAINING_FILES if not args.eval):
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, not a file; move it elsewhere")
+    for name in ("worst",) if args.eval else ("eval", *["tensorboard"] * args.tensorboard):
+        path = folder / name
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: is {special_file(path) or 'a file'}, not a folder; move it elsewhere")
+
+
+def is_restarted() -> bool:
+    """Return whether torchrun or a scheduler has started this run again, or may have."""
+    counts = [os.environ.get(name, "0") for name in RESTART_COUNTS]
+    return any(count.isdecimal() and int(count) > 0 for count in counts) or any(name in os.environ for name in JOBS)
+
+
+class FolderLock:
+    """A lock on a folder, which ends with this process.
+
+    Args:
+        path: the file in that folder that is locked and names its holder; deleted on release.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path.parent
+        self.file: BinaryIO | None = None
+        self.description = describe_this_process()
+
+    def acquire(self, patience: float = 0) -> None:
+        """Take the lock, within `patience` seconds if another process holds it.
+
+        Raises:
+            InputError: another process holds it, which the message names.
+        """
+        deadline = time.monotonic() + patience
+        waiting = False
+        while not self._try():
+            holder = self._holder()
+            if time.monotonic() >= deadline:
+                waited = f", also after {patience:g} seconds" if waiting else ""
+                raise InputError(
+                    f"--output_dir {self.folder}: in use by {holder}{waited}; end that run, or name another folder"
+                )
+            if not waiting:
+                log(f"--output_dir {self.folder}: in use by {holder}; waiting up to {patience:g} seconds for its end")
+            waiting = True
+            time.sleep(0.5)
+        folder_checks[self.folder.absolute()] = self.check
+
+    def check(self) -> None:
+        """Raise InputError if the folder was deleted since the lock was taken, even if it was made again."""
+        # A file with the same text is ours on file systems that number a file differently now and then.
+        if self._is_in_place() or self._holder() == self.description:
+            return
+        user = f" and is in use by {self._holder()}" if self.path.exists() else ""
+        raise InputError(f"--output_dir {self.folder}: was deleted during the run{user}; nothing more is saved there")
+
+    def release(self) -> None:
+        """Let other processes take the lock."""
+        folder_checks.pop(self.folder.absolute(), None)
+        if not self.file:
+            return
+        with contextlib.suppress(OSError):
+            if self._is_in_place():
+                if os.name == "nt":  # Windows deletes closed files only
+                    self.file.close()
+                self.path.unlink()
+        self.file.close()
+
+    def _try(self) -> bool:
+        check_is_file(self.path)
+        try:
+            while self._open_and_lock():
+                if self._is_in_place():
+                    self.file.truncate(0)
+                    self.file.write(self.description.encode())
+                    return True
+                self.file.close()  # its holder has deleted it, as it ended
+        except OSError as error:
+            raise InputError(f"--output_dir {self.folder}: not writable ({error.strerror})") from error
+        self.file.close()
+        self.file = None
+        return False
+
+    def _open_and_lock(self) -> bool:
+        self.file = self.path.open("a+b", buffering=0)
+        try:
+            return try_lock(self.file)
+        except OSError as error:
+            warn(
+                f"--output_dir {self.folder}: its file system has no locks ({error.strerror}); "
+                "make sure that no other run uses it"
+            )
+            return True
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # what is done next fails, too, and says it in its own words
+            return True
+
+    def _holder(self) -> str:
+        """Return what the file says about its holder; not to be called by the holder while the file is in place.
+
+        To close any handle of the file would release the lock.
+        """
+        try:
+            with self.path.open("rb") as file:
+                text = file.read(1000).decode(errors="replace")
+        except OSError:
+            text = ""
+        return "".join(c if c.isprintable() else "?" for c in text) or "another run"
+
+
+def describe_this_process() -> str:
+    """Return process, host, start and command, as a part of a line."""
+    command = shlex.join(sys.orig_argv)
+    if len(command) > LONGEST_COMMAND:
+        command = f"{command[:LONGEST_COMMAND]}.."
+    printable = command.encode(errors="replace").decode()
+    return f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S} ({printable})"
