@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d
 
-from models.frozen_norm import FoldedBasicBlock, FoldedBottleneck, FoldedNorm, fold_norms
+from models.frozen_norm import FoldedBasicBlock, FoldedBody, FoldedBottleneck, fold_norms
 from util.errors import InputError, reason
 from util.files import check_is_file, download
 
@@ -22,7 +23,7 @@ CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 204
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 # The norm, and the blocks of shallow and of deep networks.
 KINDS = {
-    "frozen": (FoldedNorm, FoldedBasicBlock, FoldedBottleneck),
+    "frozen": (FrozenBatchNorm2d, FoldedBasicBlock, FoldedBottleneck),
     "batch": (nn.BatchNorm2d, BasicBlock, Bottleneck),
 }
 
@@ -55,14 +56,16 @@ class Backbone(nn.Module):
             replace_stride_with_dilation=[False, False, dilation],
             norm_layer=norm_layer,
         )
-        fold_norms(resnet)
+        if norm == "frozen":
+            fold_norms(resnet)
         # The faster layout of convolutions. With trained norms the gradients of plain 1×1 convolutions would come in
         # strides that DistributedDataParallel warns about.
         self.memory_format = torch.channels_last if norm == "frozen" else torch.contiguous_format
-        # ReLU behind the pooling, which gives the same from a quarter of the values.
+        # ReLU comes after the pooling, which gives the same from a quarter of the values.
         order = ("conv1", "bn1", "maxpool", "relu", "layer1", "layer2", "layer3", "layer4")
         stages = [(key, getattr(resnet, key)) for key in order]
-        self.body = nn.Sequential(OrderedDict(stages))
+        body = FoldedBody if norm == "frozen" else nn.Sequential
+        self.body = body(OrderedDict(stages))
         self.num_channels = CHANNELS[name]
         learns = {"none": (), "late": ("layer2", "layer3", "layer4"), "all": tuple(key for key, _ in stages)}[train]
         for key, module in stages:

@@ -16,7 +16,7 @@ from models.backbone import BackboneWithPosition
 from models.transformer import MLP, Transformer
 from util.box_ops import inverse_sigmoid
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
-from util.precision import at_least_float32
+from util.precision import at_least_float32, without_autocast
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -79,7 +79,7 @@ class ConditionalDETR(nn.Module):
         padding = padding.flatten(1) if samples.has_padding else None  # [B, S]
         hs, reference = self.transformer(x, position, padding, query_pos)  # [L, B, Q, C], [Q, 2]
 
-        with torch.autocast(hs.device.type, enabled=False):  # predictions keep at least float32
+        with without_autocast(hs.device):  # predictions keep at least float32
             hs = hs.to(query_pos.dtype)
             logits = at_least_float32(self.class_embed(hs))  # [L, B, Q, K]
             offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]: boxes are offsets from the reference points

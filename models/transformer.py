@@ -19,7 +19,7 @@ from models.attention import Attention, SelfAttention, split_heads
 from models.dropout import Dropout
 from models.position_encoding import point_embedding
 from util.errors import InputError
-from util.precision import at_least_float32
+from util.precision import at_least_float32, without_autocast
 
 
 class MLP(nn.Module):
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         self, query_pos: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """query_pos [Q, C], memory and position [B, S, C] to outputs [L, B, Q, C] and reference points [Q, 2]."""
-        with torch.autocast(query_pos.device.type, enabled=False):  # points keep at least float32
+        with without_autocast(query_pos.device):  # points keep at least float32
             reference = at_least_float32(self.ref_point_head(query_pos)).sigmoid()
         p_s = point_embedding(*reference.unbind(-1), dim=query_pos.shape[-1]).to(query_pos.dtype)  # [Q, C]
         x = memory.new_zeros(memory.shape[0], *query_pos.shape)

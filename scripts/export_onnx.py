@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from models.conditional_detr import ConditionalDETR
-from models.frozen_norm import FoldedConv2d
+from models.frozen_norm import FoldedBody, FoldedConv2d, norm_terms
 from models.postprocess import PostProcess
 from scripts.detector import Detector, load_detector
 from util.command import need, run_command
@@ -78,12 +78,20 @@ class ExportedModel(nn.Module):
 
 @torch.no_grad()
 def fix_folded_weights(model: nn.Module) -> None:
-    """Keeps what norms and convolutions fold to, so that the file holds the result and not the way to it."""
-    for module in model.modules():
-        if isinstance(module, FoldedConv2d):
-            for name, tensor in zip(FOLDED, module.fold(), strict=True):
-                module.register_buffer(name, tensor)
-            module.fold = partial(attrgetter(*FOLDED), module)
+    """Keep what norms and convolutions fold to, so that the file holds the result and not the way to it."""
+    for body in model.modules():
+        if not isinstance(body, FoldedBody):
+            continue
+        convolutions = (module for module in body.modules() if isinstance(module, FoldedConv2d))
+        for conv, terms in zip(convolutions, norm_terms(body).values(), strict=True):  # both in the order of modules
+            for name, tensor in zip(FOLDED, conv.fold(*terms), strict=True):
+                conv.register_buffer(name, tensor)
+            conv.fold = partial(_kept, conv)
+
+
+def _kept(conv: FoldedConv2d, *_terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `fix_folded_weights` keeps."""
+    return attrgetter(*FOLDED)(conv)
 
 
 def example_inputs(batch_size: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

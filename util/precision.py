@@ -1,5 +1,7 @@
 """Numbers that keep their precision where a model computes in 16 bits."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -7,3 +9,9 @@ from torch import Tensor
 def at_least_float32(x: Tensor) -> Tensor:
     """bfloat16 and float16 to float32; others as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context in which operators compute in the precision of their inputs."""
+    kind = device.type  # "meta" has no autocast
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
