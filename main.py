@@ -41,7 +41,7 @@ from training import TrainingRun, count_parameters, images_a_step
 from util.advice import advice, lr_factor
 from util.checkpoint import classes_of, load_checkpoint, load_model_weights
 from util.classes import Classes
-from util.command import error_line, replace_unprintable_characters
+from util.command import error_line, ignore_image_warnings, replace_unprintable_characters
 from util.distributed import (
     distribute,
     get_rank,
@@ -236,6 +236,7 @@ def run() -> None:
     """The command line: a mistake of the user ends in one line, a request to stop in an exit code of its own."""
     stop_request.install(EXIT_CODE)
     replace_unprintable_characters()
+    ignore_image_warnings()
     args = command_line()
     try:
         status = run_main(args)

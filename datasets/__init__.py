@@ -18,6 +18,7 @@ from datasets.layouts import find_split
 from datasets.samplers import EpochSampler, same_shape_batches
 from datasets.transforms import make_coco_transforms, resized_size
 from util.classes import Classes
+from util.command import ignore_image_warnings
 from util.distributed import get_rank, get_world_size
 from util.errors import InputError
 from util.nested_tensor import collate_fn
@@ -129,4 +130,5 @@ def start_worker(_worker: int) -> None:
     """Prepares a process that loads data; torch gives it a single thread."""
     end_with(multiprocessing.parent_process().pid, "")
     ignore_signals()
+    ignore_image_warnings()
     gc.freeze()  # or the collector would write to all that is shared with the main process, and so copy it

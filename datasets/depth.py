@@ -75,7 +75,7 @@ def _scaled(read: Callable[[], Iterator[tuple[slice, np.ndarray]]], image: Image
         levels = ((values - black) * factor + 0.5).clip(0, 255).astype(np.uint8)
         levels = 255 - levels if inverted else levels
         rgb[rows] = levels if levels.ndim == 3 else levels[..., None]
-    if white == declared or (floats and white == 1) or white == 2**16 - 1:
+    if white in (declared, 2**16 - 1) or (floats and white == 1) or black == white == 0:
         return rgb, ""
     if black == 0 and white in MAXIMA:
         return rgb, f"more than 8 bits per channel, of which {white:,.0f} is taken as white"

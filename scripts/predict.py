@@ -25,7 +25,6 @@ if not __package__:  # run as a file, for which Python looks for modules in scri
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from fractions import Fraction
@@ -249,7 +248,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems.append(problem)
         warn(problem)
 
-    warnings.filterwarnings("ignore", module="PIL")  # about sizes and metadata that keep no image from being used
     sources = find_sources(args.inputs, report, leave_out=args.output.resolve())
     if args.annotations:
         sources = with_annotated_ids(sources, args.annotations, report)

@@ -74,11 +74,11 @@ class VideoReader:
 
     def _length_of_pictures(self) -> Fraction:
         """Return the seconds that the pictures take, or all streams together if the file says no more; 0: unknown."""
-        if self._stream.duration:
-            return self._stream.duration * self.time_base
         tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", self._stream.metadata.get("DURATION", ""))  # of Matroska
         if tag:
             return sum(Fraction(part) * unit for part, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
+        if self._stream.duration:
+            return self._stream.duration * self.time_base
         return Fraction(self._file.duration or 0, self._av.time_base)
 
     def __iter__(self) -> Iterator[Frame]:

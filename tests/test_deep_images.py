@@ -133,6 +133,7 @@ def test_dark_images_stay_dark(tmp_path):
     colours = dark[..., None].repeat(3, 2)
     assert_is(colour_png(tmp_path / "a.png", colours), ramp(0, 0.3))
     assert_is(greys(tmp_path / "a.png", np.zeros((48, 64), "u2")), np.zeros((48, 64)))
+    assert read_image(tmp_path / "a.png").notes == []
 
 
 @pytest.mark.parametrize(("maximum", "white"), [(65535, 65535), (4095, 4095), (0, 1023), (800, 1023), (16383, 1023)])

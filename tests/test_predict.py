@@ -22,7 +22,7 @@ from main import get_args_parser
 from models import build_model
 from scripts import gallery, predict
 from scripts.detector import load_detector
-from scripts.inputs import find_sources, prefetch
+from scripts.inputs import bounded_batches, find_sources, prefetch
 from scripts.video import VideoReader, write_video
 from tests.conftest import ROOT, TINY
 from util.errors import InputError
@@ -226,6 +226,48 @@ def test_as_a_user_runs_it(checkpoint, photos, tmp_path):
     assert {r["image_id"] for r in json.loads((tmp_path / "out" / "detections.json").read_text())} == {"a.jpg"}
 
 
+@pytest.mark.parametrize("threshold", [0, 0.5, 1])
+def test_the_number_of_boxes_is_reported(threshold, run, photos):
+    _, results, printed = run(photos, "--threshold", threshold)
+    scores = [result["score"] for of_image in results.values() for result in of_image]
+    shown = sum(score >= threshold for score in scores)
+    if threshold < 1:
+        assert f"{shown} boxes score {threshold:g} or more" in printed
+    else:
+        assert f"no box scores 1 or more, the highest score is {max(scores):.2g}: lower --threshold" in printed
+
+
+def test_one_box(run, photos):
+    _, results, _ = run(photos / "a.jpg")
+    best = results["a.jpg"][0]["score"]
+    _, _, printed = run(photos / "a.jpg", "--threshold", best - 1e-4)
+    assert printed.startswith(f"1 box scores {best - 1e-4:g} or more\n")
+
+
+def test_what_a_file_was_taken_for_is_said(run, tmp_path):
+    scene(0).save(tmp_path / "a.gif", save_all=True, append_images=[scene(1)])
+    scene(0).save(tmp_path / "b.jpg")
+    code, results, printed = run(tmp_path)
+    assert code == 0
+    assert list(results) == ["a.gif", "b.jpg"]
+    assert "1 image: several frames, of which the first is used (a.gif)" in printed
+
+
+def test_huge_images(run, tmp_path):
+    """JPEGs are decoded smaller, with boxes for their own size; others are refused by their header."""
+    scene(3).resize((1600, 1200)).save(tmp_path / "huge.jpg", quality=95)
+    scene(3).resize((1600, 1200)).save(tmp_path / "huge.png")
+    _, whole, _ = run(tmp_path / "huge.jpg")
+    code, reduced, printed = run(tmp_path, "--max_megapixels", 1)
+    assert code == 1
+    assert "huge.png: has 1,600×1,200 pixels, more than 1 megapixels: store it smaller, or raise --max_mega" in printed
+    assert "1 image: more than 1 megapixels, decoded at 1/2 of its size (huge.jpg)" in printed
+    assert_same(reduced["huge.jpg"], whole["huge.jpg"], tolerance=20)
+    assert Image.open(tmp_path / "out" / "pictures" / "huge.jpg").size == (800, 600)
+    (entry,) = page_data(tmp_path / "out")["entries"]
+    assert (entry["width"], entry["height"]) == (1600, 1200)
+
+
 def test_photos_are_turned_upright(run, tmp_path):
     upright = scene(3).resize((90, 60))
     exif = Image.Exif()
@@ -301,6 +343,19 @@ def test_patterns(photos, tmp_path, monkeypatch):
     assert not problems
     assert not names("", "a**b", f"{tmp_path}/none/*")
     assert len(problems) == 3
+
+
+def test_large_items_wait():
+    """Of those that weigh too much together, fewer are worked on, but always one."""
+    weights, started, most = [3, 3, 3, 50, 1, 1, 1, 1, 1], [], []
+    with ThreadPoolExecutor(4) as pool:
+        for weight in prefetch(pool, lambda weight: started.append(weight) or weight, weights, 4, lambda w: w, 6):
+            most.append(sum(started))
+            started.remove(weight)
+    assert max(most) <= 50
+    assert sum(total > 6 for total in most) == 1
+    batches = list(bounded_batches(weights, 4, lambda w: w, 6))
+    assert batches == [[3, 3], [3], [50], [1, 1, 1, 1], [1]]
 
 
 def test_prefetching_keeps_the_order_and_its_distance():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ def run_command(main: Callable[[], Any]) -> None:
     A mistake of the user ends in one line and exit code 1, Ctrl-C in one line and 130, SIGTERM in one line and 143.
     """
     replace_unprintable_characters()
+    ignore_image_warnings()
     stop_request.install()
     try:
         status = main()
@@ -36,6 +38,14 @@ def replace_unprintable_characters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # in notebooks and tests it may be another object
             stream.reconfigure(errors="replace")
+
+
+def ignore_image_warnings() -> None:
+    """Keep Pillow's warnings about the metadata of images, which prevent no image from being used, from this process.
+
+    The filter is global, so that it holds in all threads: only command lines and the processes they start may set it.
+    """
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def error_line(message: str) -> str:
