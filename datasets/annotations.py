@@ -89,7 +89,7 @@ def load_annotations(
         if difference := classes.difference(known):
             notes.append(f"{path}: {difference}")
     else:
-        classes = Classes.from_categories(data["categories"])
+        classes = Classes.from_categories(data["categories"], str(path))
     _label(data["categories"], annotations, classes)
     return Annotations(data["images"], annotations, data["categories"], classes, image_ids, notes)
 

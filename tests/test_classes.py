@@ -64,11 +64,34 @@ def test_names_decide_where_files_number_classes_differently():
     train = Classes.from_categories(named(WBC=1, RBC=2, Platelets=3))
     permuted = train.of_categories(named(RBC=1, Platelets=2, wbc=3))
     assert permuted.ids == {1: 3, 2: 1, 3: 2}
-    assert "3 classes have other ids" in permuted.difference(train)
+    assert "3 classes have other ids than in the file (RBC is 1 here and 2 there)" in permuted.difference(train)
     assert train.of_categories(named(RBC=1, Platelets=2)).ids == {2: 1, 3: 2}
     assert not train.of_categories(named(WBC=1, RBC=2)).difference(train)
-    with pytest.raises(InputError, match=r"val.json: category id 1 is 'white cell', but 'WBC' in the model or the tra"):
+    with pytest.raises(InputError, match=r"val.json: category id 1 is 'white cell', but 'WBC' in the file, and names"):
         train.of_categories(named(**{"white cell": 1}), "val.json")
+
+
+def test_exact_names_decide_before_similar_ones():
+    """As for letters, and for digits whose names are the ids of others."""
+    letters = Classes.from_categories(named(A=1, a=2))
+    assert letters.of_categories(named(a=1, A=2)).ids == {2: 1, 1: 2}
+    digits = Classes.from_categories([{"id": i, "name": str(i)} for i in range(3)])
+    assert digits.of_categories([{"id": i + 1, "name": str(i)} for i in range(3)]).ids == {0: 1, 1: 2, 2: 3}
+    assert Classes.from_categories(named(cat=1, dog=2)).of_categories([{"id": 2, "name": "2"}]).ids == {2: 2}
+
+
+def test_no_two_classes_share_a_label():
+    plain = Classes.from_categories(categories(1, 3))
+    assert plain.of_categories(categories(3, "cow", 4)).ids == {3: 3, 4: "cow", 5: 4}
+    with pytest.raises(InputError, match=r"category ids 1 \(cat\) and 2 \(2\) are one class in the file: cat"):
+        Classes.from_categories(named(dog=1, cat=2)).of_categories([*named(cat=1), {"id": 2, "name": "2"}])
+
+
+def test_an_id_stands_for_one_class_in_what_is_written():
+    train = Classes.from_categories(named(WBC=1, RBC=2, Platelets=3))
+    val = train.of_categories(named(RBC=1, Platelets=2))
+    assert (train | val).ids == {2: 1, 3: 2}
+    assert (train | val).names == train.names
 
 
 def test_ids_decide_where_several_classes_share_a_name():

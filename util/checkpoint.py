@@ -10,6 +10,7 @@ import hashlib
 import pickle
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -161,8 +162,8 @@ def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
 
 
 def classes_of(checkpoint: dict[str, Any], source: str | Path) -> Classes:
-    """The classes that a checkpoint's model tells apart."""
-    return Classes.from_checkpoint(checkpoint, num_classes_of(checkpoint, source))
+    """Return the classes that a checkpoint's model tells apart."""
+    return replace(Classes.from_checkpoint(checkpoint, num_classes_of(checkpoint, source)), source=str(source))
 
 
 def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: Iterable[str]) -> list[str]:

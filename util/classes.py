@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from util.errors import InputError
@@ -46,20 +47,22 @@ class Classes:
         ids: label to category id.
         names: label to name.
         assumed: the names are a guess, those of COCO for a checkpoint that does not name its 91 classes.
+        source: the file that they come from, for messages.
     """
 
     ids: dict[int, ClassId]
     names: dict[int, str]
     assumed: bool = field(default=False, compare=False)
+    source: str = field(default="the model or the training data", compare=False)
 
     @classmethod
-    def from_categories(cls, categories: Iterable[dict[str, Any]]) -> Classes:
-        """The classes of an annotation file's `categories`."""
+    def from_categories(cls, categories: Iterable[dict[str, Any]], source: str = "the file") -> Classes:
+        """Return the classes of the `categories` of an annotation file, `source`."""
         names = {entry["id"]: entry["name"] for entry in categories}
         ids = sorted(names, key=lambda i: (isinstance(i, str), i))
         labels = ids if all(map(is_kept, ids)) else range(len(ids))
         pairs = list(zip(labels, ids, strict=True))
-        return cls(dict(pairs), {label: names[class_id] for label, class_id in pairs})
+        return cls(dict(pairs), {label: names[class_id] for label, class_id in pairs}, source=source)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any], num_classes: int) -> Classes:
@@ -87,56 +90,80 @@ class Classes:
         return self.names.get(label, str(label))
 
     def __or__(self, other: Classes) -> Classes:
-        """Those of both, where both are labelled alike."""
-        return Classes(self.ids | other.ids, self.names | other.names)
+        """Return the classes of both, which share their labels; of two classes with one id, only the other's has it."""
+        taken = set(other.ids.values())
+        ids = {label: class_id for label, class_id in self.ids.items() if class_id not in taken}
+        return Classes(ids | other.ids, self.names | other.names)
 
     def of_categories(self, categories: Iterable[dict[str, Any]], source: str = "the file") -> Classes:
         """Return the classes of another file's `categories`, labelled as these are.
 
-        Names decide, since files number the same classes differently: case, blanks and underscores do not matter. Where
-        several classes share a name, or these have numbers for names, ids decide. A class that is not among these gets
-        a label of its own: its id where labels are ids and it is free, else one beyond the highest.
+        Names decide, since files number the same classes differently: exact ones first, then those that differ in case,
+        blanks and underscores only. Where several classes share a name, or have numbers for names, ids decide. A class
+        that is not among these gets a label of its own: its id where labels are ids and it is free, else one beyond the
+        highest.
 
         Raises:
             InputError: if an id stands for one class here and for another one in `source`, and names do not tell which
                 is meant.
         """
         categories = list(categories)
-        by_name = _by_name({label: name for label, name in self.names.items() if name != str(label)})
-        theirs = _by_name({entry["id"]: entry["name"] for entry in categories})
+        by_name = self._labels_by_name(categories)
         by_id = {class_id: label for label, class_id in self.ids.items()}
         plain = all(label == class_id for label, class_id in self.ids.items())
-        ids, names, beyond = {}, {}, self.num_labels
-        for entry in categories:
+        ids, names = {}, {}
+        for entry in sorted(categories, key=lambda entry: entry["id"] not in by_name):  # new ones give way
             class_id, name = entry["id"], entry["name"]
-            same_id, same_name = (
-                by_id.get(class_id),
-                by_name.get(normalized(name)) if normalized(name) in theirs else None,
-            )
-            label = same_id if same_name is None else same_name
-            if label is not None and same_name is None and self.names[label] not in (str(label), name):
+            label = by_name.get(class_id, by_id.get(class_id))
+            if label is not None and class_id not in by_name and self._contradicts(label, class_id, name):
                 if self.assumed:  # by the published code, trained on other classes than COCO's
-                    return Classes(self.ids, {label: str(label) for label in self.ids}).of_categories(categories)
-                if normalized(self.names[label]) != normalized(name):
-                    raise InputError(
-                        f"{source}: category id {class_id} is {name!r}, but {self.names[label]!r} in the model or the "
-                        "training data, and names do not tell which class is meant: give each class one name"
-                    )
-            if label is None and plain and is_kept(class_id) and class_id not in self.ids:
+                    unnamed = {label: str(label) for label in self.ids}
+                    return Classes(self.ids, unnamed, True, self.source).of_categories(categories, source)
+                raise InputError(
+                    f"{source}: category id {class_id} is {name!r}, but {self.names[label]!r} in {self.source}, "
+                    "and names do not tell which class is meant: give each class one name"
+                )
+            if label in ids:
+                raise InputError(
+                    f"{source}: category ids {ids[label]} ({names[label]}) and {class_id} ({name}) are one class in "
+                    f"{self.source}: {self.names[label]}; give each class one name"
+                )
+            if label is None and plain and is_kept(class_id) and class_id not in ids:
                 label = class_id
             elif label is None:
-                label, beyond = beyond, beyond + 1
+                label = next(label for label in count(self.num_labels) if label not in ids)
             ids[label], names[label] = class_id, name
-        return Classes(ids, names)
+        return Classes(ids, names, source=source)
+
+    def _labels_by_name(self, categories: list[dict[str, Any]]) -> dict[ClassId, int]:
+        """Return the label of each category id whose name is that of one class here, and of one category."""
+        here = {label: name for label, name in self.names.items() if not (self.assumed and name == str(label))}
+        there = {entry["id"]: entry["name"] for entry in categories}
+        labels = {}
+        for simplify in (normalized, str):  # exact names come last, and count more
+            ours, theirs = _by_name(here, simplify), _by_name(there, simplify)
+            labels |= {theirs[name]: label for name, label in ours.items() if name in theirs}
+        return labels
+
+    def _contradicts(self, label: int, class_id: ClassId, name: str) -> bool:
+        """Return whether a class of this id has another name here; a number in the place of a name says nothing."""
+        here = self.names[label]
+        return here not in (str(label), name) and name != str(class_id) and normalized(here) != normalized(name)
 
     def difference(self, known: Classes) -> str:
         """Return how these classes, which have the labels of `known`, are numbered or named otherwise; "" if not."""
-        if renumbered := [label for label in self.ids if known.ids.get(label, self.ids[label]) != self.ids[label]]:
-            return f"{len(renumbered)} classes have other ids than in the model or the training data: matched by name"
+        renumbered = [label for label in self.ids if known.ids.get(label, self.ids[label]) != self.ids[label]]
+        if renumbered:
+            label = renumbered[0]
+            return (
+                f"{len(renumbered)} {'class has another id' if len(renumbered) == 1 else 'classes have other ids'} "
+                f"than in {known.source} ({self.names[label]} is {self.ids[label]} here and {known.ids[label]} there): "
+                "matched by name"
+            )
         if known.assumed and any(
             known.names.get(label, label) not in (name, str(label)) for label, name in self.names.items()
         ):
-            return "the model does not name its classes, and these are not COCO's: matched by id"
+            return f"{known.source} does not name its classes, and these are not COCO's: matched by id"
         return ""
 
 
@@ -145,7 +172,7 @@ def normalized(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
 
 
-def _by_name(names: dict[Any, str]) -> dict[str, Any]:
-    """Return the keys by their name, of those names that occur once."""
-    counts = Counter(map(normalized, names.values()))
-    return {normalized(name): key for key, name in names.items() if counts[normalized(name)] == 1}
+def _by_name(names: dict[Any, str], simplify: Callable[[str], str]) -> dict[str, Any]:
+    """Return the keys by their simplified name, of those names that occur once."""
+    counts = Counter(map(simplify, names.values()))
+    return {simplify(name): key for key, name in names.items() if counts[simplify(name)] == 1}
