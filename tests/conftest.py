@@ -84,9 +84,11 @@ def parse():
 def run_main():
     """Runs main.py as a user would and returns the finished process."""
 
-    def run(*flags: object, launcher: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
+    def run(
+        *flags: object, launcher: tuple[str, ...] = (), script: str = "main.py", **env: str
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, flags)],
+            [sys.executable, *launcher, str(ROOT / script), *map(str, flags)],
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | env,

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -176,7 +177,20 @@ def test_a_process_that_dies_ends_the_other_with_one_line(place, shapes, tmp_pat
     dying = start("-c", DIES.format(owner=owner, name=name), *recipe, RANK=1, **env)
     assert dying.wait(timeout=120) == 9
     printed = output_of(survivor, 1)
-    assert "error: process 0: another process of this run has ended; its own messages say why (" in printed
+    assert "error: process 0: another process of this run has died or stopped; its own last line says why" in printed
+    assert printed.count("another process") == 1
+    assert not any(word in printed for word in ("Traceback", "gloo", "pair.cc"))
+
+
+def test_processes_that_cannot_meet(shapes, start):
+    """The port of the first process is taken."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        env = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        printed = output_of(start(ROOT / "main.py", *TINY, "--coco_path", shapes, **env), 1)
+    assert f"error: process 0 cannot meet the other processes at 127.0.0.1:{port} (" in printed
     assert "Traceback" not in printed
 
 

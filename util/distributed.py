@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import InputError
+from util.errors import InputError, reason
 
 
 def is_dist_avail_and_initialized() -> bool:
@@ -64,7 +64,8 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     Sets `args.rank`, `args.world_size`, `args.gpu` (the local rank) and `args.distributed`. Without a launcher, nothing
     is joined and `args.distributed` is False.
 
-    Raises InputError if the local rank has no GPU of its own while `args.device` is CUDA.
+    Raises InputError if the local rank has no GPU of its own while `args.device` is CUDA, or if the processes do not
+    meet.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -88,6 +89,19 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
                 "start as many processes a node as it has GPUs, or pass --device cpu"
             )
         torch.cuda.set_device(args.gpu)
+    try:
+        join_process_group(args, on_cuda)
+    except (RuntimeError, ValueError) as error:  # ValueError: the address is not set
+        address = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if args.dist_url == "env://" else args.dist_url
+        raise InputError(
+            f"process {args.rank} cannot meet the other processes at {address} ({reason(error)}); "
+            "check MASTER_ADDR and MASTER_PORT, and that all processes run"
+        ) from error
+
+
+def join_process_group(args: argparse.Namespace, on_cuda: bool) -> None:
+    """Join the other processes at `args.dist_url`, and wait until all have."""
+    env = os.environ
     store, *_ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size))
     if env.get("GROUP_WORLD_SIZE") == "1":  # the store outlives a restart, with the dead addresses
         store = dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT')}", store)

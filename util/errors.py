@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import sys
 
-# The words of gloo, NCCL and the store about a process that is gone.
-LOST_PEER = re.compile(
-    r"gloo|nccl|TCPStore|connection (closed|reset|refused)|broken pipe|remote process", re.IGNORECASE
+# The words of gloo, NCCL and their store about a process that is gone, and about one that does not answer.
+GONE = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|socket (is )?closed|pair closure|remote process"
+    r"|communicator was aborted|failed to recv|connectFullMesh",
+    re.IGNORECASE,
 )
+SILENT = re.compile(r"time(d )?out", re.IGNORECASE)
 
 
 class InputError(ValueError):
@@ -39,15 +42,22 @@ def what_to_do(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory, lower --batch_size or --max_size ({reason(error)})"
     if is_lost_peer(error):
-        return f"another process of this run has ended; its own messages say why ({reason(error)})"
+        if GONE.search(str(error)):
+            return (
+                "another process of this run has died or stopped; its own last line says why, and if there is none, "
+                "the system has killed it, perhaps for want of memory"
+            )
+        return "another process of this run has not answered in time: it hangs, or has much more to do than this one"
     if str(error).startswith("DataLoader worker"):
         return f"a process that loads data has died, perhaps for want of memory: lower --num_workers ({reason(error)})"
     return ""
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Return whether an error says that another process of this run has ended."""
+    """Return whether an error says that another process of this run has ended or does not answer."""
     distributed = sys.modules.get("torch.distributed")
-    if not (distributed and distributed.is_available() and distributed.is_initialized()):
+    if not (distributed and distributed.is_available()):
         return False
-    return isinstance(error, distributed.DistError) or bool(LOST_PEER.search(str(error)))
+    text = str(error)
+    from_backend = isinstance(error, distributed.DistError) or "gloo" in text.lower()
+    return from_backend and bool(GONE.search(text) or SILENT.search(text))

@@ -1,0 +1,28 @@
+"""main.py that leaves the state of each process's model in the output folder: before training, and as evaluated."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import main
+import training
+from util.distributed import get_rank
+
+
+def recording(function, moment: str):
+    """Return a function that saves the state of its first argument, a parallel model, before it is called."""
+
+    def recorded(parallel_model, *args, **kwargs):
+        output_dir = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+        torch.save(parallel_model.module.state_dict(), output_dir / f"{moment}-{get_rank()}.pt")
+        return function(parallel_model, *args, **kwargs)
+
+    return recorded
+
+
+if __name__ == "__main__":
+    training.train_one_epoch = recording(training.train_one_epoch, "start")
+    main.evaluate = recording(main.evaluate, "evaluated")
+    main.run()
