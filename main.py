@@ -7,14 +7,15 @@ Usage:
 
 from __future__ import annotations
 
-from util.args import check_args, command_line, get_args_parser
+from util.args import Flags, check_args, check_command_line, command_line, get_args_parser
+from util.command import answer_early
 from util.orphans import end_with_launcher
 from util.preemption import EXIT_CODE, Stopped, ignore_signals, kill_workers, stop_request
 
-if __name__ == "__main__":  # the imports below take seconds: obey signals and answer --help before them
+if __name__ == "__main__":  # the imports below take seconds
     stop_request.install(EXIT_CODE)
     end_with_launcher()
-    command_line()
+    answer_early(check_command_line)
 
 import argparse
 import sys
@@ -41,7 +42,7 @@ from training import TrainingRun, count_parameters, images_a_step
 from util.advice import advice, lr_factor
 from util.checkpoint import classes_of, load_checkpoint, load_model_weights
 from util.classes import Classes
-from util.command import error_line, ignore_image_warnings, replace_unprintable_characters
+from util.command import error_line, ignore_image_warnings, need, replace_unprintable_characters
 from util.distributed import (
     distribute,
     get_rank,
@@ -52,6 +53,7 @@ from util.distributed import (
 )
 from util.errors import InputError, is_lost_peer, what_to_do
 from util.finetune import start_from
+from util.flag_limits import check_device
 from util.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
 from util.log_file import trim_log
 from util.logger import log, warn
@@ -159,6 +161,9 @@ def train_or_evaluate(args: argparse.Namespace, device: torch.device, output_dir
 def set_up(args: argparse.Namespace) -> torch.device:
     """Checks the flags, joins the other processes, seeds, and chooses kernels; returns the device."""
     check_args(args)
+    check_device(args.device)
+    if args.tensorboard:
+        need("torch.utils.tensorboard", "tensorboard", "--tensorboard")
     init_distributed_mode(args)
     device = torch.device(args.device)
     seed_everything(args.seed + get_rank())
@@ -237,7 +242,7 @@ def run() -> None:
     stop_request.install(EXIT_CODE)
     replace_unprintable_characters()
     ignore_image_warnings()
-    args = command_line()
+    args = command_line(Flags())
     try:
         status = run_main(args)
     except Stopped as stopped:

@@ -13,8 +13,8 @@ from models.matcher import HungarianMatcher
 from models.position_encoding import build_position_embedding
 from models.postprocess import PostProcess
 from models.transformer import Transformer
+from util.args import check_model
 from util.classes import COCO_NUM_CLASSES
-from util.errors import InputError
 
 
 def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion, dict[str, nn.Module]]:
@@ -26,10 +26,7 @@ def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion
     Raises:
         InputError: for a flag that is not supported or that contradicts another.
     """
-    if getattr(args, "pre_norm", False):
-        raise InputError(
-            "--pre_norm: Conditional DETR's decoder is defined with norms behind the residuals; drop the flag"
-        )
+    check_model(args)
     backbone = Backbone(
         args.backbone,
         dilation=args.dilation,

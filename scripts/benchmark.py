@@ -15,11 +15,16 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.flags import check_early, parse_flags
+
+if __name__ == "__main__":  # the imports below take seconds
+    check_early("benchmark")
+
 import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,29 +32,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmark_data import measure_data, measure_evaluator
-from scripts.benchmark_model import VARIANTS, TrainingStep, build, inference, random_images
+from scripts.benchmark_model import TrainingStep, build, inference, random_images
 from scripts.benchmark_peer import PeerRun, inference_of_peer, peer_runs, training_of_peer
 from scripts.timing import alternate, peak_mib
 from util.command import run_command
+from util.flag_limits import check_device
 from util.kernels import compile_model, use_fast_kernels
 
 PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by --amp
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=[*PARTS, *HOST_PARTS], choices=[*PARTS, *HOST_PARTS])
-    parser.add_argument("--variants", nargs="+", default=["r50"], choices=VARIANTS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", nargs=2, type=int, default=(800, 1066), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[2], help="images of a training step")
-    parser.add_argument("--amp", nargs="+", default=["none", "bf16"], choices=PRECISIONS)
-    parser.add_argument("--compile", action="store_true", help="also measure compiled models")
-    parser.add_argument("--no_peer", action="store_true", help="without transformers")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="file for the numbers")
-    flags = parser.parse_args()
+    flags = parse_flags("benchmark", argv)
+    check_device(flags.device)
     device = torch.device(flags.device)
     use_fast_kernels(device)
 

@@ -14,6 +14,11 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.flags import check_early, parse_flags
+
+if __name__ == "__main__":  # the imports below take seconds
+    check_early("check_data")
+
 import argparse
 import hashlib
 import os
@@ -34,7 +39,6 @@ from datasets.coco import CocoDetection
 from datasets.images import summarize_notes
 from datasets.odd_boxes import crowded_images
 from datasets.transforms import resized_size
-from util.args import check_args, get_args_parser
 from util.command import run_command
 from util.errors import InputError
 from util.files import replacing
@@ -79,15 +83,7 @@ class Split:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "check_data",
-        usage="python -m scripts.check_data --coco_path PATH [flags of main.py]",
-        description=__doc__.splitlines()[0],
-        parents=[get_args_parser()],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    args = parser.parse_args(argv)
-    check_args(args)
+    args = parse_flags("check_data", argv)
     args.on_bad_image = "skip"  # all of them are to be named
     train = look_through("train", build_dataset("train", args))
     val = look_through("val", build_dataset("val", args, train.dataset.classes))

@@ -11,7 +11,11 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import argparse
+from scripts.flags import check_early, parse_flags
+
+if __name__ == "__main__":  # the imports below take seconds
+    check_early("convert")
+
 from collections.abc import Sequence
 
 from scripts.detector import build_detector
@@ -28,23 +32,7 @@ FOR_INFERENCE = ("model", "args", "class_ids", "class_names")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.convert",
-        description="Carries a model to another format; what only its training needs stays behind.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "source", metavar="SRC", help="a checkpoint, .safetensors file, transformers folder, URL or hub name"
-    )
-    parser.add_argument("target", metavar="DST", type=Path, help="what to write: a new file, or a new or empty folder")
-    parser.add_argument(
-        "--to",
-        required=True,
-        choices=SUFFIXES,
-        default=argparse.SUPPRESS,
-        help="a folder of Hugging Face transformers, a .safetensors file, or a .pth checkpoint",
-    )
-    flags = parser.parse_args(argv)
+    flags = parse_flags("convert", argv)
     convert(flags.source, flags.target, flags.to)
 
 

@@ -13,7 +13,13 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.flags import check_early, parse_flags
+
+if __name__ == "__main__":  # the imports below take seconds
+    check_early("demo_pictures")
+
 import argparse
+from collections.abc import Sequence
 
 import torch
 from matplotlib.figure import Figure
@@ -69,15 +75,9 @@ def draw_predictions(run: Path, threshold: float) -> Path:
     return run / "predictions.png"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.demo_pictures",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--output_dir", default="output/demo", type=Path, help="folder of the run")
-    parser.add_argument("--threshold", default=0.25, type=float, help="lowest score that is drawn")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    args = parse_flags("demo_pictures", argv)
     print(f"wrote {draw_predictions(args.output_dir, args.threshold)}")
     for path in plot_logs([args.output_dir], args.output_dir / "curves"):
         print(f"wrote {path}")

@@ -16,10 +16,17 @@ from models import build_model
 from models.conditional_detr import ConditionalDETR
 from models.postprocess import PostProcess, check_detections
 from util.args import get_args_parser
-from util.checkpoint import check_finite, classes_of, load_checkpoint, load_model_weights, num_classes_of
+from util.checkpoint import (
+    check_finite,
+    check_stored_flags,
+    classes_of,
+    load_checkpoint,
+    load_model_weights,
+    num_classes_of,
+)
 from util.classes import Classes
 from util.errors import InputError, reason
-from util.flag_limits import check_numbers
+from util.flag_limits import check_device
 
 
 @dataclass
@@ -70,9 +77,10 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
         InputError: where there is none, its weights do not fit the flags that it was trained with, or there is no such
             device.
     """
+    check_device(str(device))
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         raise InputError(f"--device {device}: cannot be used ({reason(error)})") from error
     return build_detector(load_checkpoint(source), source, device)
 
@@ -81,7 +89,7 @@ def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.
     """As `load_detector`, of a checkpoint that is loaded; `source` names it in errors."""
     check_finite(checkpoint, source)
     args = get_args_parser().parse_args([], argparse.Namespace(**checkpoint["args"]))
-    check_numbers(args, f"{source}: ")
+    check_stored_flags(args, source)
     args.num_classes = num_classes_of(checkpoint, source)
     args.aux_loss = False
     model, _, postprocessors = build_model(args)

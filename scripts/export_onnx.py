@@ -14,7 +14,11 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import argparse
+from scripts.flags import check_early, parse_flags
+
+if __name__ == "__main__":  # the imports below take seconds
+    check_early("export_onnx")
+
 import json
 import tempfile
 import warnings
@@ -210,15 +214,7 @@ def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.export_onnx",
-        description="Writes a model as ONNX.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, help="file, URL or hub entry, as conditional_detr_resnet50")
-    parser.add_argument("--output", default="model.onnx", type=Path, help="file to write")
-    parser.add_argument("--postprocess", action="store_true", help="add scores, labels and boxes in pixels to it")
-    flags = parser.parse_args(argv)
+    flags = parse_flags("export_onnx", argv)
     onnx, onnxruntime = (need(name, "onnx onnxruntime", "export to ONNX") for name in ("onnx", "onnxruntime"))
     detector = load_detector(flags.checkpoint)
     exported = ExportedModel(detector.model, detector.postprocess if flags.postprocess else None).eval()

@@ -14,6 +14,11 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.flags import check_early, parse_flags
+
+if __name__ == "__main__":  # the imports below take seconds
+    check_early("plot_attention")
+
 import argparse
 from collections.abc import Sequence
 
@@ -46,28 +51,13 @@ LEAST_WIDTH = 6  # of the page: room for the footer
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.plot_attention",
-        description="Draws the spatial, content and combined attention of every head of a decoder layer.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="a file, a URL, or a hub entry such as conditional_detr_resnet50")
-    add("--image", required=True, type=Path, help="the image file to look at")
-    add("--output", default="attention.png", type=Path, help="the picture to write; its ending says the format")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--top", default=3, type=int, metavar="N", help="draw the queries of the N best detections")
-    which.add_argument("--queries", nargs="+", type=int, metavar="Q", help="draw these queries, counted from 0")
-    add("--layer", default=-1, type=int, help="from 0, or from -1 backwards; in layer 0, content holds positions too")
-    add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
-    args = parser.parse_args(argv)
+    args = parse_flags("plot_attention", argv)
 
     formats = Figure().canvas.get_supported_filetypes()
     if (ending := args.output.suffix.lower().removeprefix(".")) not in formats:
         raise InputError(f"--output {args.output}: the file's name must end in one of .{', .'.join(sorted(formats))}")
     detector = load_detector(args.checkpoint, args.device)
-    check_numbers(args, detector.args.num_queries, detector.args.dec_layers)
+    check_query_and_layer(args, detector.args.num_queries, detector.args.dec_layers)
     image = detector.resize(read_pixels(args.image, args.max_megapixels))
     seen = view(detector.model, image.to(detector.device), args.layer)
     queries = args.queries or best_queries(seen, args.top)
@@ -77,10 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"wrote {args.output}: queries {', '.join(map(str, queries))}")
 
 
-def check_numbers(args: argparse.Namespace, num_queries: int, num_layers: int) -> None:
-    """Raises InputError for a query or a layer that the model does not have."""
-    if args.top < 1:
-        raise InputError(f"--top {args.top}: must be at least 1")
+def check_query_and_layer(args: argparse.Namespace, num_queries: int, num_layers: int) -> None:
+    """Raise InputError for a query or a layer that the model does not have."""
     for query in args.queries or ():
         if not 0 <= query < num_queries:
             raise InputError(f"--queries {query}: the model's queries are 0 to {num_queries - 1}")

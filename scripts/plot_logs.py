@@ -13,7 +13,11 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import argparse
+from scripts.flags import check_early, parse_flags
+
+if __name__ == "__main__":  # the imports below take seconds
+    check_early("plot_logs")
+
 from collections.abc import Sequence
 from itertools import count, cycle
 from typing import Any
@@ -133,14 +137,7 @@ def add_legends(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.plot_logs",
-        description="Draws the loss and AP curves of runs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--output_dir of a run")
-    parser.add_argument("--output", default="curves", type=Path, help="the pictures' path, without .png and .svg")
-    flags = parser.parse_args(argv)
+    flags = parse_flags("plot_logs", argv)
     for path in plot_logs(flags.folders, flags.output):
         print(f"wrote {path}")
 

@@ -24,6 +24,11 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.flags import check_early, parse_flags
+
+if __name__ == "__main__":  # the imports below take seconds
+    check_early("predict")
+
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -47,9 +52,9 @@ from scripts.gallery import Entry, image_entry, video_entry, write_gallery
 from scripts.inputs import Report, Source, bounded_batches, find_sources, prefetch, with_annotated_ids
 from scripts.photo import GALLERY_SIDE, MAX_JPEG_SIDE, Found, Photo, file_name, save, weight_of
 from scripts.video import Frame, VideoReader, write_video
-from util.args import worker_count
 from util.command import run_command
 from util.errors import InputError
+from util.flag_limits import check_sizes
 from util.logger import log, warn
 
 MOST_PIXELS = 128_000_000  # of images that wait to be looked at, are, or wait to be drawn: 10 photos of a phone each
@@ -210,38 +215,9 @@ class Prediction:
         return photo.annotated(self.args.threshold, self.detector.classes)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's flags. Raises InputError for values that make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.predict",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="images, videos, folders, or patterns such as 'photos/*.jpg'")
-    add("--checkpoint", required=True, help="a checkpoint, a URL or a hub entry's name")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for what is found")
-    add("--threshold", default=0.3, type=float, help="lowest score in pictures, and at first in the gallery")
-    add("--annotations", default=None, metavar="FILE", help="COCO JSON file that gives image ids; images as stored")
-    add("--every", default=1, type=int, metavar="N", help="of videos, take every N-th frame")
-    add("--min_size", default=None, type=int, help="short side for the model; unset: that of its training")
-    add("--max_size", default=None, type=int, help="largest long side; unset: that of its training")
-    add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
-    add("--batch_size", default=4, type=int, help="images that the model looks at together")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
-    add("--num_workers", default="auto", type=worker_count, help="threads that read and draw; auto: one a CPU")
-    args = parser.parse_args(argv)
-    for flag in ("every", "min_size", "max_size", "max_megapixels", "batch_size", "num_workers"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if not 0 <= args.threshold <= 1:
-        raise InputError(f"--threshold {args.threshold}: scores are between 0 and 1")
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool and returns its exit code."""
-    args = parse(argv)
+    args = parse_flags("predict", argv)
     problems: list[str] = []
 
     def report(problem: str) -> None:
@@ -256,8 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     detector = load_detector(args.checkpoint, args.device)
     for flag in ("min_size", "max_size"):
         setattr(detector.args, flag, getattr(args, flag) or getattr(detector.args, flag))
+    check_sizes(detector.args)
 
-    with ThreadPoolExecutor(args.num_workers) as pool:
+    with ThreadPoolExecutor(args.num_workers or 1) as pool:
         prediction = Prediction(args, detector, pool, report)
         prediction.images([source for source in sources if not source.is_video])
         for source in sources:

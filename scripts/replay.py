@@ -11,6 +11,11 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.flags import check_early, parse_flags
+
+if __name__ == "__main__":  # the imports below take seconds
+    check_early("replay")
+
 import argparse
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +28,7 @@ from models import build_model
 from util.command import run_command
 from util.errors import InputError
 from util.files import check_is_file
+from util.flag_limits import check_device
 from util.kernels import use_deterministic_kernels, use_fast_kernels
 from util.nested_tensor import NestedTensor
 from util.rng import set_torch_rng_states
@@ -30,12 +36,8 @@ from util.rng import set_torch_rng_states
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.replay", description="Repeat a training step that was not finite."
-    )
-    parser.add_argument("dump", help="the file that the run left")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    flags = parser.parse_args(argv)
+    flags = parse_flags("replay", argv)
+    check_device(flags.device)
     check_is_file(Path(flags.dump))
     try:
         dump = torch.load(flags.dump, map_location="cpu", weights_only=True)

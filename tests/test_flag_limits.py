@@ -1,106 +1,252 @@
-"""Numbers, paths and devices on the command line: each value is useful, or refused in one line that names the flag."""
+"""Numbers, paths and devices on command lines: each value is useful, or refused in one line that names the flag."""
 
 import argparse
 import math
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from main import get_args_parser
+from models.backbone import CHANNELS
+from scripts.flags import PARSERS
 from tests.conftest import ROOT
-from util.args import check_args, given_flags, parse_flags
+from util.args import BACKBONES, Flags, check_args, given_flags, parse_flags
 from util.errors import InputError
-from util.flag_limits import LIMITS, number
+from util.flag_limits import LIMITS, check_device, check_numbers, wrong_with
 
-UNCHECKED = {"mask_loss_coef", "dice_loss_coef", "local_rank", "world_size"}  # not supported, or set by a launcher
 DEFAULTS = vars(get_args_parser().parse_args(["--device", "cpu"]))
-NUMBERS = [
-    action.dest
-    for action in get_args_parser()._actions
-    if action.type in (int, float) or (isinstance(DEFAULTS.get(action.dest), int) and action.nargs != 0)
-]
-VALUES = (-1, 0, 1, 10**9, 2**63, 2**64, 10**400, math.nan, math.inf, -math.inf)
+ODD = (-1, 0, 1, 10**9, 2**63, 2**64, 10**400, 1e-300, math.nan, math.inf, -math.inf, True, "1", 1.5)
+HUGE = {"lr_drop", "eval_every", "save_every", "skip_nonfinite", "overfit", "seed"}  # may be 10^9
+TINY = {"dropout", "weight_decay"}  # may be as good as 0
+HEAVY = ("torch", "torchvision", "numpy", "pycocotools", "scipy", "matplotlib", "PIL", "onnx", "transformers")
 
 
-def test_every_numeric_flag_has_limits():
-    assert set(NUMBERS) == set(LIMITS)
+def numeric(parser: argparse.ArgumentParser) -> dict[str, type]:
+    """Return the flags that take numbers, with their type, which for one like "auto or a number" is that of 7."""
+    kinds = {}
+    for action in parser._actions:
+        if action.type in (int, float):
+            kinds[action.dest] = action.type
+        elif action.type and not isinstance(action.type, type):
+            try:
+                kinds[action.dest] = type(action.type("7"))
+            except ValueError:
+                continue
+    return {flag: kind for flag, kind in kinds.items() if kind in (int, float)}
 
 
-@pytest.mark.parametrize("flag", sorted(set(LIMITS) - UNCHECKED))
+@pytest.mark.parametrize("make", [get_args_parser, *PARSERS.values()], ids=lambda make: make.__name__)
+def test_every_numeric_flag_has_limits_and_a_default_within(make):
+    parser = make()
+    for flag, kind in numeric(parser).items():
+        assert LIMITS[flag].kind is kind, f"--{flag} needs a row in LIMITS"
+        default = parser.get_default(flag)
+        for value in default if isinstance(default, list | tuple) else [default]:
+            assert value in (None, "auto") or not wrong_with(value, LIMITS[flag])
+
+
+@pytest.mark.parametrize("flag", sorted(numeric(get_args_parser())))
 def test_odd_numbers(flag):
-    """Each is within the limits of its flag, or refused; nothing else is raised."""
-    least, most = LIMITS[flag]
-    for value in VALUES:
+    """Each is within the limits of its flag, or refused in one line; nothing else is raised."""
+    for value in ODD:
         args = argparse.Namespace(**DEFAULTS | {flag: value})
-        if least <= value <= most:
-            assert math.isfinite(value)
-            continue
-        with pytest.raises(InputError) as error:
+        try:
             check_args(args)
-        assert str(error.value).startswith(f"--{flag} ")
-        assert "must be" in str(error.value) and len(str(error.value)) < 120
+        except InputError as error:
+            assert f"--{flag}" in str(error)
+            assert len(str(error)) < 200
+        else:
+            assert isinstance(value, int | float) and math.isfinite(value) and value >= 0
+            assert value in (0, 1, 1.5) or flag in HUGE | TINY
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e999", "1" * 5000, "x", ""])
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("lr", -1, "--lr -1: must be at least 0"),
+        (
+            "lr",
+            1e-20,
+            "--lr 1e-20: must be 0 or at least 1e-12 (AdamW changes each weight by about this much per step)",
+        ),
+        ("lr", math.inf, "--lr inf: must be a finite number"),
+        ("epochs", 0, "--epochs 0: must be at least 1"),
+        ("epochs", 2.0, "--epochs 2.0: must be an integer"),
+        ("epochs", 10**400, "--epochs 1e400: must be between 1 and 1,000,000 (file names count epochs in six digits)"),
+        ("seed", 2**64, "--seed 18446744073709551616: must be between 0 and 4,000,000,000"),
+        ("set_cost_bbox", math.nan, "--set_cost_bbox nan: must be a finite number"),
+        ("clip_max_norm", 1e-9, "--clip_max_norm 1e-09: must be 0 or at least 1e-06"),
+        ("max_size", 700, "--max_size 700: must be at least --min_size 800"),
+        ("nheads", 3, "--hidden_dim 256 must be a multiple of 4 and of --nheads 3"),
+        ("hidden_dim", 258, "--hidden_dim 258 must be a multiple of 4"),
+        ("dropout", 1.0, "--dropout 1: nothing would be left to learn from"),
+        ("focal_alpha", 0, "--focal_alpha 0: must be at least 0.001"),
+        ("backbone", "vgg", "--backbone vgg: choose one of resnet18, resnet34"),
+        ("pre_norm", True, "--pre_norm: Conditional DETR's decoder is defined with norms after the residuals"),
+    ],
+)
+def test_messages(flag, value, message):
+    with pytest.raises(InputError) as error:
+        check_args(argparse.Namespace(**DEFAULTS | {flag: value}))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"enc_layers": 100, "dec_layers": 100, "hidden_dim": 4096}, "a transformer of 31.9 billion weights"),
+        ({"lr": 0, "lr_backbone": 0}, "--lr 0 with --lr_backbone 0: nothing would be trained"),
+        ({"lr": 1, "weight_decay": 1}, "--weight_decay 1: times the learning rate, it must be less than 1"),
+        ({f"set_cost_{name}": 0 for name in ("class", "bbox", "giou")}, "cannot all be 0"),
+        ({f"{name}_loss_coef": 0 for name in ("cls", "bbox", "giou")}, "are all 0: nothing would be trained"),
+        (
+            {f"{name}_loss_coef": 0 for name in ("cls", "bbox", "giou")} | {"aux_loss": False},
+            "nothing would be trained",
+        ),
+    ],
+)
+def test_combinations(flags, message):
+    with pytest.raises(InputError, match=message):
+        check_args(argparse.Namespace(**DEFAULTS | flags))
+
+
+def test_numbers_of_numpy_are_numbers():
+    check_args(argparse.Namespace(**DEFAULTS | {"lr": np.float32(0.1), "batch_size": np.int64(3)}))
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "cpu:1", "cuda:99999", "gpu", "", "cuda:x", "cuda:-1"])
+def test_devices_that_are_not_supported(device):
+    with pytest.raises(
+        InputError, match=f"--device {device}: not a device that is supported; pass cuda, cuda:N or cpu"
+    ):
+        check_args(argparse.Namespace(**DEFAULTS | {"device": device}))
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda:1")
+    with pytest.raises(InputError, match="--device cuda:2: torch sees 2 GPUs, counted from 0"):
+        check_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device cuda: torch sees no GPU here; pass --device cpu"):
+        check_device("cuda")
+
+
+@pytest.mark.parametrize("flag", [name for name, value in DEFAULTS.items() if value is None or isinstance(value, str)])
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 5000])
+def test_texts_that_are_no_paths(flag, text):
+    """In any flag; those of numbers and devices say so in their own words."""
+    with pytest.raises(InputError, match=f"--{flag}") as error:
+        check_args(argparse.Namespace(**DEFAULTS | {flag: text}))
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e999", "1" * 5000, "x", "", "1e9", "0x10"])
 def test_odd_texts_end_in_one_line(text, capsys):
-    for flag, kind in (("--lr", "float"), ("--batch_size", "int")):
+    for flag in ("--lr", "--batch_size"):
         try:
             check_args(get_args_parser().parse_args([f"{flag}={text}", "--device=cpu"]))
         except InputError as error:
             assert str(error).startswith(flag)
-        except SystemExit:
-            assert f"argument {flag}: invalid {kind} value" in capsys.readouterr().err
+        except SystemExit as end:
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"error: argument {flag}: invalid ") and end.code == 2
         else:
             pytest.fail(f"{flag} {text} was accepted")
 
 
-@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "cpu:1", "cuda:99999", "gpu", "", "cuda:x"])
-def test_devices(device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match=f"--device {device}"):
-        check_args(argparse.Namespace(**DEFAULTS | {"device": device}))
-    check_args(argparse.Namespace(**DEFAULTS | {"device": "cuda:1"}))
-
-
-@pytest.mark.parametrize("flag", ["coco_path", "output_dir", "resume", "train_images", "dist_url"])
-def test_nul_bytes(flag):
-    with pytest.raises(InputError, match=f"--{flag} .*NUL byte"):
-        check_args(argparse.Namespace(**DEFAULTS | {flag: "a\0b"}))
-
-
-def test_numbers_of_tools():
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--every", type=number(1, 100))
-    parser.add_argument("--threshold", type=number(0, 1, float))
-    assert parser.parse_args(["--every", "7", "--threshold", "0.5"]).threshold == 0.5
-    for arguments in (["--every", "0"], ["--every", "101"], ["--threshold", "nan"], ["--threshold=-inf"]):
-        with pytest.raises(argparse.ArgumentError, match=r"argument --\w+: .* must be"):
-            parser.parse_args(arguments)
-
-
 def test_given_flags():
     parser = get_args_parser()
-    flags = parse_flags(parser, ["--backbone", "resnet50", "--dilation", "--device", "cpu"])
+    flags = parse_flags(parser, ["--backbone", "resnet50", "--dilation", "--device", "cpu"], Flags())
     assert given_flags(flags) == {"backbone", "dilation", "device"}
     assert "given" not in vars(flags)
+    flags.nheads = 4  # by Python code
+    assert "nheads" in given_flags(flags)
     flags = parser.parse_args(["--backbone", "resnet50", "--dilation"])  # as a notebook has it
-    assert given_flags(flags) == {"dilation"}
+    assert given_flags(flags) == {"dilation", "device"}
 
 
-def test_help_needs_no_heavy_import(tmp_path):
-    """`main.py --help` must not wait for torch and its friends."""
-    import subprocess
+def test_the_names_of_backbones_are_complete():
+    assert set(BACKBONES) == set(CHANNELS)
 
-    for name in ("torch", "torchvision", "numpy", "pycocotools", "scipy", "matplotlib"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), "--help"],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(tmp_path)},
-        check=False,
-    )
+
+@pytest.fixture
+def run_light(tmp_path):
+    """Run a program in a Python where every import that takes long fails."""
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={"PYTHONPATH": str(tmp_path)},
+            check=False,
+        )
+
+    return run
+
+
+def test_main_answers_before_its_imports(run_light):
+    done = run_light("main.py", "--help")
     assert done.returncode == 0, done.stderr
     assert "--coco_path" in done.stdout
+    for flags, message in (
+        (("--lr", "nan"), "error: --lr nan: must be a finite number"),
+        (("--lr", "x"), "error: argument --lr: invalid float value: 'x'; --help lists the flags"),
+        (("--no_such_flag",), "error: unrecognized arguments: --no_such_flag; --help lists the flags"),
+        (("--device", "mps"), "error: --device mps: not a device that is supported; pass cuda, cuda:N or cpu"),
+        (("--resume", "auto"), "error: --resume auto looks for checkpoints in --output_dir: name it"),
+    ):
+        done = run_light("main.py", *flags)
+        assert done.returncode
+        assert done.stderr.splitlines() == [message]
+
+
+@pytest.mark.parametrize("tool", sorted(PARSERS))
+def test_tools_answer_before_their_imports(tool, run_light):
+    done = run_light("-m", f"scripts.{tool}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"scripts.{tool}" in done.stdout
+
+
+@pytest.mark.parametrize("tool", sorted(PARSERS))
+def test_odd_numbers_of_tools(tool):
+    """Of flags that take several numbers, each counts."""
+    for flag, kind in numeric(PARSERS[tool]()).items():
+        for value in (kind(-9999), 2**64, 10**400, math.nan, -math.inf):
+            flags = argparse.Namespace(**{flag: [1, value] if flag in ("queries", "batch_sizes") else value})
+            with pytest.raises(InputError, match=rf"--{flag} (-9999|1844|1e400|nan|-inf).*: must be "):
+                check_numbers(flags)
+
+
+@pytest.mark.parametrize(
+    ("tool", "flags", "message"),
+    [
+        ("predict", ("--checkpoint", "x", "--output", "y", "z", "--every", "0"), "--every 0: must be at least 1"),
+        ("predict", ("--checkpoint", "x", "--output", "y", "z", "--device", "xpu"), "--device xpu: not a device that"),
+        ("predict", ("--checkpoint", "x", "--output", "y" * 999, "z"), "--output yyy"),
+        (
+            "plot_attention",
+            ("--checkpoint", "x", "--image", "y", "--queries", "3", "-1"),
+            "--queries -1: must be at le",
+        ),
+        ("benchmark", ("--size", "800", "1"), "--size 1: must be at least 32"),
+        ("benchmark", ("--repeats", "0"), "--repeats 0: must be at least 1"),
+        ("demo_pictures", ("--threshold", "nan"), "--threshold nan: must be a finite number"),
+        ("check_data", ("--batch_size", "0"), "--batch_size 0: must be at least 1"),
+        ("replay", ("dump.pth", "--device", "meta"), "--device meta: not a device that is supported"),
+        ("convert", ("a" * 999, "b", "--to", "checkpoint"), "SRC aaa"),
+    ],
+)
+def test_tools_refuse_before_their_imports(tool, flags, message, run_light):
+    done = run_light("-m", f"scripts.{tool}", *flags)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")

@@ -232,7 +232,7 @@ def test_start_epoch_without_a_checkpoint(shapes, tmp_path):
         (("--dataset_file", "coco_panoptic"), "--dataset_file coco_panoptic: only coco"),
         (("--batch_size", 0), "--batch_size 0: must be at least 1"),
         (("--batch_size", 15), "14 images are fewer than a batch of 15"),
-        (("--dropout", 1.5), "--dropout 1.5: must be at most 1"),
+        (("--dropout", 1.5), "--dropout 1.5: must be between 0 and 1"),
         (("--device", "tpu0"), "--device tpu0: not a device"),
         (("--device", "cuda"), "--device cuda: torch sees no GPU"),
         (("--resume", "absent.pth"), "absent.pth: no such checkpoint"),

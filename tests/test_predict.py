@@ -192,7 +192,7 @@ def test_unusable_inputs_are_named_and_skipped(run, photos, tmp_path):
     [
         (["{tmp}/none"], "nothing to predict on"),
         (["{tmp}/text.jpg"], "none of the 1 inputs could be read"),
-        (["{tmp}", "--threshold", "30"], "--threshold 30.0: scores are between 0 and 1"),
+        (["{tmp}", "--threshold", "30"], "--threshold 30.0: must be between 0 and 1"),
         (["{tmp}", "--every", "0"], "--every 0: must be at least 1"),
         (["{tmp}", "--checkpoint", "{tmp}/none.pth"], "none.pth: no such checkpoint"),
         (["{tmp}", "--device", "gpu"], "--device gpu: cannot be used"),

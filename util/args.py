@@ -9,9 +9,17 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from util.command import need
+from util.command import Parser
 from util.errors import InputError
-from util.flag_limits import check_device, check_numbers, check_paths, default_device
+from util.flag_limits import (
+    check_device_name,
+    check_model_size,
+    check_numbers,
+    check_sizes,
+    check_texts,
+    resolve_device,
+    short,
+)
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 MAX_AUTO_WORKERS = 16  # more feed no GPU faster
@@ -29,10 +37,8 @@ def worker_count(text: str) -> int:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags; the published ones have their published names and defaults."""
-    parser = argparse.ArgumentParser(
-        "Conditional DETR", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Return the parser of all flags; the published ones have their published names and defaults."""
+    parser = Parser("Conditional DETR", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("training").add_argument
     add("--lr", default=1e-4, type=float, help="learning rate")
     add("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
@@ -114,7 +120,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", help="folder for checkpoints and logs; empty: nothing is saved")
-    add("--device", default="auto", type=default_device, help="cuda, cuda:N, cpu, or auto: a GPU if there is one")
+    add("--device", default="auto", type=resolve_device, help="cuda, cuda:N, cpu, or auto: a GPU if there is one")
     add("--seed", default=42, type=int, help="seed of weights, order and augmentation")
     add(
         "--resume",
@@ -152,23 +158,26 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise InputError for a flag whose value makes no sense, or that is not supported yet."""
+    """Raise InputError for a flag whose value makes no sense, or that is not supported yet.
+
+    Only flags are looked at, neither files nor the machine, so that it takes no time.
+    """
     segmentation = {"masks": False, "frozen_weights": None, "coco_panoptic_path": None}
     segmentation |= {"mask_loss_coef": 1, "dice_loss_coef": 1}
     for flag, default in segmentation.items():
         if getattr(args, flag) != default:
             raise InputError(f"--{flag}: segmentation is not supported yet; drop the flag")
     check_numbers(args)
-    check_paths(args)
-    check_device(args.device)
-    if args.max_size < args.min_size:
-        raise InputError(f"--max_size {args.max_size}: must be at least --min_size {args.min_size}")
+    check_texts({f"--{flag}": value for flag, value in vars(args).items()})
+    check_device_name(args.device)
+    check_model(args)
+    check_sizes(args)
     if not args.eval:
         check_learns(args)
     if args.finetune and (args.eval or args.resume not in ("", "auto")):
         raise InputError(
-            "--finetune starts a new training: it goes neither with --eval nor with --resume, but for --resume auto; "
-            "name a model that is to be evaluated or trained on by --resume alone"
+            "--finetune starts a new training: it goes neither with --eval nor with --resume, except --resume auto; "
+            "name a model to evaluate or to resume by --resume alone"
         )
     if args.resume == "auto" and not args.output_dir:
         raise InputError("--resume auto looks for checkpoints in --output_dir: name it")
@@ -176,28 +185,48 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--image_set test only writes detections: add --eval and --output_dir, without --overfit")
     if args.tensorboard and not args.output_dir:
         raise InputError("--tensorboard writes to --output_dir: name it")
-    if args.tensorboard:
-        need("torch.utils.tensorboard", "tensorboard", "--tensorboard")
+
+
+def check_model(args: argparse.Namespace, where: str = "") -> None:
+    """Raise InputError for flags that make no model; `where` leads the message, as a checkpoint's name."""
+    if getattr(args, "pre_norm", False):
+        raise InputError(
+            f"{where}--pre_norm: Conditional DETR's decoder is defined with norms after the residuals; drop the flag"
+        )
+    if args.backbone not in BACKBONES:
+        raise InputError(f"{where}--backbone {short(args.backbone)}: choose one of {', '.join(BACKBONES)}")
+    if args.dropout == 1:
+        raise InputError(f"{where}--dropout 1: nothing would be left to learn from")
+    if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:
+        raise InputError(f"{where}--set_cost_class, --set_cost_bbox and --set_cost_giou cannot all be 0")
+    check_model_size(args, where)
 
 
 def check_learns(args: argparse.Namespace) -> None:
-    """Raise InputError for flags with which training would change nothing."""
+    """Raise InputError for flags with which training would change nothing, or leave nothing of the weights."""
     if args.lr == args.lr_backbone == 0:
         raise InputError("--lr 0 with --lr_backbone 0: nothing would be trained")
     if args.cls_loss_coef == args.bbox_loss_coef == args.giou_loss_coef == 0:
         raise InputError("--cls_loss_coef, --bbox_loss_coef and --giou_loss_coef are all 0: nothing would be trained")
+    if max(args.lr, args.lr_backbone) * args.weight_decay >= 1:
+        raise InputError(f"--weight_decay {args.weight_decay}: times the learning rate, it must be less than 1")
 
 
-def command_line(argv: Sequence[str] | None = None) -> Flags:
-    """Return the flags of main.py's command line."""
-    parser = argparse.ArgumentParser(
+def command_line(flags: argparse.Namespace) -> argparse.Namespace:
+    """Read the flags of main.py's command line into a namespace, whose values take the place of defaults."""
+    parser = Parser(
         "main.py",
         usage="%(prog)s --coco_path PATH [flags]",
         description="Train and evaluate Conditional DETR.",
         parents=[get_args_parser()],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    return parse_flags(parser, argv)
+    return parse_flags(parser, None, flags)
+
+
+def check_command_line(flags: argparse.Namespace) -> None:
+    """Read the command line as `command_line` does, and raise InputError for what `check_args` refuses."""
+    check_args(command_line(flags))
 
 
 class Flags(argparse.Namespace):
@@ -206,9 +235,11 @@ class Flags(argparse.Namespace):
     __slots__ = ("given",)  # outside `vars`, which checkpoints keep
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
-    """Parse a command line and note which flags it sets."""
-    flags = parser.parse_args(argv, Flags())
+def parse_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, flags: argparse.Namespace
+) -> argparse.Namespace:
+    """Read a command line into a namespace, and note in it which flags the command line sets."""
+    flags = parser.parse_args(argv, flags)
     unset = object()
     probe = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags), unset)))
     flags.given = frozenset(name for name, value in vars(probe).items() if value is not unset)
@@ -216,8 +247,11 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
 
 
 def given_flags(args: argparse.Namespace) -> frozenset[str]:
-    """Return the names of the flags that were set on purpose: by the command line, else those that are no default."""
-    if hasattr(args, "given"):
-        return args.given
-    defaults = vars(get_args_parser().parse_args([]))
-    return frozenset(name for name, value in vars(args).items() if name not in defaults or value != defaults[name])
+    """Return the names of the flags that were set on purpose.
+
+    They are those that the command line sets, even to their default; in a namespace that Python code made, those whose
+    value is not the default.
+    """
+    defaults = vars(get_args_parser().parse_args([], argparse.Namespace(device="")))
+    changed = {name for name, value in vars(args).items() if name not in defaults or value != defaults[name]}
+    return getattr(args, "given", frozenset()) | changed

@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor, nn
 
-from util.args import given_flags
+from util.args import check_model, given_flags
 from util.classes import Classes
 from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError, reason
@@ -40,6 +40,7 @@ MODEL_FLAGS = (
     "dim_feedforward",
     "num_queries",
 )
+IMAGE_SIZES = ("min_size", "max_size")
 # Those that decide how it trains on: they may change, but rarely by intent.
 TRAINING_FLAGS = (
     "lr",
@@ -187,7 +188,7 @@ def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def take_model_flags(args: argparse.Namespace, checkpoint: dict[str, Any], source: str | Path) -> None:
     """Set the flags that define a model to those that the checkpoint's model was built with, and print them.
 
-    An evaluation takes the size of images as well. Flags that were set on purpose stay.
+    An evaluation takes the size of images as well, if none was set on purpose.
 
     Raises:
         InputError: for a flag that was set on purpose and contradicts the checkpoint's model, with both values.
@@ -195,16 +196,19 @@ def take_model_flags(args: argparse.Namespace, checkpoint: dict[str, Any], sourc
     given, stored = given_flags(args), stored_flags(checkpoint)
     if contradictions := changed_flags(args, checkpoint, [flag for flag in MODEL_FLAGS if flag in given]):
         raise InputError(f"{source} is of another model: {'; '.join(contradictions)}; drop the flag")
-    wanted = (*MODEL_FLAGS, "min_size", "max_size") if args.eval else MODEL_FLAGS
-    taken = {
-        flag: stored[flag]
-        for flag in wanted
-        if flag in stored and flag not in given and getattr(args, flag) != stored[flag]
-    }
+    wanted = MODEL_FLAGS if not args.eval or given & set(IMAGE_SIZES) else (*MODEL_FLAGS, *IMAGE_SIZES)
+    taken = {flag: stored[flag] for flag in wanted if flag in stored and getattr(args, flag) != stored[flag]}
     vars(args).update(taken)
+    check_stored_flags(args, source)
     if taken:
-        log(f"flags of {source}: {' '.join(f'--{flag} {value}' for flag, value in taken.items())}")
-    check_numbers(args, f"{source}: ")
+        texts = (f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in taken.items())
+        log(f"flags of {source}: {' '.join(texts)}")
+
+
+def check_stored_flags(args: argparse.Namespace, source: str | Path) -> None:
+    """Raise InputError if flags that come from a checkpoint make no model, or sizes of images that fit no memory."""
+    check_numbers(args, f"{source}: ", (*MODEL_FLAGS, *IMAGE_SIZES))
+    check_model(args, f"{source}: ")
 
 
 def check_finite(checkpoint: dict[str, Any], source: str | Path) -> None:

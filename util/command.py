@@ -1,19 +1,40 @@
-"""What the command-line tools share: how they end on mistakes, and libraries that only some of them need."""
+"""What all command lines share: how they read flags and end on mistakes, and libraries that only some of them need."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from termcolor import colored
 
 from util.errors import InputError, what_to_do
 from util.preemption import stop_request
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2, as argparse does."""
+        self.exit(2, f"{error_line(message)}; --help lists the flags\n")
+
+
+def answer_early(check: Callable[[argparse.Namespace], Any]) -> None:
+    """Answer --help and refuse wrong flags before a program's imports, which take seconds.
+
+    `check` parses the command line into a namespace. This already holds a device, whose default would import torch.
+    """
+    replace_unprintable_characters()
+    try:
+        check(argparse.Namespace(device="cpu"))
+    except InputError as error:
+        sys.exit(error_line(str(error)))
 
 
 def run_command(main: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""The smallest and largest value of every numeric flag, in one table, and the check of paths and devices.
+"""The values that each numeric flag takes, in one table for main.py and all tools, and the check of paths and devices.
 
 It imports nothing that takes long, so that a mistake on the command line is reported at once.
 """
@@ -6,121 +6,191 @@ It imports nothing that takes long, so that a mistake on the command line is rep
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from util.errors import InputError
+from util.errors import InputError, reason
 
-COUNT = 1_000_000  # more epochs, steps or batches than anybody trains
-WEIGHT = 1_000_000  # of a loss or a cost; far larger ones would only overflow
+MOST_WEIGHTS = 1e9  # of a transformer: training them takes 16 GB
 
-LIMITS: dict[str, tuple[float, float]] = {
-    "lr": (0, 1000),
-    "lr_backbone": (0, 1000),
-    "weight_decay": (0, 1000),
-    "clip_max_norm": (0, WEIGHT),
-    "batch_size": (1, 65_536),
-    "accum_steps": (1, COUNT),
-    "epochs": (1, COUNT),
-    "lr_drop": (1, COUNT),
-    "start_epoch": (0, COUNT),
-    "eval_every": (1, COUNT),
-    "save_every": (0, 10**12),
-    "skip_nonfinite": (0, 10**12),
-    "overfit": (0, COUNT),
-    "enc_layers": (0, 100),
-    "dec_layers": (1, 100),
-    "hidden_dim": (4, 4096),
-    "dim_feedforward": (1, 32_768),
-    "nheads": (1, 1024),
-    "num_queries": (1, 10_000),
-    "max_detections": (1, 10_000),
-    "num_classes": (1, 100_000),
-    "dropout": (0, 1),
-    "focal_alpha": (0, 1),
-    "set_cost_class": (0, WEIGHT),
-    "set_cost_bbox": (0, WEIGHT),
-    "set_cost_giou": (0, WEIGHT),
-    "cls_loss_coef": (0, WEIGHT),
-    "bbox_loss_coef": (0, WEIGHT),
-    "giou_loss_coef": (0, WEIGHT),
-    "mask_loss_coef": (0, WEIGHT),
-    "dice_loss_coef": (0, WEIGHT),
-    "max_megapixels": (1, 10_000),
-    "min_size": (1, 16_384),
-    "max_size": (1, 65_536),
-    "num_workers": (0, 1024),
-    "seed": (0, 4_000_000_000),  # NumPy takes 32 bits, of which some are for the rank
-    "world_size": (1, COUNT),
-    "local_rank": (0, COUNT),
+
+class Number(NamedTuple):
+    """The values of a flag: those of `kind` from `least` to `most`, and 0 if it has a meaning of its own.
+
+    No flag takes NaN or infinity. `why` explains the limits.
+    """
+
+    kind: type
+    least: float
+    most: float
+    why: str = ""
+    zero: bool = False
+
+
+EPOCHS = 10**6, "file names count epochs in six digits"
+COUNT = 10**9, "more is never reached"
+MEMORY = "more does not fit into memory"
+RATE = Number(float, 1e-12, 1, "AdamW changes each weight by about this much per step", zero=True)
+# float32 holds seven digits: much smaller terms of a sum vanish next to others, as do gradients next to AdamW's 1e-8.
+COEFFICIENT = Number(float, 1e-6, 1e6, "smaller ones have no effect, larger ones overflow", zero=True)
+SHARE = Number(float, 0, 1)
+
+LIMITS: dict[str, Number] = {
+    "lr": RATE,
+    "lr_backbone": RATE,
+    "batch_size": Number(int, 1, 2**16, MEMORY),
+    "weight_decay": Number(float, 0, 100),
+    "epochs": Number(int, 1, *EPOCHS),
+    "lr_drop": Number(int, 1, *COUNT),
+    "clip_max_norm": Number(float, 1e-6, 1e6, "smaller gradients change no weight; 0 turns clipping off", zero=True),
+    "accum_steps": Number(int, 1, 10**6, "more is never reached"),
+    "enc_layers": Number(int, 0, 100, MEMORY),
+    "dec_layers": Number(int, 1, 100, MEMORY),
+    "dim_feedforward": Number(int, 1, 2**16, MEMORY),
+    "hidden_dim": Number(int, 4, 2**12, MEMORY),
+    "dropout": SHARE,
+    "nheads": Number(int, 1, 2**12),
+    "num_queries": Number(int, 1, 10_000, MEMORY),
+    "num_classes": Number(int, 1, 100_000, MEMORY),
+    "set_cost_class": COEFFICIENT,
+    "set_cost_bbox": COEFFICIENT,
+    "set_cost_giou": COEFFICIENT,
+    "mask_loss_coef": COEFFICIENT,
+    "dice_loss_coef": COEFFICIENT,
+    "cls_loss_coef": COEFFICIENT,
+    "bbox_loss_coef": COEFFICIENT,
+    "giou_loss_coef": COEFFICIENT,
+    "focal_alpha": Number(float, 0.001, 0.999, "else the class loss ignores the objects, or all that is none"),
+    "max_detections": Number(int, 1, 10_000, "more than the queries and classes of a model make"),
+    "max_megapixels": Number(int, 1, 10_000, MEMORY),
+    "min_size": Number(int, 16, 10_000, "the model sees cells of 32 pixels, and larger images do not fit into memory"),
+    "max_size": Number(int, 1, 20_000, MEMORY),
+    "seed": Number(int, 0, 4 * 10**9, "NumPy takes 32 bits, with the rank added"),
+    "overfit": Number(int, 0, *COUNT),
+    "start_epoch": Number(int, 0, *EPOCHS),
+    "save_every": Number(int, 0, *COUNT),
+    "skip_nonfinite": Number(int, 0, *COUNT),
+    "eval_every": Number(int, 1, *COUNT),
+    "num_workers": Number(int, 0, 512, "each is a process or thread of its own"),
+    "world_size": Number(int, 1, 10**6),
+    "local_rank": Number(int, 0, 10**6),
+    # of the tools alone
+    "threshold": SHARE,
+    "every": Number(int, 1, *COUNT),
+    "top": Number(int, 1, 100, "the page has a block for each"),
+    "queries": Number(int, 0, 9_999),
+    "layer": Number(int, -100, 99),
+    "size": Number(int, 32, 10_000, MEMORY),
+    "batch_sizes": Number(int, 1, 2**16, MEMORY),
+    "repeats": Number(int, 1, 10**6, "more is never reached"),
+    "train": Number(int, 1, 10**6, "file names count images in six digits"),
+    "val": Number(int, 1, 10**6, "file names count images in six digits"),
 }
 
 
-def check_numbers(args: argparse.Namespace, where: str = "") -> None:
-    """Raise InputError for a number outside its limits; `where` leads the message, such as a checkpoint's name."""
-    for flag, (least, most) in LIMITS.items():
+def check_numbers(args: argparse.Namespace, where: str = "", flags: Iterable[str] = LIMITS) -> None:
+    """Raise InputError for a number that its flag does not take; `where` leads the message, as a checkpoint's name.
+
+    Flags that are None or absent are left out; of lists, each number is checked.
+    """
+    for flag in filter(LIMITS.get, flags):
         value = getattr(args, flag, None)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{where}--{flag} {short(value)}: must be a number")
-        if problem := outside(value, least, most):
-            raise InputError(f"{where}--{flag} {short(value)}: {problem}")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if number is not None and (problem := wrong_with(number, LIMITS[flag])):
+                raise InputError(f"{where}--{flag} {short(number)}: {problem}")
 
 
-def outside(value: float, least: float, most: float) -> str:
-    """Return what is wrong with a number that must lie between two others (inclusive); "" if nothing is."""
-    if value != value:
-        return f"must be a number between {least:,} and {most:,}"
-    if value < least:
-        return f"must be at least {least:,}"
-    return f"must be at most {most:,}" if value > most else ""
+def wrong_with(value: Any, limits: Number) -> str:
+    """Return what is wrong with a number; "" if nothing is."""
+    kind, least, most, why, zero = limits
+    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+        return f"must be {'an integer' if kind is int else 'a number'}"
+    if value != value or value in (math.inf, -math.inf):
+        return "must be a finite number"
+    if least <= value <= most or (zero and value == 0):
+        return ""
+    if zero and 0 < value < least:
+        problem = f"must be 0 or at least {least:,.12g}"
+    elif value < least:
+        problem = f"must be at least {0 if zero else least:,.12g}"
+    else:
+        problem = f"must be between {0 if zero else least:,.12g} and {most:,.12g}"
+    return f"{problem} ({why})" if why and value > 0 else problem
 
 
-def number(least: float, most: float, kind: type = int) -> Callable[[str], float]:
-    """Return a `type` for an argparse flag that takes numbers between two others (inclusive)."""
-
-    def parse(text: str) -> float:
-        if problem := outside(value := kind(text), least, most):
-            raise argparse.ArgumentTypeError(f"{short(text)}: {problem}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it for texts that are no numbers: "invalid int value"
-    return parse
+def check_sizes(args: argparse.Namespace) -> None:
+    """Raise InputError if the long side of images may not be as long as the short side is to be."""
+    if args.max_size < args.min_size:
+        raise InputError(f"--max_size {args.max_size}: must be at least --min_size {args.min_size}")
 
 
-def short(value: object) -> str:
-    """Return a value as the part of a line, at most 40 characters long."""
-    text = str(value) if not isinstance(value, int) or abs(value) < 10**40 else f"{str(value)[:10]}.."
-    return text if len(text) <= 40 else f"{text[:38]}.."
+def check_texts(values: Mapping[str, Any]) -> None:
+    """Raise InputError for a text that cannot be a path: with a NUL, too long, in a folder that may not be entered.
+
+    `values` are those of flags, by their names in messages. Each text is tried, since the flags that take URLs or names
+    take paths, too.
+    """
+    for flag, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str | Path):
+                try:
+                    Path(text).stat()
+                except (FileNotFoundError, NotADirectoryError):
+                    continue  # it may be a file to write, and who reads it says more
+                except (OSError, ValueError) as error:
+                    cause = getattr(error, "strerror", None) or reason(error)
+                    raise InputError(f"{flag} {short(text)}: cannot be a path ({cause})") from error
 
 
-def check_paths(args: argparse.Namespace) -> None:
-    """Raise InputError for a text with a NUL byte, which no path, name or address can contain."""
-    for flag, value in vars(args).items():
-        if isinstance(value, str) and "\0" in value:
-            raise InputError(f"--{flag} {value!r}: contains a NUL byte")
+def check_model_size(args: argparse.Namespace, where: str = "") -> None:
+    """Raise InputError for a transformer whose width does not divide, or with more than `MOST_WEIGHTS` weights."""
+    dim, heads = args.hidden_dim, args.nheads
+    if dim < 4 or dim % 4 or heads < 1 or dim % heads:
+        raise InputError(f"{where}--hidden_dim {dim} must be a multiple of 4 and of --nheads {heads}")
+    attention = (4 * args.enc_layers + 13 * args.dec_layers) * dim**2
+    feed_forward = 2 * (args.enc_layers + args.dec_layers) * dim * args.dim_feedforward
+    if (weights := attention + feed_forward) > MOST_WEIGHTS:
+        raise InputError(
+            f"{where}--hidden_dim, --dim_feedforward, --enc_layers and --dec_layers make a transformer of "
+            f"{weights / 1e9:.1f} billion weights; at most {MOST_WEIGHTS / 1e9:g} billion are supported"
+        )
+
+
+def check_device_name(name: str) -> None:
+    """Raise InputError for a device other than cpu, cuda and cuda:N."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
+        raise InputError(f"--device {short(name)}: not a device that is supported; pass cuda, cuda:N or cpu")
 
 
 def check_device(name: str) -> None:
-    """Raise InputError for a device other than cpu, cuda and cuda:N, or one that this machine does not have."""
-    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
-        raise InputError(f"--device {short(name)}: not a device that is supported; cuda, cuda:N or cpu")
+    """Raise InputError for a device that is not supported, or that this machine does not have."""
+    import torch  # takes seconds, in which the rest has long been checked
+
+    check_device_name(name)
     if name == "cpu":
         return
-    import torch  # takes seconds
-
     if not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch sees no GPU here; pass --device cpu")
-    count = torch.cuda.device_count()
-    if ":" in name and int(name.split(":")[1]) >= count:
-        raise InputError(f"--device {name}: torch sees only {count} GPU{'s' * (count != 1)}, counted from 0")
+    if int(name.partition(":")[2] or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"--device {name}: torch sees {count} GPU{'s' * (count != 1)}, counted from 0")
 
 
-def default_device(text: str) -> str:
-    """Return a device's name; of "auto", cuda if torch sees a GPU, else cpu."""
+def resolve_device(text: str) -> str:
+    """Return the name of a device; of "auto", cuda if torch sees a GPU, else cpu."""
     if text != "auto":
         return text
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def short(value: object) -> str:
+    """Return a value as the part of a line, at most 40 characters long."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python does not print integers of any length
+        return f"{'-' if value < 0 else ''}1e{int(math.log10(abs(value)))}"
+    text = str(value) if str(value).isprintable() else ascii(str(value))
+    return text if len(text) <= 40 else f"{text[:38]}.."

@@ -1,0 +1,186 @@
+"""The flags of the tools in this folder.
+
+They are apart from the tools, and import nothing that takes long, so that --help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from util.args import check_args, get_args_parser, worker_count
+from util.command import Parser, answer_early
+from util.flag_limits import check_device_name, check_numbers, check_texts, resolve_device
+
+VARIANTS = ("r50", "r50dc5", "r101", "r101dc5")
+PARTS = ("inference", "training", "data", "evaluator")  # of the benchmark
+FORMATS = ("transformers", "safetensors", "checkpoint")
+CHECKPOINT = "a checkpoint, a URL or a hub entry's name"
+
+
+def parse_flags(
+    tool: str, argv: Sequence[str] | None = None, flags: argparse.Namespace | None = None
+) -> argparse.Namespace:
+    """Return the flags of a tool; those that `flags` holds already are not set to their defaults.
+
+    Raises:
+        InputError: for a value that its flag does not take.
+    """
+    parser = PARSERS[tool]()
+    flags = parser.parse_args(argv, flags)
+    if tool == "check_data":
+        check_args(flags)
+        return flags
+    check_numbers(flags)
+    check_texts({name: value for name, value in named(parser, flags) if name != "INPUT"})  # predict skips bad inputs
+    check_device_name(getattr(flags, "device", "cpu"))
+    return flags
+
+
+def named(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each flag, as users know it, and its value."""
+    for action in parser._actions:
+        if hasattr(flags, action.dest):
+            yield (action.option_strings or [action.metavar or action.dest])[0], getattr(flags, action.dest)
+
+
+def check_early(tool: str) -> None:
+    """Answer --help and refuse wrong flags of a tool that is about to import what takes seconds."""
+    answer_early(lambda flags: parse_flags(tool, None, flags))
+
+
+def parser_of(tool: str, description: str, **more: str) -> Parser:
+    """Return a parser that has no flags yet."""
+    return Parser(
+        prog=f"python -m scripts.{tool}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        **more,
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device, as main.py has it."""
+    parser.add_argument(
+        "--device", default="auto", type=resolve_device, help="cuda, cuda:N, cpu, or auto: a GPU if there is one"
+    )
+
+
+def benchmark() -> Parser:
+    """Return the flags of `scripts.benchmark`."""
+    parser = parser_of("benchmark", "Measure how fast the models are here, next to Hugging Face transformers.")
+    add = parser.add_argument
+    add("--parts", nargs="+", default=[*PARTS], choices=PARTS, help="what to measure")
+    add("--variants", nargs="+", default=["r50"], choices=VARIANTS, help="models to measure")
+    add_device(parser)
+    add("--size", nargs=2, type=int, default=(800, 1066), metavar=("HEIGHT", "WIDTH"), help="of images")
+    add("--batch_sizes", nargs="+", type=int, default=[2], help="images of a training step")
+    add("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16", "fp16"), help="precisions")
+    add("--compile", action="store_true", help="also measure compiled models")
+    add("--no_peer", action="store_true", help="without transformers")
+    add("--repeats", type=int, default=5, help="measurements, of which the median counts")
+    add("--json", help="file for the numbers")
+    return parser
+
+
+def check_data() -> Parser:
+    """Return the flags of `scripts.check_data`: those of main.py."""
+    return Parser(
+        "check_data",
+        usage="python -m scripts.check_data --coco_path PATH [flags of main.py]",
+        description="Look through a data set before a training.",
+        parents=[get_args_parser()],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def convert() -> Parser:
+    """Return the flags of `scripts.convert`."""
+    parser = parser_of("convert", "Convert a model to another format, without what only its training needs.")
+    add = parser.add_argument
+    add("source", metavar="SRC", help="a checkpoint, .safetensors file, transformers folder, URL or hub name")
+    add("target", metavar="DST", type=Path, help="what to write: a new file, or a new or empty folder")
+    add(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        default=argparse.SUPPRESS,
+        help="a folder of Hugging Face transformers, a .safetensors file, or a .pth checkpoint",
+    )
+    return parser
+
+
+def demo_pictures() -> Parser:
+    """Return the flags of `scripts.demo_pictures`."""
+    parser = parser_of("demo_pictures", "Show predictions next to ground truth, and the curves of the run.")
+    parser.add_argument("--output_dir", default="output/demo", type=Path, help="folder of the run")
+    parser.add_argument("--threshold", default=0.25, type=float, help="lowest score that is drawn")
+    return parser
+
+
+def export_onnx() -> Parser:
+    """Return the flags of `scripts.export_onnx`."""
+    parser = parser_of("export_onnx", "Write a model as ONNX.")
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
+    parser.add_argument("--output", default="model.onnx", type=Path, help="file to write")
+    parser.add_argument("--postprocess", action="store_true", help="add scores, labels and boxes in pixels to it")
+    return parser
+
+
+def plot_attention() -> Parser:
+    """Return the flags of `scripts.plot_attention`."""
+    parser = parser_of(
+        "plot_attention", "Draw the spatial, content and combined attention of every head of a decoder layer."
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help=CHECKPOINT)
+    add("--image", required=True, type=Path, help="the image file to look at")
+    add("--output", default="attention.png", type=Path, help="the picture to write; its ending says the format")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--top", default=3, type=int, metavar="N", help="draw the queries of the N best detections")
+    which.add_argument("--queries", nargs="+", type=int, metavar="Q", help="draw these queries, counted from 0")
+    add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
+    add("--layer", default=-1, type=int, help="from 0, or from -1 backwards; in layer 0, content holds positions too")
+    add_device(parser)
+    return parser
+
+
+def plot_logs() -> Parser:
+    """Return the flags of `scripts.plot_logs`."""
+    parser = parser_of("plot_logs", "Draw the loss and AP curves of runs.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--output_dir of a run")
+    parser.add_argument("--output", default="curves", type=Path, help="the pictures' path, without .png and .svg")
+    return parser
+
+
+def predict() -> Parser:
+    """Return the flags of `scripts.predict`."""
+    parser = parser_of("predict", "Find objects in images and videos, and show them in pictures and in a gallery.")
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="images, videos, folders, or patterns such as 'photos/*.jpg'")
+    add("--checkpoint", required=True, help=CHECKPOINT)
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for what is found")
+    add("--threshold", default=0.3, type=float, help="lowest score in pictures, and at first in the gallery")
+    add("--annotations", default=None, metavar="FILE", help="COCO JSON file that gives image ids; images as stored")
+    add("--every", default=1, type=int, metavar="N", help="of videos, take every N-th frame")
+    add("--min_size", default=None, type=int, help="short side for the model; unset: that of its training")
+    add("--max_size", default=None, type=int, help="largest long side; unset: that of its training")
+    add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
+    add("--batch_size", default=4, type=int, help="images that the model looks at together")
+    add_device(parser)
+    add("--num_workers", default="auto", type=worker_count, help="threads that read and draw; auto: one per CPU")
+    return parser
+
+
+def replay() -> Parser:
+    """Return the flags of `scripts.replay`."""
+    parser = parser_of("replay", "Repeat a training step that was not finite.")
+    parser.add_argument("dump", help="the file that the run left")
+    add_device(parser)
+    return parser
+
+
+TOOLS = (benchmark, check_data, convert, demo_pictures, export_onnx, plot_attention, plot_logs, predict, replay)
+PARSERS: dict[str, Callable[[], Parser]] = {tool.__name__: tool for tool in TOOLS}
