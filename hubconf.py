@@ -13,7 +13,7 @@ from models.conditional_detr import ConditionalDETR
 from models.position_encoding import PositionEmbeddingSine
 from models.postprocess import PostProcess
 from models.transformer import Transformer
-from util.checkpoint import load_checkpoint, load_model_weights
+from util.checkpoint import check_finite, load_checkpoint, load_model_weights
 from util.classes import COCO_NUM_CLASSES
 
 dependencies = ["torch", "torchvision", "scipy"]
@@ -62,6 +62,8 @@ def _build(
         num_queries=300,
     )
     if pretrained:
-        load_model_weights(model, load_checkpoint(name), name)
+        checkpoint = load_checkpoint(name)
+        check_finite(checkpoint["model"], name)
+        load_model_weights(model, checkpoint, name)
     model.eval()
     return (model, PostProcess()) if return_postprocessor else model

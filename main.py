@@ -259,7 +259,7 @@ def run_main(args: argparse.Namespace) -> int | str:
     """Return the exit code of a run, or the line that says what the user can mend."""
     try:
         main(args)
-    except (InputError, RuntimeError) as error:
+    except (InputError, RuntimeError, MemoryError) as error:
         if is_lost_peer(error):
             stop_request.raise_if_asked()  # the others were asked too, and could stop earlier
         if not (line := what_to_do(error)):

@@ -19,6 +19,7 @@ from engine import PRINT_FREQ, train_one_epoch
 from util.advice import lr_factor
 from util.checkpoint import save_on_master
 from util.distributed import all_gather_plain, get_rank, get_world_size, is_main_process
+from util.errors import InputError
 from util.log_file import append_log, best_ap
 from util.logger import log
 from util.optim import build_optimizer, build_schedule, restore_optimizer
@@ -101,6 +102,8 @@ class TrainingRun:
             partial(self.after_step, epoch),
             later_steps=(self.args.epochs - epoch - 1) * self.steps_per_epoch,
         )
+        if self.progress.skipped and not self.progress.logger.meters["loss"].count:
+            raise InputError(f"all steps of epoch {epoch} were skipped, for none was finite: lower --lr")
         entry = {f"train_{name}": value for name, value in stats.items()}
         self.lr_scheduler.step()
         self.progress.start_epoch()

@@ -13,8 +13,8 @@ from models.matcher import HungarianMatcher
 from models.position_encoding import build_position_embedding
 from models.postprocess import PostProcess
 from models.transformer import Transformer
-from util.args import check_model
 from util.classes import COCO_NUM_CLASSES
+from util.flag_limits import check_model
 
 
 def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion, dict[str, nn.Module]]:

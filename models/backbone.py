@@ -16,6 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.frozen_norm import FoldedBasicBlock, FoldedBody, FoldedBottleneck, fold_norms
+from util.checkpoint import check_finite
 from util.errors import InputError, reason
 from util.files import check_is_file, download
 
@@ -123,3 +124,4 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
         raise InputError(
             f"{path}: not the weights of {name} ({wrong[0]} and {len(wrong) - 1} more keys differ); {advice}"
         )
+    check_finite(weights, path)

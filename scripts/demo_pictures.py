@@ -29,7 +29,7 @@ from datasets import build_dataset
 from models import build_model
 from scripts.plot_logs import plot_logs
 from util.box_ops import box_cxcywh_to_xyxy
-from util.checkpoint import load_checkpoint, load_model_weights
+from util.checkpoint import check_finite, load_checkpoint, load_model_weights
 from util.command import run_command
 from util.pictures import draw_boxes
 
@@ -45,6 +45,7 @@ def draw_predictions(run: Path, threshold: float) -> Path:
     """
     source = run / "checkpoint.pth"
     checkpoint = load_checkpoint(source)
+    check_finite(checkpoint["model"], source)
     args = argparse.Namespace(**checkpoint["args"])
     model, _, postprocessors = build_model(args)
     load_model_weights(model, checkpoint, source)

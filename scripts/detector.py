@@ -87,7 +87,7 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
 
 def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.device = "cpu") -> Detector:
     """As `load_detector`, of a checkpoint that is loaded; `source` names it in errors."""
-    check_finite(checkpoint, source)
+    check_finite(checkpoint["model"], source)
     args = get_args_parser().parse_args([], argparse.Namespace(**checkpoint["args"]))
     check_stored_flags(args, source)
     args.num_classes = num_classes_of(checkpoint, source)

@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_query_and_layer(args, detector.args.num_queries, detector.args.dec_layers)
     image = detector.resize(read_pixels(args.image, args.max_megapixels))
     seen = view(detector.model, image.to(detector.device), args.layer)
+    if not all(part.isfinite().all() for part in (*seen.maps, seen.logits, seen.boxes)):
+        raise InputError(f"{args.checkpoint}: what the model computes of {args.image} is not finite: check its weights")
     queries = args.queries or best_queries(seen, args.top)
     figure = draw_page(image, seen, queries, detector.classes)
     with replacing(args.output) as file:

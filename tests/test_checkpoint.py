@@ -19,12 +19,12 @@ from util.checkpoint import (
     load_model_weights,
     num_classes_of,
     save_on_master,
-    take_model_flags,
 )
 from util.errors import InputError
 from util.files import download
 from util.log_file import append_log, read_log, trim_log
 from util.optim import build_optimizer, build_schedule, restore_optimizer
+from util.resume import take_model_flags
 
 
 class Malice:

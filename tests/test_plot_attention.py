@@ -173,7 +173,7 @@ def test_command(flags, queries, ending, checkpoint, photo, tmp_path, capsys):
     "flags, message",
     [
         (("--queries", 2, 7), "--queries 7: the model's queries are 0 to 6"),
-        (("--queries", -1), "--queries -1: the model's queries are 0 to 6"),
+        (("--queries", -1), "--queries -1: must be at least 0"),
         (("--top", 0), "--top 0: must be at least 1"),
         (("--layer", 3), "--layer 3: the model's decoder layers are 0 to 2"),
         (("--layer", -4), "--layer -4: the model's decoder layers are 0 to 2"),

@@ -195,7 +195,7 @@ def test_unusable_inputs_are_named_and_skipped(run, photos, tmp_path):
         (["{tmp}", "--threshold", "30"], "--threshold 30.0: must be between 0 and 1"),
         (["{tmp}", "--every", "0"], "--every 0: must be at least 1"),
         (["{tmp}", "--checkpoint", "{tmp}/none.pth"], "none.pth: no such checkpoint"),
-        (["{tmp}", "--device", "gpu"], "--device gpu: cannot be used"),
+        (["{tmp}", "--device", "gpu"], "--device gpu: not a device that is supported"),
         (["{tmp}", "--annotations", "{tmp}/text.jpg"], "text.jpg: not a COCO file that lists images"),
         (["{photo}", "--output", "{tmp}/text.jpg"], "cannot be written"),
     ],

@@ -9,6 +9,7 @@ RECIPE_LR = 1e-4
 # Fewer steps teach a transformer from random weights next to nothing. The demo's three layers, on the easiest of data,
 # take as many; COCO's recipe takes 370,000 for twelve.
 STEPS_A_LAYER = 600
+MOST_DROPS = 6  # of the learning rate to a tenth; float32 holds seven digits
 
 
 def lr_factor(args: argparse.Namespace, images_a_step: int) -> float:
@@ -38,6 +39,10 @@ def advice(args: argparse.Namespace, images_a_step: int, steps: int, from_scratc
         lines.append(
             f"the learning rate {RECIPE_LR:g} is meant for {RECIPE_IMAGES} images a step, here are {images_a_step}: "
             f"consider --lr_scale sqrt ({scaled:.2g})"
+        )
+    if (drops := (args.epochs - 1) // args.lr_drop) > MOST_DROPS:
+        lines.append(
+            f"--lr_drop {args.lr_drop} divides the learning rate by ten {drops} times: the last epochs do nothing"
         )
     if args.backbone_weights == "none" and args.backbone_norm == "frozen" and from_scratch:
         lines.append("a backbone without pretrained weights hardly learns with frozen norms: add --backbone_norm batch")

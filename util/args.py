@@ -12,16 +12,15 @@ from collections.abc import Sequence
 from util.command import Parser
 from util.errors import InputError
 from util.flag_limits import (
+    BACKBONES,
     check_device_name,
-    check_model_size,
+    check_model,
     check_numbers,
     check_sizes,
     check_texts,
     resolve_device,
-    short,
 )
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 MAX_AUTO_WORKERS = 16  # more feed no GPU faster
 
 
@@ -185,21 +184,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--image_set test only writes detections: add --eval and --output_dir, without --overfit")
     if args.tensorboard and not args.output_dir:
         raise InputError("--tensorboard writes to --output_dir: name it")
-
-
-def check_model(args: argparse.Namespace, where: str = "") -> None:
-    """Raise InputError for flags that make no model; `where` leads the message, as a checkpoint's name."""
-    if getattr(args, "pre_norm", False):
-        raise InputError(
-            f"{where}--pre_norm: Conditional DETR's decoder is defined with norms after the residuals; drop the flag"
-        )
-    if args.backbone not in BACKBONES:
-        raise InputError(f"{where}--backbone {short(args.backbone)}: choose one of {', '.join(BACKBONES)}")
-    if args.dropout == 1:
-        raise InputError(f"{where}--dropout 1: nothing would be left to learn from")
-    if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:
-        raise InputError(f"{where}--set_cost_class, --set_cost_bbox and --set_cost_giou cannot all be 0")
-    check_model_size(args, where)
 
 
 def check_learns(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor, nn
 
-from util.args import check_model, given_flags
 from util.classes import Classes
 from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError, reason
 from util.files import check_is_file, download, replacing
-from util.flag_limits import check_numbers
-from util.logger import log
+from util.flag_limits import check_model, check_numbers
 
 # The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
 MODEL_FLAGS = (
@@ -185,35 +183,15 @@ def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint["args"] and {"backbone_norm": "frozen"} | checkpoint["args"]
 
 
-def take_model_flags(args: argparse.Namespace, checkpoint: dict[str, Any], source: str | Path) -> None:
-    """Set the flags that define a model to those that the checkpoint's model was built with, and print them.
-
-    An evaluation takes the size of images as well, if none was set on purpose.
-
-    Raises:
-        InputError: for a flag that was set on purpose and contradicts the checkpoint's model, with both values.
-    """
-    given, stored = given_flags(args), stored_flags(checkpoint)
-    if contradictions := changed_flags(args, checkpoint, [flag for flag in MODEL_FLAGS if flag in given]):
-        raise InputError(f"{source} is of another model: {'; '.join(contradictions)}; drop the flag")
-    wanted = MODEL_FLAGS if not args.eval or given & set(IMAGE_SIZES) else (*MODEL_FLAGS, *IMAGE_SIZES)
-    taken = {flag: stored[flag] for flag in wanted if flag in stored and getattr(args, flag) != stored[flag]}
-    vars(args).update(taken)
-    check_stored_flags(args, source)
-    if taken:
-        texts = (f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in taken.items())
-        log(f"flags of {source}: {' '.join(texts)}")
-
-
 def check_stored_flags(args: argparse.Namespace, source: str | Path) -> None:
     """Raise InputError if flags that come from a checkpoint make no model, or sizes of images that fit no memory."""
     check_numbers(args, f"{source}: ", (*MODEL_FLAGS, *IMAGE_SIZES))
     check_model(args, f"{source}: ")
 
 
-def check_finite(checkpoint: dict[str, Any], source: str | Path) -> None:
+def check_finite(weights: Mapping[str, Any], source: str | Path) -> None:
     """Raise InputError if a weight is infinite or NaN, as a diverged training of other code leaves it."""
-    for key, tensor in checkpoint["model"].items():
+    for key, tensor in weights.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{source}: weights are not finite, the first in {key}; use an earlier checkpoint")
 

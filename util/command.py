@@ -47,7 +47,7 @@ def run_command(main: Callable[[], Any]) -> None:
     stop_request.install()
     try:
         status = main()
-    except (InputError, RuntimeError) as error:
+    except (InputError, RuntimeError, MemoryError) as error:
         if not (line := what_to_do(error)):
             raise
         status = error_line(line)

@@ -36,6 +36,8 @@ def what_to_do(error: Exception) -> str:
     """One line about an error that the user can mend; "" for any other."""
     if isinstance(error, InputError):
         return error.line
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return f"out of memory, lower --batch_size, --max_size or the size of the model ({reason(error)})"
     torch = sys.modules.get("torch")  # importing it takes seconds, and without it none of the following has happened
     if torch is None:
         return ""

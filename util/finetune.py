@@ -39,7 +39,7 @@ def start_from(
     Raises InputError where nothing fits.
     """
     known = classes_of(checkpoint, source)
-    check_finite(checkpoint, source)
+    check_finite(checkpoint["model"], source)
     theirs, ours = checkpoint["model"], model.state_dict()
     fits = [
         name

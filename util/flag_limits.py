@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from util.errors import InputError, reason
 
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 MOST_WEIGHTS = 1e9  # of a transformer: training them takes 16 GB
 
 
@@ -144,6 +145,21 @@ def check_texts(values: Mapping[str, Any]) -> None:
                 except (OSError, ValueError) as error:
                     cause = getattr(error, "strerror", None) or reason(error)
                     raise InputError(f"{flag} {short(text)}: cannot be a path ({cause})") from error
+
+
+def check_model(args: argparse.Namespace, where: str = "") -> None:
+    """Raise InputError for flags that make no model; `where` leads the message, as a checkpoint's name."""
+    if getattr(args, "pre_norm", False):
+        raise InputError(
+            f"{where}--pre_norm: Conditional DETR's decoder is defined with norms after the residuals; drop the flag"
+        )
+    if args.backbone not in BACKBONES:
+        raise InputError(f"{where}--backbone {short(args.backbone)}: choose one of {', '.join(BACKBONES)}")
+    if args.dropout == 1:
+        raise InputError(f"{where}--dropout 1: nothing would be left to learn from")
+    if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:
+        raise InputError(f"{where}--set_cost_class, --set_cost_bbox and --set_cost_giou cannot all be 0")
+    check_model_size(args, where)
 
 
 def check_model_size(args: argparse.Namespace, where: str = "") -> None:

@@ -58,7 +58,7 @@ def append_log(path: str | Path, entry: dict[str, Any]) -> None:
     check_folder(Path(path))
     try:
         with open(path, "a", encoding="utf-8", opener=_without_waiting) as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({key: _without_nan(value) for key, value in entry.items()}) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -104,6 +104,13 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
                     yield line + b"\n", _parse(line)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({reason(error)})") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a value of an entry with null for the numbers that JSON lacks: NaN and infinity."""
+    if isinstance(value, list):
+        return list(map(_without_nan, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

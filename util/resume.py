@@ -7,14 +7,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+from util.args import given_flags
 from util.checkpoint import (
+    IMAGE_SIZES,
+    MODEL_FLAGS,
     TRAINING_FLAGS,
     changed_flags,
     check_finite,
+    check_stored_flags,
     load_checkpoint,
     load_latest_checkpoint,
     num_classes_of,
-    take_model_flags,
+    stored_flags,
 )
 from util.distributed import all_gather_plain, is_main_process
 from util.errors import InputError
@@ -44,13 +48,33 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Checkpoint | None, str]:
     check_same_on_all(checkpoint, source)
     take_model_flags(args, checkpoint, source)
     if args.eval:
-        check_finite(checkpoint, source)
+        check_finite(checkpoint["model"], source)
     if not args.eval and (changed := changed_flags(args, checkpoint, TRAINING_FLAGS)):
         warn(f"going on from {source} with other flags: {'; '.join(changed)}")
     epochs = f", {checkpoint['epoch'] + 1} epochs trained" if "epoch" in checkpoint else ""
     steps = f" and {checkpoint['step']} steps" if checkpoint.get("step") else ""
     log(f"loading {source}{epochs}{steps}")
     return checkpoint, source
+
+
+def take_model_flags(args: argparse.Namespace, checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Set the flags that define a model to those that the checkpoint's model was built with, and print them.
+
+    An evaluation takes the size of images as well, if none was set on purpose.
+
+    Raises:
+        InputError: for a flag that was set on purpose and contradicts the checkpoint's model, with both values.
+    """
+    given, stored = given_flags(args), stored_flags(checkpoint)
+    if contradictions := changed_flags(args, checkpoint, [flag for flag in MODEL_FLAGS if flag in given]):
+        raise InputError(f"{source} is of another model: {'; '.join(contradictions)}; drop the flag")
+    wanted = MODEL_FLAGS if not args.eval or given & set(IMAGE_SIZES) else (*MODEL_FLAGS, *IMAGE_SIZES)
+    taken = {flag: stored[flag] for flag in wanted if flag in stored and getattr(args, flag) != stored[flag]}
+    vars(args).update(taken)
+    check_stored_flags(args, source)
+    if taken:
+        texts = (f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in taken.items())
+        log(f"flags of {source}: {' '.join(texts)}")
 
 
 def resume_by_default(args: argparse.Namespace) -> None:
