@@ -74,7 +74,10 @@ __all__ = ["get_args_parser", "main", "run"]
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains, or with `args.eval` only evaluates, as the flags say.
+    """Train, or with `args.eval` only evaluate, as the flags say.
+
+    With `args.resume`, the flags of the model come from the checkpoint. Those that were given must agree with it: the
+    flags that the command line sets and, in a namespace that Python code made, those that differ from their default.
 
     Raises:
         InputError: for flags, files and annotations that are not usable; before any long work where that can be known.

@@ -8,14 +8,24 @@ scene depends on (seed, split, number) alone, so that the same call makes the sa
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, for which Python looks for modules in datasets/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import colorsys
 import json
 import math
 import random
-from pathlib import Path
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFilter
+
+from util.command import Parser, run_command
+from util.errors import InputError
+from util.flag_limits import check_numbers, check_texts
 
 CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
 HUES = (0.0, 0.33, 0.62)  # around red, green and blue: a class is told by shape and colour, to be learnt in minutes
@@ -137,15 +147,30 @@ def polygon_fields(outline: list[Point]) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("generated shapes", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def get_parser() -> Parser:
+    """Return the flags of the command line."""
+    parser = Parser(
+        prog="python -m datasets.shapes",
+        description="Write a generated data set in COCO format.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--train", default=2400, type=int, help="training images")
     parser.add_argument("--val", default=200, type=int, help="validation images")
     parser.add_argument("--seed", default=0, type=int, help="seed of the scenes")
-    args = parser.parse_args()
-    write_dataset(args.output, args.train, args.val, args.seed)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    args = get_parser().parse_args(argv)
+    check_numbers(args)
+    check_texts({"--output": args.output})
+    try:
+        write_dataset(args.output, args.train, args.val, args.seed)
+    except OSError as error:
+        raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("images", nargs="+")
     parser.add_argument("--threshold", default=0.5, type=float, help="lowest score that is printed")
     flags = parser.parse_args()
+    if not 0 <= flags.threshold <= 1:
+        parser.error(f"--threshold {flags.threshold}: scores are between 0 and 1")
     sys.stdout.reconfigure(errors="replace")  # names of classes and files may hold what a terminal's encoding lacks
 
     session = onnxruntime.InferenceSession(flags.model, providers=["CPUExecutionProvider"])

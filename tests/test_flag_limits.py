@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from datasets import shapes
 from main import get_args_parser
 from models.backbone import CHANNELS
+from scripts.detector import build_detector
 from scripts.flags import PARSERS
 from tests.conftest import ROOT
 from util.args import Flags, check_args, given_flags, parse_flags
@@ -38,7 +40,7 @@ def numeric(parser: argparse.ArgumentParser) -> dict[str, type]:
     return {flag: kind for flag, kind in kinds.items() if kind in (int, float)}
 
 
-@pytest.mark.parametrize("make", [get_args_parser, *PARSERS.values()], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [get_args_parser, shapes.get_parser, *PARSERS.values()])
 def test_every_numeric_flag_has_limits_and_a_default_within(make):
     parser = make()
     for flag, kind in numeric(parser).items():
@@ -168,6 +170,29 @@ def test_given_flags():
     assert "nheads" in given_flags(flags)
     flags = parser.parse_args(["--backbone", "resnet50", "--dilation"])  # as a notebook has it
     assert given_flags(flags) == {"dilation", "device"}
+
+
+def test_flags_of_a_checkpoint_that_make_no_model():
+    """Whoever wrote it, the message names the file, and nothing of such a size is built."""
+    for flag, value in (
+        ("enc_layers", 10**9),
+        ("hidden_dim", 4.5),
+        ("nheads", 0),
+        ("backbone", "vgg"),
+        ("min_size", -1),
+    ):
+        stored = {"model": {"class_embed.bias": torch.zeros(4)}, "args": {flag: value}}
+        with pytest.raises(InputError, match=rf"^c.pth: --{flag} {value}: "):
+            build_detector(stored, "c.pth")
+
+
+@pytest.mark.parametrize("flags", [("--train", "0"), ("--val", "-1"), ("--seed", "-1"), ("--output", "x" * 999)])
+def test_generated_data(flags, tmp_path):
+    with pytest.raises(InputError, match=flags[0]):
+        shapes.main(["--output", str(tmp_path), *flags])
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--output .*file: cannot be written"):
+        shapes.main(["--output", str(tmp_path / "file")])
 
 
 def test_the_names_of_backbones_are_complete():
