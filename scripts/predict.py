@@ -6,8 +6,9 @@ INPUT: image and video files, folders (with all below them), patterns such as 'p
 
 - `detections.json`: COCO's result format, all detections (100 an image), with the data's category ids and names;
   `image_id` is the file's name or, with --annotations, the id that a COCO file gives it; that of a video's frame
-  is `clip.mp4#000123`, counted from 0;
-- `pictures/`: every image at its size with the boxes, names and scores above --threshold; videos as mp4;
+  is `clip.mp4#000123`, counted from 0, with its `time` in seconds;
+- `pictures/`: every image at its size with the boxes, names and scores above --threshold; videos as mp4 with
+  their frame times, without sound;
 - `index.html`, a gallery with a slider for the score, and its images in `images/`, at most 1280 pixels long;
   up to 32 MB of them are in the page itself, too.
 
