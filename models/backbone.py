@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.frozen_norm import FoldedBasicBlock, FoldedBody, FoldedBottleneck, fold_norms
+from models.frozen_norm import FoldedBasicBlock, FoldedBody, FoldedBottleneck, channels_last, fold_norms
 from util.checkpoint import check_finite
 from util.errors import InputError, reason
 from util.files import check_is_file, download
@@ -59,9 +59,6 @@ class Backbone(nn.Module):
         )
         if norm == "frozen":
             fold_norms(resnet)
-        # The faster layout of convolutions. With trained norms the gradients of plain 1×1 convolutions would come in
-        # strides that DistributedDataParallel warns about.
-        self.memory_format = torch.channels_last if norm == "frozen" else torch.contiguous_format
         # ReLU comes after the pooling, which gives the same from a quarter of the values.
         order = ("conv1", "bn1", "maxpool", "relu", "layer1", "layer2", "layer3", "layer4")
         stages = [(key, getattr(resnet, key)) for key in order]
@@ -74,7 +71,10 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] and its mask [B, H, W] to features [B, C', H', W'] and their mask [B, H', W']."""
-        features = self.body(images.contiguous(memory_format=self.memory_format))
+        # With trained norms and channels last, the gradients of plain 1×1 convolutions would come in strides that
+        # DistributedDataParallel warns about.
+        images = channels_last(images) if isinstance(self.body, FoldedBody) else images.contiguous()
+        features = self.body(images)
         padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:], mode="nearest")
         return features, padding[:, 0].bool()
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import BackboneWithPosition
+from models.inputs import as_batch
 from models.transformer import MLP, Transformer
 from util.box_ops import inverse_sigmoid
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.nested_tensor import NestedTensor
 from util.precision import at_least_float32, without_autocast
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -52,8 +53,6 @@ class ConditionalDETR(nn.Module):
         self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
         self.backbone = backbone
         self.aux_loss = aux_loss
-        self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         nn.init.constant_(self.class_embed.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
         nn.init.zeros_(self.bbox_embed.layers[-1].weight)
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)
@@ -65,9 +64,10 @@ class ConditionalDETR(nn.Module):
 
         Returns a dict of `pred_logits` [B, Q, K], `pred_boxes` [B, Q, 4] as cxcywh relative to the unpadded image, and,
         with `aux_loss`, `aux_outputs`: the same two of every decoder layer before the last.
+
+        Raises TypeError or ValueError for anything else than such samples (`as_batch`).
         """
-        if not isinstance(samples, NestedTensor):
-            samples = nested_tensor_from_tensor_list(samples)
+        samples = as_batch(samples)
         images, padding = samples.decompose()
         if images.dtype == torch.uint8:
             images = self.normalize(images, padding)
@@ -88,7 +88,26 @@ class ConditionalDETR(nn.Module):
         layers = [{"pred_logits": layer[0], "pred_boxes": layer[1]} for layer in zip(logits, boxes, strict=True)]
         return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
 
+    @property
+    def pixel_mean(self) -> Tensor:
+        """ImageNet's mean [3, 1, 1], where the weights are and in their precision."""
+        return self.per_channel(IMAGENET_MEAN)
+
+    @property
+    def pixel_std(self) -> Tensor:
+        """ImageNet's standard deviation [3, 1, 1], likewise."""
+        return self.per_channel(IMAGENET_STD)
+
+    def per_channel(self, values: Sequence[float]) -> Tensor:
+        """Return three constants as [3, 1, 1].
+
+        Made at each call, since no state dict would restore them after `to_empty`; by filling, since a copy from the
+        host would wait for the GPU.
+        """
+        return torch.stack([self.query_embed.weight.new_full((1, 1), value) for value in values])
+
     def normalize(self, images: Tensor, padding: Tensor) -> Tensor:
         """uint8 images to normalised floats, zero on padding."""
-        images = (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+        mean, std = self.pixel_mean, self.pixel_std
+        images = (images.to(mean.dtype) / 255 - mean) / std
         return images.masked_fill_(padding[:, None], 0)

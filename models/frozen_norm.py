@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from models.fused_convolution import can_fuse, fused_convolution, is_transformed
 
-Terms = dict[nn.Module, tuple[Tensor, Tensor]]  # scale [C'] and shift [C'] of each norm
+Terms = dict[nn.Module, tuple[Tensor, Tensor]]  # scale [C', 1] and shift [C'] of each norm
 
 
 def norm_terms(network: nn.Module) -> Terms:
@@ -27,7 +27,7 @@ def norm_terms(network: nn.Module) -> Terms:
     scale = weight * (variance + norms[0].eps).rsqrt()
     shift = bias - mean * scale
     sizes = [len(norm.weight) for norm in norms]
-    return dict(zip(norms, zip(scale.split(sizes), shift.split(sizes), strict=True), strict=True))
+    return dict(zip(norms, zip(scale[:, None].split(sizes), shift.split(sizes), strict=True), strict=True))
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -55,7 +55,7 @@ class FoldedConv2d(nn.Conv2d):
 
     def fold(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Return the folded weight [C', C, k, k], in the memory format of the activations, and the bias [C']."""
-        return channels_last((self.weight.flatten(1) * scale[:, None]).view_as(self.weight)), shift
+        return channels_last((self.weight.flatten(1) * scale).view_as(self.weight)), shift
 
 
 class FoldedBasicBlock(BasicBlock):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.inputs import check_target_sizes
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import InputError
 
@@ -33,6 +34,7 @@ class PostProcess(nn.Module):
     def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same of all images in one: scores [B, N], labels [B, N] and boxes [B, N, 4]."""
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        check_target_sizes(target_sizes, len(logits))
         scores = logits.sigmoid().flatten(1)  # [B, Q·K]
         scores, index = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
         labels = index % logits.shape[2]
