@@ -1,0 +1,134 @@
+"""The data sets that `--dataset_file` and `--coco_path` name, and their batches."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import sys
+from pathlib import Path
+
+import torch
+from pycocotools.coco import COCO
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from datasets.coco import CocoDetection
+from datasets.images import MAX_MEGAPIXELS
+from datasets.layouts import find_split
+from datasets.samplers import EpochSampler, same_shape_batches
+from datasets.transforms import make_coco_transforms, resized_size
+from util.classes import Classes
+from util.command import ignore_image_warnings
+from util.distributed import get_rank, get_world_size
+from util.errors import InputError
+from util.nested_tensor import collate_fn
+from util.orphans import end_with
+from util.preemption import ignore_signals
+
+OVERFIT_STEPS = 50  # an epoch of --overfit: the few images come again and again between two evaluations
+
+
+def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | None = None) -> CocoDetection:
+    """The "train" or "val" split of the data that the flags name; with `args.overfit`, both are a few training images.
+
+    Under `args.coco_path`, annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or
+    `{split}2017/`, or both as common exporters write them (`datasets.layouts`); `args.{split}_annotations` and
+    `args.{split}_images` name others. "test" is COCO's test-dev, listed without annotations in
+    `annotations/image_info_test-dev2017.json`.
+
+    Args:
+        image_set: the split.
+        args: the flags.
+        classes: those whose labels are to be used: of the model, or of the training data.
+
+    Raises:
+        InputError: where the data set is of another kind, files are missing or annotations are not usable.
+    """
+    if args.dataset_file != "coco":
+        raise InputError(f"--dataset_file {args.dataset_file}: only coco is supported so far")
+    overfit = getattr(args, "overfit", 0)
+    split = "train" if overfit else image_set
+    images, annotations = (getattr(args, f"{split}_{part}", None) for part in ("images", "annotations"))
+    if not (images and annotations):
+        annotations, images = find_split(coco_folder(args.coco_path, split), split, annotations, images)
+    sizes = getattr(args, "min_size", 800), getattr(args, "max_size", 1333)
+    dataset = CocoDetection(
+        images,
+        annotations,
+        make_coco_transforms("val" if overfit else image_set, *sizes),
+        seed=args.seed,
+        remove_difficult=args.remove_difficult,
+        on_bad_image=getattr(args, "on_bad_image", "error"),
+        classes=classes,
+        labelled=split != "test",
+        max_megapixels=getattr(args, "max_megapixels", MAX_MEGAPIXELS),
+    )
+    if overfit:
+        images_a_step = args.batch_size * args.accum_steps * get_world_size()
+        dataset.keep_first(overfit, at_least=OVERFIT_STEPS * images_a_step if image_set == "train" else 0)
+    return dataset
+
+
+def coco_folder(path: str | None, image_set: str) -> Path:
+    """The folder of `--coco_path`, which has to be there."""
+    if not path:
+        others = f", or both --{image_set}_images and --{image_set}_annotations" if image_set != "test" else ""
+        raise InputError(f"no {image_set} data: name the folder with annotations/ and images/ by --coco_path{others}")
+    if not Path(path).is_dir():
+        raise InputError(f"--coco_path {path}: no such folder")
+    return Path(path)
+
+
+def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
+    """The ground truth of a data set (or of a Subset of one) as the evaluator takes it."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset.coco
+
+
+def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) -> DataLoader:
+    """This process's batches: in training shuffled by (seed, epoch), without a partial last one.
+
+    In evaluation, the images of a batch have one shape, so that nothing is padded; every image is in a batch of one of
+    the processes, and some batches are repeated where the processes would not have equally many.
+
+    `len` counts all batches of an epoch, also where the sampler begins within it.
+
+    Raises InputError where the data does not fill a batch in training.
+    """
+    if train:
+        sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=args.seed)
+        sampler.set_epoch(0)
+        batches = {"sampler": sampler, "batch_size": args.batch_size, "drop_last": True}
+    else:
+        sizes = dataset.records.sizes.tolist()
+        shapes = [resized_size(*size, args.min_size, args.max_size) if all(size) else None for size in sizes]
+        of_all = same_shape_batches(shapes, args.batch_size)
+        mine = DistributedSampler(of_all, get_world_size(), get_rank(), shuffle=False)
+        batches = {"batch_sampler": [of_all[i] for i in mine]}
+    loader = DataLoader(
+        dataset,
+        **batches,
+        collate_fn=collate_fn,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        # Forked workers share the annotations with this process, and end when it is killed.
+        multiprocessing_context="fork" if args.num_workers and sys.platform == "linux" else None,
+        worker_init_fn=start_worker,
+        pin_memory=torch.device(args.device).type == "cuda",
+        generator=torch.Generator(),  # of its own, so that loading draws nothing from the model's random numbers
+    )
+    if len(loader) == 0:
+        raise InputError(
+            f"{dataset.annotation_file}: {len(dataset)} images are fewer than a batch of {args.batch_size} "
+            f"on each of {get_world_size()} processes; lower --batch_size"
+        )
+    return loader
+
+
+def start_worker(_worker: int) -> None:
+    """Prepares a process that loads data; torch gives it a single thread."""
+    end_with(multiprocessing.parent_process().pid, "")
+    ignore_signals()
+    ignore_image_warnings()
+    gc.freeze()  # or the collector would write to all that is shared with the main process, and so copy it
