@@ -10,10 +10,10 @@ from __future__ import annotations
 from util.args import Flags, check_args, check_command_line, command_line, get_args_parser
 from util.command import answer_early
 from util.orphans import end_with_launcher
-from util.preemption import EXIT_CODE, Stopped, ignore_signals, kill_workers, stop_request
+from util.preemption import EXIT_CODE, Stopped, end_now, ignore_signals, kill_workers, stop_request
 
 if __name__ == "__main__":  # the imports below take seconds
-    stop_request.install(EXIT_CODE)
+    stop_request.install(EXIT_CODE, importing=True)
     end_with_launcher()
     answer_early(check_command_line)
 
@@ -251,24 +251,26 @@ def run() -> None:
     except Stopped as stopped:
         status = stopped.code
         log(f"ended on request (exit code {status}); {how_to_resume(args)}", "yellow")
-    finally:
-        ignore_signals()  # nothing is left to stop, and the exit code is to be that of the run
-        kill_workers()  # at exit, the data loader would wait for each of them first
-    leave_process_group(orderly=not status)
-    sys.exit(status)
+    ignore_signals()  # nothing is left to stop, and the exit code is to be that of the run
+    if status:
+        end_now(status)
+    kill_workers()  # at exit, the data loader would wait for each of them first
+    leave_process_group()
 
 
-def run_main(args: argparse.Namespace) -> int | str:
-    """Return the exit code of a run, or the line that says what the user can mend."""
+def run_main(args: argparse.Namespace) -> int:
+    """Do what the flags say and return the exit code, after a line that says what the user can mend."""
     try:
         main(args)
-    except (InputError, RuntimeError, MemoryError) as error:
-        if is_lost_peer(error):
-            stop_request.raise_if_asked()  # the others were asked too, and could stop earlier
+    except Exception as error:
+        # C++ code may have made `Stopped` an error of another type, and other processes may have stopped earlier.
+        if stop_request.raised or is_lost_peer(error):
+            stop_request.raise_if_asked()
         if not (line := what_to_do(error)):
             raise
         process = f"process {get_rank()}: " if get_world_size() > 1 else ""
-        return error_line(process + line)
+        print(error_line(process + line), file=sys.stderr)
+        return 1
     return 0
 
 

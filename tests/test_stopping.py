@@ -68,7 +68,7 @@ def trained(shapes, tmp_path_factory):
         ("SIGUSR1", "torch.load", ("--epochs", 2, "--resume", "auto")),
         ("SIGTERM", "torch.load", ("--epochs", 1, "--finetune", "CHECKPOINT", "--output_dir", "NEW")),
         ("SIGINT", "torch.load", ("--epochs", 1, "--backbone_weights", "BACKBONE", "--output_dir", "NEW")),
-        ("SIGTERM", "datasets.coco.decode", ("--eval", "--resume", "CHECKPOINT", "--on_bad_image", "skip")),
+        ("SIGTERM", "datasets.images._decode_jpeg", ("--eval", "--resume", "CHECKPOINT", "--on_bad_image", "skip")),
     ],
     ids=["eval", "resume", "finetune", "backbone", "image"],
 )
@@ -85,7 +85,7 @@ def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, place, flags, sh
 def test_a_signal_while_images_are_read_in_training_is_noted(shapes, tmp_path, struck):
     """The step ends with all its images, and the run is resumed to the same end."""
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--on_bad_image", "skip", "--resume", "auto"]
-    done = struck("datasets.coco.decode", "SIGTERM", *flags, "--output_dir", tmp_path / "struck", number=2)
+    done = struck("datasets.images._decode_jpeg", "SIGTERM", *flags, "--output_dir", tmp_path / "struck", number=2)
     assert done.returncode == EXIT_CODE, done.stderr
     assert "could not be read" not in done.stdout
     for name in ("struck", "whole"):
@@ -126,7 +126,7 @@ def test_tools_end_with_one_line(name, code, shapes, tmp_path):
 from scripts import check_data
 from tests.killed import strike_at
 from util.command import run_command
-strike_at("datasets.coco.decode", {{1: {int(getattr(signal, name))}}})
+strike_at("datasets.images._decode_jpeg", {{1: {int(getattr(signal, name))}}})
 run_command(check_data.main)
 """
     done = run_code(program, "--coco_path", shapes, "--output_dir", tmp_path)
@@ -184,6 +184,23 @@ def test_a_signal_near_the_end_of_a_run(place, number, shapes, tmp_path, struck)
     assert len(log_lines(tmp_path) if (tmp_path / "log.txt").exists() else []) == (2 if evaluated else number - 1)
     assert "Traceback" not in done.stderr
     assert ("ended on request" in done.stdout) != evaluated
+
+
+def test_an_error_that_follows_from_a_request_is_the_request(shapes, tmp_path):
+    """C++ code that calls Python may make any exception one of its own."""
+    code = """
+import os, signal, main
+def build_model(args):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:
+        raise ImportError("initialization failed")
+main.build_model = build_model
+main.run()
+"""
+    done = run_code(code, *TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path)
+    assert done.returncode == EXIT_CODE
+    assert done.stderr == "stopped by SIGTERM\n"
 
 
 def test_a_request_that_python_loses_ends_the_process_nevertheless():

@@ -47,7 +47,9 @@ def run_command(main: Callable[[], Any]) -> None:
     stop_request.install()
     try:
         status = main()
-    except (InputError, RuntimeError, MemoryError) as error:
+    except Exception as error:
+        if stop_request.raised:  # C++ code may have made it an error of another type
+            stop_request.raise_if_asked()
         if not (line := what_to_do(error)):
             raise
         status = error_line(line)

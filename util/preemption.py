@@ -12,15 +12,16 @@ makes up for. This module needs nothing but Python itself, so that it can be set
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
@@ -47,7 +48,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.exit_code = 0  # other than 0 once a signal has arrived
+        self.importing = False
         self.deferring = False
+        self.raised = False  # whatever error follows is then a consequence
         self.installed = False
         self.code_if_preempted: int | None = None
 
@@ -64,16 +67,20 @@ class StopRequest:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self.deferring:
             _tell(f"stopped by {name}")
+            if self.importing:  # modules written in C turn any exception into an ImportError
+                os._exit(self.exit_code)
             self.raise_if_asked()
         _tell(f"{name}: finishing this step" + "; press it again to stop at once" * (number == signal.SIGINT))
 
-    def install(self, code_if_preempted: int | None = None) -> None:
+    def install(self, code_if_preempted: int | None = None, importing: bool = False) -> None:
         """Make this process, which a command line has started, obey signals from now on until its end.
 
         Args:
             code_if_preempted: the exit code after SIGTERM and SIGUSR1, by default 128 and the signal's number.
+            importing: until the next call, a signal ends the process without an exception.
         """
         self.code_if_preempted = code_if_preempted
+        self.importing = importing
         if self.installed:
             return
         self.installed = True
@@ -83,6 +90,9 @@ class StopRequest:
         signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self)
+        atexit.register(
+            ignore_signals
+        )  # as Python ends, it hands signals back to the system, which would end it at once
         if hasattr(os, "register_at_fork"):  # processes that load data are forked, and would otherwise begin with these
             os.register_at_fork(
                 before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
@@ -93,9 +103,10 @@ class StopRequest:
     def raise_if_asked(self) -> None:
         """Raise `Stopped` if this process was asked to stop."""
         if self:
+            self.raised = True
             raise Stopped(self.exit_code)
 
-    @contextmanager
+    @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Note signals within the block instead of raising anything.
 
@@ -112,9 +123,9 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
             if not self.installed:
-                self.exit_code = 0  # the next run may be another one
+                self.exit_code, self.raised = 0, False  # the next run may be another one
 
-    @contextmanager
+    @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Raise `Stopped` on a signal within the block, part of a `deferred` one, whose work a resumed run repeats."""
         self.deferring = False
@@ -134,11 +145,11 @@ class StopRequest:
             if number not in SIGNALS:
                 continue
             if time.monotonic() >= interrupted + SAME_REQUEST:
-                end_now(INTERRUPTED)
+                _end_without_main_thread(INTERRUPTED)
             if number == signal.SIGINT:
                 interrupted = min(interrupted, time.monotonic())
             if not self.deferring:
-                timer = threading.Timer(PATIENCE, end_now, [self._code_after(number)])
+                timer = threading.Timer(PATIENCE, _end_without_main_thread, [self._code_after(number)])
                 timer.daemon = True
                 timer.start()
 
@@ -147,11 +158,16 @@ stop_request = StopRequest()  # signals are the process's, and so is the request
 
 
 def end_now(code: int) -> None:
-    """End this process and those that load its data, without a further line of Python in its main thread."""
+    """End this process and those that load its data, before any of its threads can print that they are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kill_workers()
+    os._exit(code)
+
+
+def _end_without_main_thread(code: int) -> None:
     _tell("stopped at once")
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    _kill_children()
     os._exit(code)
 
 
@@ -166,6 +182,10 @@ def kill_workers() -> None:
     """End the processes that load data; they ignore the signals that would end others."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's own handler raises an error for dead workers
+    _kill_children()
+
+
+def _kill_children() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -173,5 +193,6 @@ def kill_workers() -> None:
 
 def _tell(line: str) -> None:
     """Print a line on the main process, past Python's own stream, which the main thread may be writing to."""
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
-        os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())
