@@ -25,30 +25,30 @@ from torch import Tensor, nn
 
 from engine import autocast, logged_losses, sum_of_losses, to_device
 from models import build_model
+from util.args import get_args_parser
+from util.checkpoint import load_model_weights
 from util.command import run_command
 from util.errors import InputError
-from util.files import check_is_file
 from util.flag_limits import check_device
 from util.kernels import use_deterministic_kernels, use_fast_kernels
 from util.nested_tensor import NestedTensor
 from util.rng import set_torch_rng_states
+from util.step_dump import load_dump
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     flags = parse_flags("replay", argv)
     check_device(flags.device)
-    check_is_file(Path(flags.dump))
-    try:
-        dump = torch.load(flags.dump, map_location="cpu", weights_only=True)
-        place, batches = dump["place"], dump["batches"]
-    except Exception as error:  # whatever an unreadable file makes torch.load raise
-        raise InputError(f"{flags.dump}: not the dump of a step") from error
+    dump = load_dump(flags.dump)
+    place, batches = dump["place"], dump["batches"]
     ids = [int(target["image_id"]) for *_, targets in batches for target in targets]
     print(f"epoch {place['epoch']}, step {place['step']}, process {place['process']}, images {ids}")
     for line in limits_of(dump, torch.device(flags.device)):
         print(f"note: {line}")
-    losses, first = repeat(dump, torch.device(flags.device))
+    losses, first = repeat(dump, torch.device(flags.device), flags.dump)
+    if missing := losses.keys() - dump["losses"].keys():
+        raise InputError(f"{flags.dump}: not the dump of this model's step, it has no {min(missing)}")
     recorded = {name: dump["losses"][name].to(value.device) for name, value in losses.items()}
     for name, value in losses.items():
         print(f"  {name} {value.item():g} (recorded: {recorded[name].item():g})")
@@ -60,28 +60,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 def limits_of(dump: dict[str, Any], device: torch.device) -> list[str]:
     """Return the reasons why the replay may not give exactly the recorded losses."""
     args, limits = dump["args"], []
-    if device.type != torch.device(args["device"]).type:
+    if device.type != args["device"].partition(":")[0]:
         limits.append(
             f"the run was on --device {args['device']}, the replay is on {device}: sums are rounded differently"
         )
-    if args["compile"]:
+    if args.get("compile"):
         limits.append("the run was compiled, the replay is not, so that it can look into every module")
-    if dump["processes"] > 1 and args["backbone_norm"] == "batch" and device.type == "cuda":
+    if dump["processes"] > 1 and args.get("backbone_norm") == "batch" and device.type == "cuda":
         limits.append(f"batch norms saw the images of {dump['processes']} processes, here they see those of one")
     return limits
 
 
-def repeat(dump: dict[str, Any], device: torch.device) -> tuple[dict[str, Tensor], str]:
+def repeat(dump: dict[str, Any], device: torch.device, source: str = "the dump") -> tuple[dict[str, Tensor], str]:
     """Repeat the forward pass of a dumped step with the kernels, precision and flags of its run.
 
     Returns the weighted losses, and the first module whose output is not finite ("" if there is none).
     """
-    args = argparse.Namespace(**dump["args"])
+    args = get_args_parser().parse_args([], argparse.Namespace(**dump["args"]))
     use_fast_kernels(device)
     if args.deterministic:
         use_deterministic_kernels()
     model, criterion, _ = build_model(args)
-    model.load_state_dict(dump["model"])
+    load_model_weights(model, dump, source)
     model.to(device).train()
     failing: list[str] = []
 

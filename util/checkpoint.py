@@ -1,13 +1,10 @@
-"""Writing, finding and reading checkpoints.
-
-Nothing is unpickled but tensors, plain containers and the `argparse.Namespace` of published checkpoints.
-"""
+"""Writing, finding and reading checkpoints."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -19,11 +16,14 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor, nn
 
+from util.checkpoint_schema import check_checkpoint
 from util.classes import Classes
 from util.distributed import barrier, is_first_of_node, is_main_process
-from util.errors import InputError, reason
-from util.files import check_is_file, download, replacing
+from util.errors import InputError
+from util.files import download, replacing
 from util.flag_limits import check_model, check_numbers
+from util.state_dicts import with_plain_weights
+from util.torch_file import load_file
 
 # The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
 MODEL_FLAGS = (
@@ -75,51 +75,51 @@ def save_on_master(obj: Any, path: str | Path, keep_old_as: Path | None = None) 
             torch.save(obj, file)
 
 
-def load_checkpoint(source: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint on the CPU, its `args` as a plain dict.
+def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any]:
+    """Return a checkpoint on the CPU, checked against `util.checkpoint_schema`; `args` is a plain dict.
+
+    If other weights than those under the key model are taken, a line says which.
 
     Args:
         source: a file, a URL, the name of a hub entry (`PUBLISHED`), a safetensors file, or a folder of Hugging Face
             transformers.
+        training: take the state of the training as well, and raw weights rather than averaged ones.
 
     Raises:
-        InputError: where it is missing, unreadable, carries more than tensors and plain data, or holds no model.
+        InputError: if it is missing, unreadable, contains more than tensors and plain data, holds no model, or anything
+            in it is not what it should be.
     """
     path = _local_path(PUBLISHED.get(str(source), str(source)))
     if path.is_dir():
         from util.huggingface import read_folder  # these import what the hub entries do without
 
-        return read_folder(path)
+        return check_checkpoint(read_folder(path), source, training)
     if path.suffix == ".safetensors":
         from util.safetensors_file import read_safetensors
 
-        return read_safetensors(path)
-    checkpoint = load_file(path, source)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise InputError(f"{source}: holds no 'model'")
-    args = checkpoint.get("args") or {}
-    checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
-    return checkpoint
+        contents = read_safetensors(path)
+    elif not path.exists():
+        raise InputError(f"{source}: no such checkpoint{_known_names(str(source))}")
+    else:
+        contents = load_file(path, source)
+    contents, line = with_plain_weights(contents, source, averaged=not training)
+    if line:
+        from util.logger import log  # needs packages that the hub entries do without
+
+        log(line)
+    return check_checkpoint(contents, source, training)
 
 
-def load_file(path: Path, source: str | Path) -> Any:
-    """What `torch.save` wrote: tensors and plain data, no code. `source` names it in errors, which are InputErrors."""
-    check_is_file(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{source}: no such checkpoint") from error
-    except pickle.UnpicklingError as error:
-        if re.search(r"GLOBAL|Can only (build|create)", str(error)):
-            raise InputError(f"{source}: refused, it carries code or objects beyond tensors and plain data") from error
-        raise InputError(f"{source}: not a checkpoint, or a damaged one") from error
-    except Exception as error:  # a truncated file makes torch.load raise many types
-        raise InputError(f"{source}: not a checkpoint, or a damaged one ({reason(error).split('. ')[0]})") from error
+def _known_names(source: str) -> str:
+    """The names of hub entries, for one that is none; "" for what looks like a path."""
+    if len(Path(source).parts) > 1 or Path(source).suffix:
+        return ""
+    close = difflib.get_close_matches(source, PUBLISHED, n=1)
+    return f"{f'; did you mean {close[0]}?' * len(close)}; known by name are {', '.join(PUBLISHED)}"
 
 
 def load_latest_checkpoint(
-    output_dir: str | Path, report: Callable[[str], None] = print
+    output_dir: str | Path, report: Callable[[str], None] = print, training: bool = True
 ) -> tuple[dict[str, Any], Path] | None:
     """The furthest checkpoint that a run left in its folder, and its path; None where there is none.
 
@@ -133,7 +133,7 @@ def load_latest_checkpoint(
 
     def try_to_load(path: Path) -> tuple[dict[str, Any], Path] | None:
         try:
-            return load_checkpoint(path), path
+            return load_checkpoint(path, training), path
         except InputError as error:
             report(f"{error}; looking for one before it")
             return None
@@ -150,14 +150,13 @@ def load_latest_checkpoint(
 
 
 def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
-    """The number of logits of a checkpoint's class head.
-
-    Raises InputError where it has none.
-    """
-    try:
-        return len(checkpoint["model"]["class_embed.bias"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{source}: not a Conditional DETR, it has no class head (class_embed.bias)") from error
+    """Return the number of logits of a checkpoint's class head. Raises InputError if it has none."""
+    head = checkpoint["model"].get("class_embed.bias")
+    if head is None or head.dim() != 1 or len(head) == 0:
+        raise InputError(
+            f"{source}: it has no class head (class_embed.bias); start a training from its other weights by --finetune"
+        )
+    return len(head)
 
 
 def classes_of(checkpoint: dict[str, Any], source: str | Path) -> Classes:
@@ -201,17 +200,33 @@ def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str
 
     Raises InputError with the first of the keys that do not.
     """
-    weights = checkpoint["model"]
-    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    found = {key: getattr(tensor, "shape", None) for key, tensor in weights.items()}
-    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    ours, theirs = model.state_dict(), checkpoint["model"]
+    wrong = sorted(key for key in ours.keys() | theirs.keys() if not fits(ours.get(key), theirs.get(key)))
     if wrong:
         key = wrong[0]
-        here, there = (list(s[key]) if key in s else "nothing" for s in (expected, found))
+        here, there = shape_text(ours.get(key)), shape_text(theirs.get(key))
         raise InputError(
             f"{source} does not fit the model: {key} is {here} here and {there} there ({len(wrong)} keys differ)"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(theirs)
+
+
+def fits(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    """Return whether a stored weight can be copied into one of a model: of equal shape, and no integers for reals."""
+    return (
+        ours is not None
+        and theirs is not None
+        and ours.shape == theirs.shape
+        and (theirs.is_floating_point() or not ours.is_floating_point())
+    )
+
+
+def shape_text(weight: Tensor | None) -> str:
+    """Describe a weight by its shape, and by its type if that is not the usual one."""
+    if weight is None:
+        return "nothing"
+    kind = "" if weight.is_floating_point() else f"{str(weight.dtype).removeprefix('torch.')} "
+    return f"{kind}{list(weight.shape)}"
 
 
 def _local_path(source: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.checkpoint import MODEL_FLAGS, changed_flags, check_finite, classes_of
+from util.checkpoint import MODEL_FLAGS, changed_flags, check_finite, classes_of, fits, shape_text
 from util.classes import Classes, normalized
 from util.errors import InputError
 from util.logger import log, warn
@@ -38,32 +38,36 @@ def start_from(
 
     Raises InputError where nothing fits.
     """
-    known = classes_of(checkpoint, source)
     check_finite(checkpoint["model"], source)
     theirs, ours = checkpoint["model"], model.state_dict()
-    fits = [
-        name
-        for name, tensor in ours.items()
-        if name not in CLASS_HEAD and getattr(theirs.get(name), "shape", None) == tensor.shape
-    ]
-    if not fits:
+    fitting = [name for name, tensor in ours.items() if name not in CLASS_HEAD and fits(tensor, theirs.get(name))]
+    if not fitting:
         raise InputError(f"--finetune {source}: none of its weights fits this model")
-    for name in fits:
+    for name in fitting:
         ours[name].copy_(theirs[name])
-    rows = matching_rows(classes, known)
-    if ours[CLASS_HEAD[0]].shape[1] != theirs[CLASS_HEAD[0]].shape[1]:
-        rows = []  # heads of another width
+    whole = has_head(theirs, width=ours[CLASS_HEAD[0]].shape[1])
+    rows = matching_rows(classes, classes_of(checkpoint, source)) if whole else []
     for name in CLASS_HEAD:
         for label, their_label in rows:
             ours[name][label].copy_(theirs[name][their_label])
 
     wanted = [name for name in ours.keys() | theirs.keys() if name not in CLASS_HEAD and BATCH_COUNTER not in name]
-    left_out = sorted(set(wanted) - set(fits))
-    log(f"starting from {source}: {len(fits)} tensors; {describe_classes(classes, rows)}")
+    left_out = sorted(set(wanted) - set(fitting))
+    log(f"starting from {source}: {len(fitting)} tensors; {describe_classes(classes, rows)}")
+    if fresh := [name for name in CLASS_HEAD if name not in theirs]:
+        log(f"the class head starts from random weights: {source} has no {' and no '.join(fresh)}")
     if left_out:
         changed = "".join(f"; {flag}" for flag in changed_flags(args, checkpoint, MODEL_FLAGS))
         warn(f"not taken over: {describe_misfits(left_out, ours, theirs)}{changed}")
     return not any(name.startswith("backbone.0.") for name in left_out)
+
+
+def has_head(weights: dict[str, Tensor], width: int) -> bool:
+    """Return whether there is a whole class head, from whose rows those of a model of some width can be copied."""
+    weight, bias = (weights.get(name) for name in CLASS_HEAD)
+    if weight is None or bias is None or bias.dim() != 1:
+        return False
+    return weight.shape == (len(bias), width) and weight.is_floating_point() and bias.is_floating_point()
 
 
 def matching_rows(ours: Classes, theirs: Classes) -> list[tuple[int, int]]:
@@ -84,11 +88,8 @@ def describe_classes(classes: Classes, rows: Iterable[tuple[int, int]]) -> str:
 
 def describe_misfits(names: list[str], ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
     """The first few tensors with their shapes on both sides."""
-
-    def shape(weights: dict[str, Tensor], name: str) -> str:
-        return str(list(weights[name].shape)) if name in weights else "nothing"
-
-    return shortened([f"{name} is {shape(ours, name)} here and {shape(theirs, name)} there" for name in names], 3)
+    shapes = ((name, shape_text(ours.get(name)), shape_text(theirs.get(name))) for name in names)
+    return shortened([f"{name} is {here} here and {there} there" for name, here, there in shapes], 3)
 
 
 def shortened(texts: list[str], most: int = 8) -> str:

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from models.backbone import CHANNELS, DEPTHS
 from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
-from util.checkpoint import load_file
+from util.checkpoint_schema import flags as check_flags
+from util.checkpoint_schema import weights as check_weights
 from util.classes import Classes
 from util.errors import InputError, reason
 from util.files import check_is_file, replacing
 from util.huggingface_names import their_modules, to_ours, to_theirs
 from util.safetensors_file import read_tensors, write_tensors
+from util.schema import either, from_json, integer, label, shown, table_of, text
+from util.torch_file import load_file
 
 Json = dict[str, Any]
 
@@ -59,6 +62,7 @@ BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]
 RESNETS = {
     name: {"depths": list(depths)} | (BASIC if CHANNELS[name] == 512 else BOTTLENECK) for name, depths in DEPTHS.items()
 }
+MOST_BYTES = 2**24  # of a JSON file
 NO_CLASS = "N/A"  # the name of a label that stands for no class
 
 
@@ -90,14 +94,25 @@ def read_folder(folder: Path) -> dict[str, Any]:
         InputError: where it holds another model, one that is not supported here, or damaged files.
     """
     if not (folder / CONFIG).exists():
-        raise InputError(f"{folder}: a folder, but not of a Hugging Face model ({CONFIG} is missing); name a file")
+        raise InputError(
+            f"{folder}: a folder, but not of a Hugging Face model ({CONFIG} is missing); {_files_to_name(folder)}"
+        )
     config = read_json(folder / CONFIG)
     preprocessor = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).exists() else {}
     flags, depths = flags_of(config, folder / CONFIG)
     flags |= image_sizes_of(preprocessor, folder / PREPROCESSOR)
+    flags = check_flags(flags, f"{folder}: args")
     modules = their_modules(flags["enc_layers"], flags["dec_layers"], depths)
-    tensors = {key: tensor.float() for key, tensor in read_weights(folder).items()}
+    tensors = check_weights(read_weights(folder), f"{folder}: weights")
+    tensors = {key: tensor.float() for key, tensor in tensors.items()}
     return {"model": to_ours(tensors, modules), "args": flags} | classes_of_config(config, folder / CONFIG)
+
+
+def _files_to_name(folder: Path) -> str:
+    """What to do about a folder that is given for a file: names the checkpoints in it, the one to resume from first."""
+    files = sorted(folder.glob("*.pth"), key=lambda path: (path.stem != "checkpoint", path.stem != "checkpoint_best"))
+    files += [path for path in sorted(folder.glob("*.safetensors")) if path.name != WEIGHTS]
+    return f"name a file in it: {', '.join(map(str, files[:2]))}" if files else "name a file"
 
 
 def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> Json:
@@ -142,16 +157,16 @@ def preprocessor_of(args: argparse.Namespace) -> Json:
 def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
     """The flags of a config.json's model, and the depths of their own ResNet; None for timm's."""
     if config.get("model_type") != "conditional_detr":
-        raise InputError(f"{path}: model_type is {config.get('model_type')}, not conditional_detr")
+        raise InputError(f"{path}: model_type is {shown(config.get('model_type'))}, not conditional_detr")
     check_fixed(config, FIXED, path)
     flags = {}
     for field, flag in SIZES.items():
         value = config.get(field)
         if type(value) is not int or value < 0:
-            raise InputError(f"{path}: {field} is {value}, not a number")
+            raise InputError(f"{path}: {field} is {shown(value)}, not a number")
         if flags.setdefault(flag, value) != value:
             raise InputError(f"{path}: {field} is {value} and the encoder's {flags[flag]}; here they are one")
-    flags["position_embedding"] = str(config.get("position_embedding_type", "sine"))
+    flags["position_embedding"] = config.get("position_embedding_type", "sine")
     backbone, depths = backbone_of(config, path)
     return flags | backbone | {"backbone_norm": "frozen"}, depths
 
@@ -164,7 +179,8 @@ def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | N
         backbone = {"model_type": "timm_backbone", "backbone": config.get("backbone"), "output_stride": stride}
     elif not isinstance(backbone, dict):
         backbone = {}
-    last_stage = (backbone.get("out_indices") or [4])[-1] in (4, -1)
+    stages = backbone.get("out_indices")
+    last_stage = stages[-1] in (4, -1) if isinstance(stages, list) and stages else stages is None
     if last_stage and backbone.get("model_type") == "timm_backbone":
         name = str(backbone.get("backbone")).removeprefix("timm/").split(".")[0]  # a suffix tells how it was trained
         if name in CHANNELS and (stride := backbone.get("output_stride")) in (None, 16, 32):
@@ -188,17 +204,15 @@ def image_sizes_of(preprocessor: Json, path: Path) -> dict[str, int]:
     shortest = size.get("shortest_edge")
     longest = size.get("longest_edge") or preprocessor.get("max_size") or 1333
     if not type(shortest) is type(longest) is int:
-        raise InputError(f"{path}: size is {size}; images keep their proportions here, give a shortest_edge")
+        raise InputError(f"{path}: size is {shown(size)}; images keep their proportions here, give a shortest_edge")
     return {"min_size": shortest, "max_size": longest}
 
 
 def classes_of_config(config: Json, path: Path) -> dict[str, dict]:
     """`class_ids` and `class_names` of a checkpoint; none where config.json names no classes."""
-    try:
-        names = {int(i): str(name) for i, name in config.get("id2label", {}).items() if name != NO_CLASS}
-        ids = {int(i): class_id for i, class_id in config.get("category_ids", {}).items()}
-    except (AttributeError, ValueError) as error:
-        raise InputError(f"{path}: id2label or category_ids cannot be read ({reason(error)})") from error
+    names = table_of(label, text)(config.get("id2label") or {}, f"{path}: id2label")
+    names = {label: name for label, name in names.items() if name != NO_CLASS}
+    ids = table_of(label, either(text, integer(-(2**63))))(config.get("category_ids") or {}, f"{path}: category_ids")
     return {"class_ids": {label: ids.get(label, label) for label in names}, "class_names": names} if names else {}
 
 
@@ -206,27 +220,26 @@ def check_fixed(found: Json, fixed: Json, path: Path) -> None:
     """Raises InputError for a field with another value than the only one that can be had here."""
     for field, value in fixed.items():
         if found.get(field) not in (None, value):
-            raise InputError(f"{path}: {field} is {found[field]}, only {value} is supported here")
+            raise InputError(f"{path}: {field} is {shown(found[field])}, only {value} is supported here")
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder under their names."""
+def read_weights(folder: Path) -> Any:
+    """Return what a folder holds as weights, unchecked; they should be tensors under transformers' names."""
     if (folder / WEIGHTS).exists():
         return read_tensors(folder / WEIGHTS)[0]
     if not (folder / OLD_WEIGHTS).exists():
         raise InputError(f"{folder}: holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
-    weights = load_file(folder / OLD_WEIGHTS, folder / OLD_WEIGHTS)
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise InputError(f"{folder / OLD_WEIGHTS}: not a state dict")
-    return weights
+    return load_file(folder / OLD_WEIGHTS, folder / OLD_WEIGHTS)
 
 
 def read_json(path: Path) -> Json:
     """The object of a JSON file. Raises InputError where it is damaged or holds something else."""
     check_is_file(path)
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes are too many for the description of a model")
+        contents = from_json(path.read_text(encoding="utf-8"), f"{path}:")
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)})") from error
     if not isinstance(contents, dict):
         raise InputError(f"{path}: not a JSON object")

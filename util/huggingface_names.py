@@ -141,6 +141,9 @@ def join_projections(weights: Weights) -> Weights:
         if not part:
             joined[key] = tensor
         elif part[2] == "q":
-            keys = [f"{part[1]}{name}_proj.{part[3]}" for name in "qkv"]
-            joined[f"{part[1]}in_proj_{part[3]}"] = torch.cat([weights[k] for k in keys if k in weights])
+            parts = [weights.get(f"{part[1]}{name}_proj.{part[3]}") for name in "qkv"]
+            if all(
+                p is not None and p.dim() > 0 and p.shape == tensor.shape for p in parts
+            ):  # else: reported as missing
+                joined[f"{part[1]}in_proj_{part[3]}"] = torch.cat(parts)
     return joined

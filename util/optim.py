@@ -34,6 +34,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
             f"{source} trained {there} tensors of transformer and backbone, this run would train {here}: "
             "--lr_backbone 0 or --backbone_weights none are given on one side only"
         )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, moments in saved["state"].items():
+        shape = parameters[number].shape if number < len(parameters) else None
+        if moments["exp_avg"].shape != shape or moments["exp_avg_sq"].shape != shape:
+            raise InputError(
+                f"{source}: the optimizer's moments number {number} have not the shape of a trained weight"
+            )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": state["param_groups"]})
 
 

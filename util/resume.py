@@ -34,15 +34,16 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Checkpoint | None, str]:
     The main process chooses for all, which may see the folder at different moments.
     """
     resume_by_default(args)
+    training = not args.eval
     if args.resume == "auto":
-        found = load_latest_checkpoint(args.output_dir, warn) if is_main_process() else None
+        found = load_latest_checkpoint(args.output_dir, warn, training) if is_main_process() else None
         source = all_gather_plain(found and str(found[1]))[0]
         if source is None:
             log(f"--resume auto: no checkpoint in {args.output_dir}, starting anew")
             return None, ""
-        checkpoint = found[0] if found else load_checkpoint(source)
+        checkpoint = found[0] if found else load_checkpoint(source, training)
     elif args.resume:
-        checkpoint, source = load_checkpoint(args.resume), args.resume
+        checkpoint, source = load_checkpoint(args.resume, training), args.resume
     else:
         return None, ""
     check_same_on_all(checkpoint, source)

@@ -11,25 +11,23 @@ from torch import Tensor
 from util.command import need
 from util.errors import InputError, reason
 from util.files import check_is_file, replacing
+from util.schema import from_json
 
 DESCRIPTIONS = ("args", "class_ids", "class_names")  # what a checkpoint for inference says about its model
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """The checkpoint of a file of `write_safetensors`; of another one, a checkpoint without flags and classes.
+    """Return a file's contents as those of a checkpoint, with the flags and classes that `write_safetensors` adds.
 
-    Raises InputError where it is damaged.
+    Raises InputError if it is damaged.
     """
     weights, metadata = read_tensors(path)
-    if "class_labels_classifier.bias" in weights:
-        raise InputError(f"{path}: the weights of a Hugging Face model; name its folder")
-    try:
-        described = {name: json.loads(metadata[name]) for name in DESCRIPTIONS if name in metadata}
-        for name in described.keys() - {"args"}:
-            described[name] = {int(label): value for label, value in described[name].items()}
-        return {"args": {}} | described | {"model": weights}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: its metadata is not that of scripts.convert ({reason(error)})") from error
+    described = {
+        name: from_json(metadata[name], f"{path}: its metadata is not that of scripts.convert: {name}")
+        for name in DESCRIPTIONS
+        if name in metadata
+    }
+    return {"model": weights} | described
 
 
 def write_safetensors(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,195 @@
+"""The structure of the files that models and trainings are loaded from, declared once for all formats.
+
+What is not declared here is not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.errors import InputError
+from util.flag_limits import check_numbers
+from util.schema import (
+    Check,
+    boolean,
+    either,
+    integer,
+    integers,
+    label,
+    list_of,
+    one_of,
+    real,
+    record,
+    table_of,
+    tensor,
+    text,
+    wrong,
+)
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+MOST_REPEATED = (
+    4  # times that the weights may be as large as what the file holds: some are stored once for several names
+)
+
+# The numbers among the flags that a model, its training or a repeated step depends on; `util.flag_limits` bounds them.
+NUMBERS = (
+    *("lr", "lr_backbone", "batch_size", "weight_decay", "epochs", "lr_drop", "clip_max_norm", "accum_steps", "seed"),
+    *("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "dropout", "nheads", "num_queries", "num_classes"),
+    *("set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
+    *("focal_alpha", "min_size", "max_size"),
+)
+SWITCHES = ("dilation", "aux_loss", "pre_norm", "masks", "checkpoint_activations", "compile", "deterministic")
+TEXTS = ("backbone", "position_embedding")
+CHOICES = {
+    "backbone_norm": ("frozen", "batch"),
+    "amp": ("none", "bf16", "fp16"),
+    "lr_scale": ("none", "sqrt", "linear"),
+}
+# The sizes that both flags and weights tell: the first dimension of a weight, and the layers of a stack.
+SIZES = {
+    "hidden_dim": "transformer.decoder.norm.weight",
+    "dim_feedforward": "transformer.decoder.layers.0.linear1.weight",
+}
+STACKS = {"enc_layers": "transformer.encoder.layers.", "dec_layers": "transformer.decoder.layers."}
+
+
+def number_flag(name: str) -> Check:
+    """A flag's number within its limits."""
+
+    def check(value: Any, place: str) -> float:
+        number = real()(value, place)
+        check_numbers(argparse.Namespace(**{name: number}), f"{place.rpartition(': ')[0]}: ")
+        return number
+
+    return check
+
+
+KNOWN_FLAGS = {
+    **{name: number_flag(name) for name in NUMBERS},
+    **dict.fromkeys(SWITCHES, boolean),
+    **dict.fromkeys(TEXTS, text),
+    **{name: one_of(*choices) for name, choices in CHOICES.items()},
+}
+
+
+def flags(value: Any, place: str) -> dict[str, Any]:
+    """The flags of a run: those that matter are checked; of others, only simple values are kept."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if not isinstance(value, dict):
+        raise wrong(value, place, "a dict or an argparse.Namespace")
+    checked = {}
+    for name, flag in value.items():
+        if isinstance(flag, torch.device | torch.dtype):
+            flag = str(flag)
+        if name in KNOWN_FLAGS and flag is not None:
+            checked[name] = KNOWN_FLAGS[name](flag, f"{place}.{name}")
+        elif isinstance(name, str) and name.isidentifier() and isinstance(flag, bool | int | float | str | None):
+            checked[name] = flag
+    return checked
+
+
+def weights(value: Any, place: str) -> dict[str, Tensor]:
+    """A state dict: tensors of numbers, by name, that are not much larger than the memory that their file fills."""
+    checked = table_of(text, tensor(*FLOATS, *INTEGERS), most=100_000)(value, place)
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in checked.values()}
+    claimed = sum(t.numel() * t.element_size() for t in checked.values())
+    if claimed > MOST_REPEATED * sum(stored.values()):
+        raise InputError(f"{place} claims {claimed:,} bytes of weights, but the file holds {sum(stored.values()):,}")
+    return checked
+
+
+def scalar_tensor(value: Any, place: str) -> Tensor:
+    """The number of steps that an optimizer took for a weight; early versions of torch store an integer."""
+    number = value.item() if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1 else value
+    return torch.tensor(float(real(0, 1e12)(number, place)))
+
+
+COUNT = integer(0, 10**12)
+MOMENTS = tensor(*FLOATS)
+OPTIMIZER = record(
+    {
+        "state": table_of(
+            label, record({"step": scalar_tensor, "exp_avg": MOMENTS, "exp_avg_sq": MOMENTS}), most=100_000
+        ),
+        "param_groups": list_of(record({"params": integers(None, 10**6)}), most=100),
+    }
+)
+BYTES, WORDS = integers(None, 255), integers(624, 2**32 - 1)
+RANDOM = record(
+    {
+        "torch": record({"cpu": BYTES}, {"cuda": BYTES}),
+        "numpy": list_of(either(WORDS, text, real()), 5, 5),
+        "python": list_of(either(integers(625, 2**32 - 1), one_of(None), real()), 3, 3),
+    }
+)
+METERS = table_of(text, record({"window": list_of(real(), most=1000), "total": real(), "count": COUNT}), most=10_000)
+SCALER_FACTORS = {"scale": real(1e-30, 1e30), "growth_factor": real(1, 1e6), "backoff_factor": real(1e-6, 1)}
+SCALER = either(one_of({}), record(SCALER_FACTORS | {"growth_interval": integer(1), "_growth_tracker": COUNT}))
+MODEL = {
+    "args": flags,
+    "class_names": table_of(label, text, most=100_000),
+    "class_ids": table_of(label, either(text, integer(-(2**63))), most=100_000),
+    "epoch": integer(-1, 10**6 - 1),
+    "ap": real(),
+}
+TRAINING = {
+    "optimizer": OPTIMIZER,
+    "step": COUNT,
+    "skipped": COUNT,
+    "scaler": SCALER,
+    "processes": list_of(record({"random": RANDOM, "meters": METERS}), 1, 10_000),
+    "train_stats": table_of(text, real(), most=10_000),
+}
+# What is of use only together with something else.
+NEEDS = {"train_stats": ("epoch",), "processes": ("epoch", "step", "skipped", "scaler", "optimizer")}
+
+
+def check_checkpoint(contents: Any, source: object, training: bool) -> dict[str, Any]:
+    """Return the checkpoint in a file's contents: `model`, `args` (empty if there are none), and what else it holds.
+
+    Args:
+        contents: plain data and tensors of any structure.
+        source: the name of the file in messages.
+        training: keep the state of the training, too.
+
+    Raises:
+        InputError: if something that is read from a checkpoint is missing or not what it should be.
+    """
+    structure = record({"model": weights}, MODEL | TRAINING if training else MODEL)
+    checkpoint = {"args": {}} | structure(contents, f"{source}:")
+    for name, needed in NEEDS.items():
+        if name in checkpoint and (missing := [other for other in needed if other not in checkpoint]):
+            raise InputError(f"{source}: holds {name}, but not {missing[0]}")
+    if "processes" in checkpoint and not {"batch_size", "accum_steps"} <= checkpoint["args"].keys():
+        raise InputError(f"{source}: its args do not tell --batch_size and --accum_steps")
+    _check_sizes(checkpoint["args"], checkpoint["model"], source)
+    _check_classes(checkpoint, source)
+    return checkpoint
+
+
+def _check_sizes(args: dict[str, Any], weights: dict[str, Tensor], source: object) -> None:
+    """Raise InputError if flags and weights contradict each other, before a model of some size is built."""
+    stored = {flag: weights[key].shape[0] for flag, key in SIZES.items() if key in weights and weights[key].dim() > 0}
+    for flag, prefix in STACKS.items():
+        layers = {key.removeprefix(prefix).partition(".")[0] for key in weights if key.startswith(prefix)}
+        stored |= {flag: len(layers)} if layers else {}
+    for flag, size in stored.items():
+        if args.get(flag, size) != size:
+            raise InputError(f"{source}: its args say --{flag} {args[flag]}, but its weights {size}")
+
+
+def _check_classes(checkpoint: dict[str, Any], source: object) -> None:
+    """Raise InputError for classes that the model does not tell apart."""
+    names, ids = checkpoint.get("class_names"), checkpoint.get("class_ids")
+    if names and ids and names.keys() != ids.keys():
+        raise InputError(f"{source}: class_names and class_ids are about different labels")
+    head = checkpoint["model"].get("class_embed.bias")
+    for labels in filter(None, (names, ids)):
+        if head is not None and max(labels) >= head.numel():
+            raise InputError(f"{source}: names class {max(labels)}, but its model tells 0 to {head.numel() - 1} apart")

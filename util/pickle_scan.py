@@ -1,0 +1,114 @@
+"""A look through the instructions of a pickle before it is loaded; nothing is built or called.
+
+`torch.load(weights_only=True)` runs no code, but builds whatever a file asks for: buffers of any size, tensors larger
+than the file that is to hold them, tuples nested so deep that using them as keys overflows the stack. This look refuses
+such a file, and names the type of an object that is not plain data.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Collection
+from typing import Any, BinaryIO, NamedTuple
+
+from util.errors import InputError
+
+MOST_INSTRUCTIONS = 10_000_000  # more take over a minute to load; a checkpoint of 100 processes has 1,000,000
+MOST_NESTED = 20  # tuples within tuples; Python hashes them without a limit to the depth
+# The bytes of an element; complex and quantised numbers have no place in a model.
+STORAGES = {
+    **dict.fromkeys(("torch.DoubleStorage", "torch.LongStorage"), 8),
+    **dict.fromkeys(("torch.FloatStorage", "torch.IntStorage"), 4),
+    **dict.fromkeys(("torch.HalfStorage", "torch.BFloat16Storage", "torch.ShortStorage"), 2),
+    **dict.fromkeys(("torch.CharStorage", "torch.ByteStorage", "torch.BoolStorage"), 1),
+    **dict.fromkeys(("torch.storage.UntypedStorage", "torch.UntypedStorage"), 1),
+}
+GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
+PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE"})
+
+
+class Global(str):
+    """The name of a class or function."""
+
+
+class Nested(NamedTuple):
+    """A tuple of the pickle: its items, and how many tuples lie within each other."""
+
+    items: list[Any]
+    depth: int
+
+
+def scan_pickle(file: BinaryIO, source: object, allowed: Collection[str], bytes_of: Callable[[Any], int]) -> None:
+    """Look through one pickle, and leave `file` after its end.
+
+    Args:
+        file: where the pickle begins.
+        source: names the file in errors.
+        allowed: the names of classes and functions that may be in it.
+        bytes_of: returns the bytes that the file holds for the storage of a key.
+
+    Raises:
+        InputError: if it contains anything else, or asks for more memory than its file can fill.
+        LookupError, TypeError, ValueError, AttributeError: if it is damaged.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    for number, (instruction, argument, _) in enumerate(pickletools.genops(file)):
+        name = instruction.name
+        if number > MOST_INSTRUCTIONS:
+            raise InputError(f"{source}: refused, besides tensors it holds more data than any checkpoint")
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in PUTS:
+            memo[argument] = stack[-1]
+        elif name in GETS:
+            stack.append(memo[argument])
+        else:
+            needed = instruction.stack_before
+            start = marks.pop() if pickletools.markobject in needed else len(stack)
+            start -= needed.index(pickletools.markobject) if pickletools.markobject in needed else len(needed)
+            if start < 0:
+                raise ValueError("damaged")
+            taken, stack[start:] = stack[start:], []
+            stack += _results(instruction, argument, taken, source, allowed, bytes_of)
+
+
+def _results(
+    instruction: pickletools.OpcodeInfo,
+    argument: Any,
+    taken: list[Any],
+    source: object,
+    allowed: Collection[str],
+    bytes_of: Callable[[Any], int],
+) -> list[Any]:
+    """What an instruction puts on the stack: names, texts, integers and tuples as they are, None for all else."""
+    name = instruction.name
+    if name in ("GLOBAL", "STACK_GLOBAL"):
+        wanted = argument.replace(" ", ".") if argument else ".".join(map(str, taken))
+        if wanted not in allowed and wanted not in STORAGES:
+            raise InputError(
+                f"{source}: refused, it carries code or objects beyond tensors and plain data: {_described(wanted)}"
+            )
+        return [Global(wanted)]
+    if name in TUPLES:
+        depth = 1 + max((item.depth for item in taken if isinstance(item, Nested)), default=0)
+        if depth > MOST_NESTED:
+            raise InputError(f"{source}: refused, it contains tuples nested more than {MOST_NESTED} deep")
+        return [Nested(taken, depth)]
+    if name == "REDUCE" and taken[0] == "_codecs.encode" and taken[1].items[1] not in ("latin1", "latin-1"):
+        raise InputError(f"{source}: refused, it contains encoded data beyond tensors and plain data")
+    if name == "BINPERSID":
+        _, kind, key, _, length, *_ = taken[0].items  # of a storage
+        if length * STORAGES[kind] > bytes_of(key):
+            raise InputError(f"{source}: damaged: a tensor claims {length:,} numbers, more than the file holds")
+    if instruction.stack_after and isinstance(argument, str | int):
+        return [argument]
+    return [None] * len(instruction.stack_after)
+
+
+def _described(name: str) -> str:
+    if kind := name.removeprefix("torch._utils._rebuild_").replace("_", " ") * name.startswith("torch._utils._rebuild"):
+        return f"a tensor that is not a plain one ({kind})"
+    return f"an object of type {name}"

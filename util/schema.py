@@ -1,0 +1,204 @@
+"""Checks from which the structure of untrusted data is declared, as in `util.checkpoint_schema`.
+
+A check takes a value and its place, such as "c.pth: args", and returns the value as the program expects it, or raises
+InputError with the place. What no check asks for is dropped, unread. Since checks look only as deep as they are
+declared, neither deep nesting, nor cycles, nor lists that contain each other many times cost time or memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.errors import InputError, reason
+
+Check = Callable[[Any, str], Any]
+
+LONGEST_TEXT = 1000  # characters
+
+
+def shown(value: Any) -> str:
+    """Describe any value in a few words, without looking into it."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 60 else f"{value[:57]!r}.."
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print integers of any length
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, bool | int | float):
+        return str(value)
+    if isinstance(value, Tensor):
+        return described_tensor(value)
+    if isinstance(value, list | tuple | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def described_tensor(tensor: Tensor) -> str:
+    """Describe a tensor by its type and shape."""
+    return f"a tensor of {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def wrong(value: Any, place: str, expected: str) -> InputError:
+    """Return the error for a value that is not what is expected."""
+    return InputError(f"{place} is {shown(value)}, not {expected}")
+
+
+def integer(least: int = 0, most: int = 2**63 - 1) -> Check:
+    """An integer from `least` to `most`."""
+
+    def check(value: Any, place: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise wrong(value, place, f"an integer from {least} to {most}")
+        return value
+
+    return check
+
+
+def label(value: Any, place: str) -> int:
+    """A number from 0; the keys of JSON's objects, which are texts, too."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10:
+        value = int(value)
+    return integer(0, 10**9)(value, place)
+
+
+def real(least: float = -math.inf, most: float = math.inf) -> Check:
+    """A number from `least` to `most`; without limits, it may be NaN."""
+
+    def check(value: Any, place: str) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise wrong(value, place, "a number")
+        if (isinstance(value, int) and abs(value) > 2**1023) or value < least or value > most:
+            raise wrong(value, place, f"a number from {least:g} to {most:g}")
+        if math.isnan(value) and (least, most) != (-math.inf, math.inf):
+            raise wrong(value, place, f"a number from {least:g} to {most:g}")
+        return value
+
+    return check
+
+
+def boolean(value: Any, place: str) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise wrong(value, place, "True or False")
+    return value
+
+
+def text(value: Any, place: str) -> str:
+    """A text of at most `LONGEST_TEXT` characters."""
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        raise wrong(value, place, f"a text of at most {LONGEST_TEXT:,} characters")
+    return value
+
+
+def one_of(*choices: Any) -> Check:
+    """One of a few values."""
+
+    def check(value: Any, place: str) -> Any:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise wrong(value, place, f"one of {', '.join(map(str, choices))}")
+        return value
+
+    return check
+
+
+def either(*checks: Check) -> Check:
+    """What one of several checks accepts; the last one names the error."""
+
+    def check(value: Any, place: str) -> Any:
+        for attempt in checks[:-1]:
+            try:
+                return attempt(value, place)
+            except InputError:
+                continue
+        return checks[-1](value, place)
+
+    return check
+
+
+def list_of(item: Check, least: int = 0, most: int = 10**6) -> Check:
+    """A list or tuple of `least` to `most` items, as a list."""
+
+    def check(value: Any, place: str) -> list[Any]:
+        if not isinstance(value, list | tuple) or not least <= len(value) <= most:
+            raise wrong(value, place, f"a list of {least}" + (f" to {most}" if most != least else ""))
+        return [item(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
+
+    return check
+
+
+def integers(length: int | None, most: int) -> Check:
+    """A list or tuple of integers from 0 to `most`, as a list; quick for thousands."""
+
+    def check(value: Any, place: str) -> list[int]:
+        if not isinstance(value, list | tuple) or len(value) != (len(value) if length is None else length):
+            raise wrong(value, place, "a list of integers" if length is None else f"a list of {length} integers")
+        if not all(type(entry) is int for entry in value) or (value and not 0 <= min(value) <= max(value) <= most):
+            raise InputError(f"{place} holds something else than integers from 0 to {most}")
+        return list(value)
+
+    return check
+
+
+def table_of(key: Check, value: Check, most: int = 10**6) -> Check:
+    """A dict with keys and values of one kind each."""
+
+    def check(table: Any, place: str) -> dict[Any, Any]:
+        if not isinstance(table, dict) or len(table) > most:
+            raise wrong(table, place, f"a dict of at most {most:,} entries")
+        checked = {}
+        for name, entry in table.items():
+            name = key(name, f"a key of {place}")
+            checked[name] = value(entry, f"{place}[{shown(name)}]")
+        return checked
+
+    return check
+
+
+def record(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
+    """A dict with certain keys, each with its own check; other keys are dropped, as are optional ones that are None."""
+
+    def check(value: Any, place: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise wrong(value, place, "a dict")
+        if missing := [name for name in required if name not in value]:
+            raise InputError(f"{place} has no {missing[0]!r}")
+        separator = "." if not place.endswith(":") else " "
+        return {
+            name: check(value[name], f"{place}{separator}{name}")
+            for name, check in ((optional or {}) | required).items()
+            if name in required or value.get(name) is not None
+        }
+
+    return check
+
+
+def tensor(*dtypes: torch.dtype, dims: int | None = None) -> Check:
+    """A tensor of numbers in memory, of one of the types, without gradients; `dims` is its number of dimensions."""
+
+    def check(value: Any, place: str) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise wrong(value, place, "a tensor")
+        if value.is_nested or value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise InputError(f"{place} is a sparse, quantised, nested or meta tensor; only plain ones are loaded")
+        if value.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise wrong(value, place, f"a tensor of {names}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f"{place} is {described_tensor(value)}, of which the file holds only a part")
+        if dims is not None and value.dim() != dims:
+            raise wrong(value, place, f"a tensor of {dims} dimensions")
+        return value.detach()
+
+    return check
+
+
+def from_json(contents: str, place: str) -> Any:
+    """The value of a JSON text. Raises InputError if it is damaged, or nested too deep to be read."""
+    try:
+        return json.loads(contents)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} cannot be read ({reason(error)})") from error

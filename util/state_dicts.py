@@ -1,0 +1,101 @@
+"""A model's weights in whatever a training script wraps them in.
+
+A file may hold a state dict itself, or dicts of them: `{"model": ..}`, Lightning's `{"state_dict": ..}`, averaged
+weights next to the raw ones (`{"model_ema": ..}`, `{"ema": {"module": ..}}`). DistributedDataParallel, torch.compile
+and Lightning also prefix the names of the weights. Each state dict that is found goes by its path: the keys that lead
+to it and the prefix, as in `state_dict.model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from util.errors import InputError
+from util.schema import shown
+
+PARTS = frozenset({"backbone", "input_proj", "transformer", "query_embed", "class_embed", "bbox_embed"})
+WRAPPERS = frozenset({"model", "module", "_orig_mod", "state_dict", "model_state_dict", "net", "network", "weights"})
+AVERAGED = frozenset({"ema", "swa", "averaged"})  # words in names such as model_ema and ema_state_dict
+MOST_WRAPPED = 3  # dicts within each other
+HUGGING_FACE = "class_labels_classifier"  # transformers' name for the class head
+
+
+def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[dict[str, Any], str]:
+    """Return the contents of a file with the weights under `model`, by their plain names, and a line about the choice.
+
+    The line is empty if the weights are where they usually are, and there are no others.
+
+    Args:
+        contents: the contents of a file.
+        source: the name of the file in messages.
+        averaged: prefer averaged weights, if there are both; else the raw ones.
+
+    Raises:
+        InputError: if there are none; says what is there.
+    """
+    found = dict(_state_dicts(contents, (), set()))
+    if not found:
+        raise InputError(f"{source}: {_description(contents)}")
+    paths = sorted(found, key=lambda path: path != ("model",))  # stable: the first counts, except that ours goes first
+    path = next((path for path in paths if any(map(_is_averaged, path)) == averaged), paths[0])
+    rest = contents if path and path[0] in contents else {}  # next to the weights themselves are no other data
+    if path == ("model",) and len(found) == 1:
+        return rest, ""
+    others = [_text(other) for other in found if other != path]
+    kind = "averaged " if any(map(_is_averaged, path)) else "raw " if others else ""
+    left = f", not those in {', '.join(others)}" if others else ""
+    return rest | {"model": found[path]}, f"{source}: taking the {kind}weights in {_text(path)}{left}"
+
+
+def _state_dicts(contents: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """The state dicts in a dict, and in those that it wraps, each with its path."""
+    if not isinstance(contents, dict) or id(contents) in seen or len(path) > MOST_WRAPPED:
+        return
+    seen.add(id(contents))  # so that dicts that contain each other many times cost nothing
+    by_prefix: dict[tuple[str, ...], dict[str, Any]] = {}
+    for key, value in contents.items():
+        if isinstance(key, str) and (
+            path or isinstance(value, Tensor)
+        ):  # at the top level are data on the training, too
+            parts = key.split(".")
+            length = next((i for i, part in enumerate(parts) if not _is_wrapper(part)), len(parts))
+            name = ".".join(part for part in parts[length:] if part != "_orig_mod")
+            by_prefix.setdefault(tuple(parts[:length]), {})[name] = value
+    for prefix, weights in by_prefix.items():
+        if any(name.partition(".")[0] in PARTS for name in weights):
+            yield path + prefix, weights
+    for key, value in contents.items():
+        if isinstance(key, str) and _is_wrapper(key):
+            yield from _state_dicts(value, (*path, key), seen)
+
+
+def _is_wrapper(key: str) -> bool:
+    return key in WRAPPERS or _is_averaged(key)
+
+
+def _is_averaged(key: str) -> bool:
+    return not AVERAGED.isdisjoint(key.split("_"))
+
+
+def _text(path: tuple[str, ...]) -> str:
+    return ".".join(path) or "its top level"
+
+
+def _description(contents: Any) -> str:
+    """Describe contents without weights, and say what is expected."""
+    if not isinstance(contents, dict):
+        return f"holds no 'model': it is {shown(contents)}; expected a dict with the key model"
+    model = contents.get("model")
+    model = model if isinstance(model, dict) else {}
+    if any(f"{HUGGING_FACE}.bias" in weights for weights in (contents, model)):
+        return "the weights of a Hugging Face model; name its folder"
+    holds = f"it holds {_keys(contents)}" + f", and its model {_keys(model)}" * ("model" in contents)
+    return f"holds no 'model' of Conditional DETR: {holds}; expected model with keys such as query_embed.weight"
+
+
+def _keys(contents: dict[Any, Any], most: int = 5) -> str:
+    names = [key[:60] if isinstance(key, str) else shown(key) for key in list(contents)[:most]]
+    return f"the keys {', '.join(names)}{', ..' * (len(contents) > most)}" if names else "nothing"

@@ -1,0 +1,24 @@
+"""Text from files made fit for terminals, pictures and pages."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Control and format characters, such as those of escape sequences and of right-to-left overrides; halves of characters;
+# separators of lines and paragraphs.
+UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+JOINERS = "\u200c\u200d"  # format characters that some scripts and emoji need, and that move nothing
+
+
+def printable(text: object) -> str:
+    r"""Return a text as one line without control characters: each becomes its escape, such as \n or \x1b."""
+    text = str(text)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) not in UNPRINTABLE or character in JOINERS:
+        return character
+    return character.encode("unicode_escape").decode()
