@@ -181,7 +181,7 @@ def _check_sizes(args: dict[str, Any], weights: dict[str, Tensor], source: objec
         stored |= {flag: len(layers)} if layers else {}
     for flag, size in stored.items():
         if args.get(flag, size) != size:
-            raise InputError(f"{source}: its args say --{flag} {args[flag]}, but its weights {size}")
+            raise InputError(f"{source} does not fit the model: its args say --{flag} {args[flag]}, its weights {size}")
 
 
 def _check_classes(checkpoint: dict[str, Any], source: object) -> None:

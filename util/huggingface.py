@@ -157,13 +157,13 @@ def preprocessor_of(args: argparse.Namespace) -> Json:
 def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
     """The flags of a config.json's model, and the depths of their own ResNet; None for timm's."""
     if config.get("model_type") != "conditional_detr":
-        raise InputError(f"{path}: model_type is {shown(config.get('model_type'))}, not conditional_detr")
+        raise InputError(f"{path}: model_type is {config_text(config.get('model_type'))}, not conditional_detr")
     check_fixed(config, FIXED, path)
     flags = {}
     for field, flag in SIZES.items():
         value = config.get(field)
         if type(value) is not int or value < 0:
-            raise InputError(f"{path}: {field} is {shown(value)}, not a number")
+            raise InputError(f"{path}: {field} is {config_text(value)}, not a number")
         if flags.setdefault(flag, value) != value:
             raise InputError(f"{path}: {field} is {value} and the encoder's {flags[flag]}; here they are one")
     flags["position_embedding"] = config.get("position_embedding_type", "sine")
@@ -204,23 +204,31 @@ def image_sizes_of(preprocessor: Json, path: Path) -> dict[str, int]:
     shortest = size.get("shortest_edge")
     longest = size.get("longest_edge") or preprocessor.get("max_size") or 1333
     if not type(shortest) is type(longest) is int:
-        raise InputError(f"{path}: size is {shown(size)}; images keep their proportions here, give a shortest_edge")
+        raise InputError(
+            f"{path}: size is {config_text(size)}; images keep their proportions here, give a shortest_edge"
+        )
     return {"min_size": shortest, "max_size": longest}
 
 
 def classes_of_config(config: Json, path: Path) -> dict[str, dict]:
     """`class_ids` and `class_names` of a checkpoint; none where config.json names no classes."""
-    names = table_of(label, text)(config.get("id2label") or {}, f"{path}: id2label")
+    place = f"{path}: id2label or category_ids cannot be read: a table"
+    names = table_of(label, text)(config.get("id2label") or {}, place)
     names = {label: name for label, name in names.items() if name != NO_CLASS}
-    ids = table_of(label, either(text, integer(-(2**63))))(config.get("category_ids") or {}, f"{path}: category_ids")
+    ids = table_of(label, either(text, integer(-(2**63))))(config.get("category_ids") or {}, place)
     return {"class_ids": {label: ids.get(label, label) for label in names}, "class_names": names} if names else {}
+
+
+def config_text(value: Any) -> str:
+    """Describe a field's value; texts without quotes, as the names that they are."""
+    return shown(value).strip("'")
 
 
 def check_fixed(found: Json, fixed: Json, path: Path) -> None:
     """Raises InputError for a field with another value than the only one that can be had here."""
     for field, value in fixed.items():
         if found.get(field) not in (None, value):
-            raise InputError(f"{path}: {field} is {shown(found[field])}, only {value} is supported here")
+            raise InputError(f"{path}: {field} is {config_text(found[field])}, only {value} is supported here")
 
 
 def read_weights(folder: Path) -> Any:

@@ -20,7 +20,7 @@ PARTS = frozenset({"backbone", "input_proj", "transformer", "query_embed", "clas
 WRAPPERS = frozenset({"model", "module", "_orig_mod", "state_dict", "model_state_dict", "net", "network", "weights"})
 AVERAGED = frozenset({"ema", "swa", "averaged"})  # words in names such as model_ema and ema_state_dict
 MOST_WRAPPED = 3  # dicts within each other
-HUGGING_FACE = "class_labels_classifier"  # transformers' name for the class head
+CLASS_HEAD_OF_HUGGING_FACE = "class_labels_classifier.bias"
 
 
 def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[dict[str, Any], str]:
@@ -36,6 +36,9 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
     Raises:
         InputError: if there are none; says what is there.
     """
+    for weights in (contents, contents.get("model")) if isinstance(contents, dict) else ():
+        if isinstance(weights, dict) and CLASS_HEAD_OF_HUGGING_FACE in weights:
+            raise InputError(f"{source}: the weights of a Hugging Face model; name its folder")
     found = dict(_state_dicts(contents, (), set()))
     if not found:
         raise InputError(f"{source}: {_description(contents)}")
@@ -90,8 +93,6 @@ def _description(contents: Any) -> str:
         return f"holds no 'model': it is {shown(contents)}; expected a dict with the key model"
     model = contents.get("model")
     model = model if isinstance(model, dict) else {}
-    if any(f"{HUGGING_FACE}.bias" in weights for weights in (contents, model)):
-        return "the weights of a Hugging Face model; name its folder"
     holds = f"it holds {_keys(contents)}" + f", and its model {_keys(model)}" * ("model" in contents)
     return f"holds no 'model' of Conditional DETR: {holds}; expected model with keys such as query_embed.weight"
 
