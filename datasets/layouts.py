@@ -25,6 +25,8 @@ def find_split(root: Path, split: str, annotations: str | None, images: str | No
     """
     if annotations is None:
         file = next((path for path in annotation_files(root, split) if path.is_file()), None)
+        if file is None and split == "test":
+            raise InputError(f"--coco_path {root}: no annotations/{TEST_DEV}; {describe_json(root)}")
         if file is None:
             raise InputError(
                 f"--coco_path {root}: no annotations of the {split} images; {describe_json(root)}; "
@@ -38,7 +40,8 @@ def find_split(root: Path, split: str, annotations: str | None, images: str | No
     existing = (folder for folder in folders if folder.is_dir())
     folder = next(filter(holds_files, folders), None) or next(existing, None)
     if folder is None:
-        raise InputError(f"--coco_path {root}: no folder of the {split} images; name it by --{split}_images")
+        advice = "; add test2017/" if split == "test" else f"; name it by --{split}_images"
+        raise InputError(f"--coco_path {root}: no folder of the {split} images{advice}")
     return file, folder
 
 

@@ -49,7 +49,7 @@ def assert_same_end(output, expected) -> None:
             assert torch.equal(ours["optimizer"]["state"][index][name], value), (index, name)
     assert (output / "log.txt").read_text() == (expected / "log.txt").read_text()
     files, their_files = ({path.name for path in folder.glob("[!.]*.pth")} for folder in (output, expected))
-    assert files == their_files
+    assert files ^ their_files <= {"checkpoint_previous.pth"}  # an interruption writes one checkpoint more
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

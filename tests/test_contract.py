@@ -116,7 +116,7 @@ def test_signatures():
     assert names(engine.evaluate)[:7] == evaluated
     assert names(datasets.build_dataset)[:2] == ["image_set", "args"]
     assert names(datasets.get_coco_api_from_dataset) == ["dataset"]
-    assert names(CocoEvaluator) == ["coco_gt", "iou_types"]
+    assert names(CocoEvaluator)[:2] == ["coco_gt", "iou_types"]
     for entry in ("resnet50", "resnet50_dc5", "resnet101", "resnet101_dc5"):
         signature = inspect.signature(getattr(hubconf, f"conditional_detr_{entry}"))
         assert [(p.name, p.default) for p in signature.parameters.values()] == [

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import build_model
 from tests import two_processes
 from tests.conftest import ROOT, TINY, assert_same_end, free_port, log_lines
 from util.distributed import distribute, first_slurm_node
@@ -214,14 +215,15 @@ def test_replay_on_one_process_of_a_step_of_two(shapes, tmp_path, start):
     assert losses[0] != losses[1]
 
 
-def test_processes_that_read_different_checkpoints(shapes, tmp_path, start):
+def test_processes_that_read_different_checkpoints(shapes, tmp_path, start, parse):
     """As where --output_dir is a folder of each node's own."""
     port = free_port()
+    model, _, _ = build_model(parse(*TINY, "--num_classes", 4))
     tasks = []
     for rank in range(2):
         folder = tmp_path / str(rank)
         folder.mkdir()
-        torch.save({"model": {}, "epoch": rank, "args": {}}, folder / "checkpoint.pth")
+        torch.save({"model": model.state_dict(), "epoch": rank, "args": {}}, folder / "checkpoint.pth")
         env = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = (ROOT / "main.py", *flags(shapes, ".", "--resume", "auto"))
         tasks.append(start(*command, cwd=folder, **env))

@@ -252,7 +252,7 @@ def test_mistakes_of_the_user(flags, message, data, parse):
 
 
 def test_missing_test_files(shapes, data, tmp_path):
-    with pytest.raises(InputError, match=r"image_info_test-dev2017.json: no such annotation file"):
+    with pytest.raises(InputError, match=r"no annotations/image_info_test-dev2017.json; it holds annotations/"):
         run(shapes, tmp_path, "--image_set", "test")
     with pytest.raises(
         InputError, match=r"no test data: name the folder with annotations/ and images/ by --coco_path$"

@@ -151,8 +151,8 @@ sys.meta_path.insert(0, Strike())
     [
         (["main.py"], "SIGTERM", EXIT_CODE),
         (["main.py"], "SIGINT", 130),
-        (["-m", "scripts.convert"], "SIGINT", 130),
-        (["-m", "scripts.convert"], "SIGTERM", 143),
+        (["-m", "scripts.convert", "a.pth", "b.pth", "--to", "checkpoint"], "SIGINT", 130),
+        (["-m", "scripts.convert", "a.pth", "b.pth", "--to", "checkpoint"], "SIGTERM", 143),
     ],
 )
 def test_signals_while_modules_are_imported(command, name, code, tmp_path):
