@@ -146,7 +146,7 @@ def detect(
     """
     model.eval()
     logger = logger or MetricLogger()
-    evaluator = CocoEvaluator(base_ds, tuple(postprocessors), postprocessors["bbox"].num_detections)
+    evaluator = CocoEvaluator(base_ds, tuple(postprocessors), getattr(postprocessors["bbox"], "num_detections", 100))
     skipped: set[int] = set()
     for samples, targets in logger.log_every(data_loader, PRINT_FREQ, "Test"):
         skipped |= ids_of_skipped(targets)

@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
-from datasets import build_dataset, build_loader, get_coco_api_from_dataset
+from datasets import build_dataset, build_loader
 from datasets.coco import CocoDetection
 from datasets.mistakes import draw_examples
 from datasets.odd_boxes import crowded_images
@@ -125,7 +125,7 @@ def train_or_evaluate(args: argparse.Namespace, device: torch.device, output_dir
         compile_model(model)
     parallel_model = distribute(model, device, args.distributed, args.backbone_norm == "batch", trains=not args.eval)
 
-    base_ds = get_coco_api_from_dataset(dataset_val)
+    base_ds = dataset_val.coco_boxes
     arrays_dir = "" if args.eval else args.output_dir  # eval/ is the training run's, which may use the folder, too
     evaluate_val = partial(
         evaluate, parallel_model, criterion, postprocessors, loader_val, base_ds, device, arrays_dir, args.amp
@@ -184,8 +184,8 @@ def load_data(
     The classes are those of the checkpoint, else those of the first of the two data sets. Sets `args.num_classes`.
     """
     known = checkpoint and classes_of(checkpoint, source)
-    train = None if args.eval else build_dataset("train", args, known)
-    val = build_dataset(args.image_set, args, known or (train and train.classes))
+    train = None if args.eval else build_dataset("train", args, known, share=True)
+    val = build_dataset(args.image_set, args, known or (train and train.classes), share=True)
     classes = known or (train or val).classes
     args.num_classes = choose_num_classes(args, checkpoint, source, classes.num_labels)
     for dataset in filter(None, (train, val)):

@@ -6,8 +6,6 @@ segmentations), also for the evaluator, which reads the same entries. What is le
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import re
 from collections import Counter
@@ -19,6 +17,7 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
+from datasets.coco_index import index
 from datasets.json_file import check_kind, read_json
 from util.classes import Classes
 from util.errors import InputError
@@ -52,7 +51,11 @@ class Annotations:
 
 
 def load_annotations(
-    path: str | Path, remove_difficult: bool = False, classes: Classes | None = None, labelled: bool = True
+    path: str | Path,
+    remove_difficult: bool = False,
+    classes: Classes | None = None,
+    labelled: bool = True,
+    segmentations: bool = True,
 ) -> Annotations:
     """Return the checked and completed contents of a COCO JSON file.
 
@@ -61,12 +64,13 @@ def load_annotations(
         remove_difficult: leave out annotations marked `difficult`.
         classes: those of the model or the training data, whose labels are to be used.
         labelled: False for the images of a test set, which come without the list `annotations`.
+        segmentations: False drops those of annotations with a box while the file is read; they are most of it.
 
     Raises:
         InputError: if the file is missing, is not a COCO instance file, or an entry is not usable; names the entry.
     """
     path = Path(path)
-    data = read_json(path)
+    data = read_json(path, None if segmentations else _without_segmentation)
     if not labelled and isinstance(data, dict):
         data["annotations"] = []
     check_kind(data, path)
@@ -103,15 +107,6 @@ def read_annotations(
     """
     loaded = load_annotations(path, remove_difficult, classes, labelled)
     return loaded.index(), loaded.classes
-
-
-def index(data: dict[str, Any]) -> COCO:
-    """Return pycocotools' index over a loaded data set, without its messages."""
-    coco = COCO()
-    coco.dataset = data
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
 
 
 class _Checker:
@@ -230,6 +225,13 @@ def box_of_segmentation(segmentation: Any) -> list[float] | None:
         return None
     xs, ys = ([value for polygon in valid for value in polygon[axis::2]] for axis in (0, 1))
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
+    """Drop the segmentation of an annotation with a box."""
+    if entry.get("bbox"):
+        entry.pop("segmentation", None)
+    return entry
 
 
 def _number_images(data: dict[str, Any]) -> dict[int, str | int]:

@@ -28,7 +28,9 @@ from util.preemption import ignore_signals
 OVERFIT_STEPS = 50  # an epoch of --overfit: the few images come again and again between two evaluations
 
 
-def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | None = None) -> CocoDetection:
+def build_dataset(
+    image_set: str, args: argparse.Namespace, classes: Classes | None = None, share: bool = False
+) -> CocoDetection:
     """The "train" or "val" split of the data that the flags name; with `args.overfit`, both are a few training images.
 
     Under `args.coco_path`, annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or
@@ -40,6 +42,7 @@ def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | N
         image_set: the split.
         args: the flags.
         classes: those whose labels are to be used: of the model, or of the training data.
+        share: all processes call this together, and the first one reads the annotations for them.
 
     Raises:
         InputError: where the data set is of another kind, files are missing or annotations are not usable.
@@ -62,6 +65,7 @@ def build_dataset(image_set: str, args: argparse.Namespace, classes: Classes | N
         classes=classes,
         labelled=split != "test",
         max_megapixels=getattr(args, "max_megapixels", MAX_MEGAPIXELS),
+        share=share,
     )
     if overfit:
         images_a_step = args.batch_size * args.accum_steps * get_world_size()

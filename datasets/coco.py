@@ -15,11 +15,12 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.annotations import Annotations, load_annotations
+from datasets.annotations import load_annotations
 from datasets.image_files import find_image_files
 from datasets.images import MAX_MEGAPIXELS, Picture, image_size, read_image
 from datasets.odd_boxes import odd_boxes
 from datasets.records import Objects, Records
+from datasets.sharing import Contents, read_once
 from datasets.transforms import Target, Transform, normalize_boxes, scale_target
 from util.classes import Classes
 from util.errors import InputError
@@ -66,6 +67,7 @@ class CocoDetection(Dataset):
         classes: those of a model or of the training data, whose labels are to be used; by default the file's own.
         labelled: False for a test set, whose file holds no annotations.
         max_megapixels: see `datasets.images.read_image`.
+        share: the first process reads the annotations for all, each of which makes this data set.
 
     `classes` then holds those of the file. Of its entries, only arrays are kept (`records`); `coco` reads it again.
 
@@ -84,13 +86,15 @@ class CocoDetection(Dataset):
         classes: Classes | None = None,
         labelled: bool = True,
         max_megapixels: int = MAX_MEGAPIXELS,
+        share: bool = False,
     ) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
         self.load = partial(load_annotations, annotation_file, remove_difficult, classes, labelled)
-        loaded = self.load()
-        self.classes, self.image_ids = loaded.classes, loaded.image_ids
-        self.records = self._records(loaded, on_bad_image)
+        contents = read_once(self._read) if share else self._read()
+        self.records, self.classes, self.image_ids = contents.records, contents.classes, contents.image_ids
+        names = [self.records.file_name(i) for i in range(len(self))]
+        self.records.rename(find_image_files(names, self.image_folder, self.annotation_file, on_bad_image))
         self.transforms = transforms
         self.on_bad_image = on_bad_image
         self.max_megapixels = max_megapixels
@@ -98,20 +102,26 @@ class CocoDetection(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are at work see it change
         if len(self) == 0:
             raise InputError(f"{annotation_file}: lists no images")
-        for line in (*loaded.notes, *(f"{annotation_file}: {odd}" for odd in odd_boxes(self.records))):
+        for line in (*contents.notes, *(f"{annotation_file}: {odd}" for odd in odd_boxes(self.records))):
             warn(line)
 
-    def _records(self, loaded: Annotations, on_bad_image: str) -> Records:
-        names = [entry["file_name"] for entry in loaded.images]
-        found = find_image_files(names, self.image_folder, self.annotation_file, on_bad_image)
-        for entry, name in zip(loaded.images, found, strict=True):
-            entry["file_name"] = name
-        return Records(loaded.images, loaded.annotations)
+    def _read(self) -> Contents:
+        loaded = self.load(segmentations=False)
+        records = Records(loaded.images, loaded.annotations)
+        return Contents(records, loaded.classes, loaded.image_ids, loaded.notes)
 
     @cached_property
     def coco(self) -> COCO:
         """Pycocotools' index over the annotations, with labels in the place of category ids; read on the first use."""
         return self.load().index()
+
+    @cached_property
+    def coco_boxes(self) -> COCO:
+        """The same index without segmentations, which is made from the arrays: all that box AP needs."""
+        categories = [{"id": label, "name": name} for label, name in self.classes.names.items()]
+        once = np.unique(self.records.ids, return_index=True)[1].tolist()  # --overfit repeats images
+        records = self.records if len(once) == len(self) else self.records.select(once)
+        return records.index(categories)
 
     def own_id(self, image_id: int) -> int | str:
         """Return the id that the annotation file gives an image; samples have a number in the place of a text."""

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from datasets.annotations import index
+from datasets.coco_index import index
 from models.postprocess import check_detections
 from util.distributed import all_gather_rows
 from util.logger import log

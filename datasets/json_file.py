@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import gzip
 import json
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,21 @@ from util.errors import InputError, reason
 GZIP = b"\x1f\x8b"
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, object_hook: Callable[[dict], Any] | None = None) -> Any:
     """Return what a JSON file holds: UTF-8, 16 or 32, with or without a byte-order mark, also compressed by gzip.
+
+    Args:
+        object_hook: as for `json.loads`, called with each object as soon as it is read.
 
     Raises:
         InputError: if the file is missing or is not JSON.
     """
     try:
         contents = path.read_bytes()
-        return json.loads(gzip.decompress(contents) if contents.startswith(GZIP) else contents)
+        if contents.startswith(GZIP):
+            contents = gzip.decompress(contents)
+        with _without_collector():
+            return json.loads(contents, object_hook=object_hook)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such annotation file") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -30,6 +39,18 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd nesting
         raise InputError(f"{path}: not JSON ({reason(error)})") from error
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the garbage collector, which would look through millions of new objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_kind(data: Any, path: Path) -> None:

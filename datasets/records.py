@@ -8,10 +8,14 @@ grow all epoch.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools.coco import COCO
+
+from datasets.coco_index import index
 
 
 class Objects(NamedTuple):
@@ -66,6 +70,28 @@ class Records:
         self.image_of_object = positions[order]
         self._set_names([entry["file_name"].encode() for entry in images])
 
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return all that these records hold, for `from_arrays`."""
+        names = np.frombuffer(self._names, dtype=np.uint8)
+        own = {"ids": self.ids, "sizes": self.sizes, "image_of_object": self.image_of_object}
+        return own | self.objects._asdict() | {"names": names, "name_starts": self._name_starts}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Records:
+        """Return the records that `to_arrays` was called on."""
+        records = cls([], [])
+        records.ids, records.sizes, records.image_of_object = (
+            arrays[name] for name in ("ids", "sizes", "image_of_object")
+        )
+        records.objects = Objects(*(arrays[name] for name in Objects._fields))
+        text, starts = arrays["names"].tobytes(), arrays["name_starts"].tolist()
+        records._set_names([text[start:end] for start, end in itertools.pairwise(starts)])
+        return records
+
+    def rename(self, names: Sequence[str]) -> None:
+        """Give each image's file another name."""
+        self._set_names([name.encode() for name in names])
+
     def select(self, positions: Sequence[int]) -> Records:
         """Return the records of the images at some positions, which may be repeated, in that order."""
         selected = copy.copy(self)
@@ -87,6 +113,21 @@ class Records:
     def file_name(self, index: int) -> str:
         """The file of an image, as the annotations name it."""
         return self._names[slice(*self._name_starts[index : index + 2])].decode()
+
+    def index(self, categories: Sequence[dict[str, Any]]) -> COCO:
+        """Return pycocotools' index over the boxes, without segmentations; `categories` are those of COCO."""
+        names = [self.file_name(i) for i in range(len(self))]
+        images = [
+            {"id": image_id, "file_name": name, "width": width, "height": height}
+            for image_id, name, (width, height) in zip(self.ids.tolist(), names, self.sizes.tolist(), strict=True)
+        ]
+        columns = (self.ids[self.image_of_object], *self.objects)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        annotations = [
+            {"id": n, "image_id": i, "category_id": label, "bbox": box, "area": area, "iscrowd": int(crowd)}
+            for n, (i, box, label, area, crowd) in enumerate(rows, start=1)
+        ]
+        return index({"images": images, "annotations": annotations, "categories": list(categories)})
 
     def objects_of(self, index: int) -> Objects:
         """The objects of one image."""

@@ -19,9 +19,9 @@ from PIL import Image
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from datasets.annotations import index
 from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
+from datasets.coco_index import index
 from datasets.transforms import make_coco_transforms, resized_size
 from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
 from scripts.timing import alternate

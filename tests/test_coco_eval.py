@@ -10,8 +10,9 @@ import torch
 from pycocotools import mask as mask_api
 from pycocotools.cocoeval import COCOeval
 
-from datasets.annotations import index, read_annotations
+from datasets.annotations import read_annotations
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
+from datasets.coco_index import index
 from tests.reference import DATA
 
 

@@ -3,19 +3,26 @@
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import DistributedSampler
 
+import datasets.coco
 from datasets import build_dataset, build_loader, get_coco_api_from_dataset
 from datasets.samplers import same_shape_batches
+from datasets.shapes import write_dataset
 from engine import evaluate
 from models import build_model
-from util.args import MAX_AUTO_WORKERS
+from tests.conftest import free_port
+from util.args import MAX_AUTO_WORKERS, get_args_parser
 from util.box_ops import box_cxcywh_to_xyxy
+from util.distributed import init_distributed_mode, leave_process_group
+from util.errors import InputError
 
 SMALL = ("--min_size", 48, "--max_size", 80)
 
@@ -70,7 +77,7 @@ def test_samples_come_from_arrays_alone(shapes, parse):
     """To read a Python object is to write its reference count, and in a worker to copy memory that it shares."""
     dataset = build_dataset("train", parse("--coco_path", shapes, *SMALL))
     expected = dataset[3]
-    dataset.coco = None
+    dataset.coco = dataset.coco_boxes = None
     image, target = dataset[3]
     assert torch.equal(image, expected[0])
     assert all(torch.equal(target[key], value) for key, value in expected[1].items())
@@ -187,3 +194,49 @@ def test_results_do_not_depend_on_the_batch_size(photos, dc5, parse):
         numbers.append(stats["coco_eval_bbox"])
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-4)
     assert 0.1 < numbers[0][0] < 0.9
+
+
+def read_together(rank: int, port: int, root: Path, file: str) -> None:
+    """Build a data set as one of two processes, of which only the first may read the annotations."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    args = get_args_parser().parse_args(
+        ["--device", "cpu", "--coco_path", str(root), "--val_annotations", str(root / file)]
+    )
+    init_distributed_mode(args)
+    if rank == 1:
+        datasets.coco.load_annotations = int  # fails if it is called with a file
+    try:
+        dataset = build_dataset("val", args, share=True)
+        result = dataset.records.to_arrays(), dataset.classes, dataset.image_ids, list(dataset.coco_boxes.anns.values())
+    except InputError as error:
+        result = str(error)
+    torch.save(result, root / f"process{rank}.pth")
+    leave_process_group()
+
+
+def test_one_process_reads_the_annotations_for_all(tmp_path, parse):
+    write_dataset(tmp_path, num_train=1, num_val=5)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    data = json.loads(path.read_text())
+    for entry in (*data["images"], *data["annotations"]):
+        key = "id" if "file_name" in entry else "image_id"
+        entry[key] = f"photo {entry[key]}"
+    path.write_text(json.dumps(data))
+    (tmp_path / "damaged.json").write_text("{")
+    for file in ("annotations/instances_val2017.json", "damaged.json"):
+        torch.multiprocessing.spawn(read_together, (free_port(), tmp_path, file), nprocs=2)
+        results = [torch.load(tmp_path / f"process{rank}.pth", weights_only=False) for rank in range(2)]
+        if file == "damaged.json":
+            assert results[0] == results[1]
+            assert "damaged.json: not JSON" in results[0]
+            continue
+        dataset = build_dataset("val", parse("--coco_path", tmp_path))
+        assert dataset.image_ids[1] == "photo 1"
+        for arrays, classes, image_ids, boxes in results:
+            assert (classes, image_ids) == (dataset.classes, dataset.image_ids)
+            for name, array in dataset.records.to_arrays().items():
+                np.testing.assert_array_equal(arrays[name], array)
+            whole = [entry | {"segmentation": None} for entry in dataset.coco.anns.values()]
+            assert [entry | {"segmentation": None} for entry in boxes] == whole

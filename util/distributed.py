@@ -205,6 +205,19 @@ def all_gather_plain(value: Any) -> list[Any]:
     return [json.loads(text) for text in bytes(all_gather_rows(line).tolist()).splitlines()]
 
 
+def broadcast_bytes(value: bytes) -> bytes:
+    """Return the first process's value on all of them."""
+    if get_world_size() == 1:
+        return value
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    length = torch.tensor([len(value)], device=device)
+    dist.broadcast(length, 0)
+    own = torch.frombuffer(bytearray(value), dtype=torch.uint8) if is_main_process() else None
+    content = torch.empty(int(length), dtype=torch.uint8, device=device) if own is None else own.to(device)
+    dist.broadcast(content, 0)
+    return content.cpu().numpy().tobytes()
+
+
 def reduce_sum(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on all of them."""
     if get_world_size() > 1:

@@ -1,0 +1,18 @@
+"""Pycocotools' index over the entries of an annotation file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+from pycocotools.coco import COCO
+
+
+def index(data: dict[str, Any]) -> COCO:
+    """Return pycocotools' index over a loaded data set, without its messages."""
+    coco = COCO()
+    coco.dataset = data
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco

@@ -1,0 +1,71 @@
+"""One process reads an annotation file for all processes of a run, which receive it as arrays.
+
+Reading takes a core for some time and 20 times the memory of the arrays, on each process that does it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from datasets.records import Records
+from util.classes import Classes
+from util.distributed import broadcast_bytes, is_main_process
+from util.errors import InputError
+
+
+@dataclass
+class Contents:
+    """The parts of an annotation file that a data set keeps; see `datasets.annotations.Annotations`."""
+
+    records: Records
+    classes: Classes
+    image_ids: dict[int, str | int]
+    notes: list[str]
+
+
+def read_once(read: Callable[[], Contents]) -> Contents:
+    """Call `read` on the first process, and return what it returns on all of them, which must call this together.
+
+    Raises InputError on all processes if `read` does.
+    """
+    message = b""
+    if is_main_process():
+        try:
+            message = pack(read())
+        except InputError as error:
+            message = pack_arrays({}, {"error": str(error)})
+    return unpack(broadcast_bytes(message))
+
+
+def pack(contents: Contents) -> bytes:
+    """Return contents as the bytes of a file of NumPy arrays, without pickled objects."""
+    classes = asdict(contents.classes)
+    plain = {
+        "classes": classes | {"ids": list(classes["ids"].items()), "names": list(classes["names"].items())},
+        "image_ids": list(contents.image_ids.items()),
+        "notes": contents.notes,
+    }
+    return pack_arrays(contents.records.to_arrays(), plain)
+
+
+def pack_arrays(arrays: dict[str, np.ndarray], plain: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, plain=np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8), **arrays)
+    return file.getvalue()
+
+
+def unpack(message: bytes) -> Contents:
+    """Return the contents that `pack` was given; raise InputError if the first process could not read them."""
+    arrays = dict(np.load(io.BytesIO(message), allow_pickle=False))
+    plain = json.loads(arrays.pop("plain").tobytes())
+    if "error" in plain:
+        raise InputError(plain["error"])
+    classes = plain["classes"]
+    classes |= {"ids": dict(classes["ids"]), "names": dict(classes["names"])}
+    return Contents(Records.from_arrays(arrays), Classes(**classes), dict(plain["image_ids"]), plain["notes"])
