@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
-from datasets.annotations import CONTROL_CHARACTERS
 from util.errors import InputError, reason
+from util.text import printable
 
 IMAGES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif", ".heic")
@@ -45,11 +45,6 @@ class Source:
 
     def __str__(self) -> str:
         return printable(self.name)
-
-
-def printable(text: str) -> str:
-    """A file's name as part of a line: without what tears lines or cannot be written."""
-    return CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def find_sources(patterns: Iterable[str], report: Report, leave_out: Path | None = None) -> list[Source]:

@@ -125,11 +125,13 @@ def add_legends(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:
     """Names a single run above its curves, several below them by colour; and the styles of the lines."""
     loss, precision = figure.axes
     if len(colours) == 1:
-        figure.suptitle(*colours, fontsize=11)
+        figure.suptitle(*colours, fontsize=11, parse_math=False)
         precision.legend()
     else:
         runs = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
-        figure.legend(handles=runs, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
+        legend = figure.legend(handles=runs, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a folder's name may hold dollar signs
     colour = COLOURS[0] if len(colours) == 1 else "0.3"
     styles = {"train": TRAIN, "val": VAL}
     loss.legend(handles=[Line2D([], [], color=colour, label=name, **style) for name, style in styles.items()])

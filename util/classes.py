@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 from util.errors import InputError
+from util.text import printable
 
 ClassId = int | str
 
@@ -58,7 +59,7 @@ class Classes:
     @classmethod
     def from_categories(cls, categories: Iterable[dict[str, Any]], source: str = "the file") -> Classes:
         """Return the classes of the `categories` of an annotation file, `source`."""
-        names = {entry["id"]: entry["name"] for entry in categories}
+        names = {entry["id"]: printable(entry["name"]) for entry in categories}
         ids = sorted(names, key=lambda i: (isinstance(i, str), i))
         labels = ids if all(map(is_kept, ids)) else range(len(ids))
         pairs = list(zip(labels, ids, strict=True))
@@ -69,6 +70,7 @@ class Classes:
         """The classes of a checkpoint's model, which published ones do not name: those of COCO, or just numbers."""
         unnamed = COCO_NAMES if num_classes == COCO_NUM_CLASSES else {i: str(i) for i in range(num_classes)}
         names = checkpoint.get("class_names") or unnamed
+        names = {label: printable(name) for label, name in names.items()}
         ids = checkpoint.get("class_ids") or {label: label for label in names}
         return cls(ids, names, assumed=not checkpoint.get("class_names"))
 

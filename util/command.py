@@ -15,6 +15,7 @@ from termcolor import colored
 
 from util.errors import InputError, what_to_do
 from util.preemption import stop_request
+from util.text import printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,8 +73,8 @@ def ignore_image_warnings() -> None:
 
 
 def error_line(message: str) -> str:
-    """What a tool says about a mistake; red where standard error is a terminal."""
-    return colored("error: ", "red", no_color=not sys.stderr.isatty()) + message
+    """Return the line about a mistake, without control characters; red where standard error is a terminal."""
+    return colored("error: ", "red", no_color=not sys.stderr.isatty()) + printable(message)
 
 
 def need(module: str, packages: str, purpose: str) -> ModuleType:

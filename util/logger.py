@@ -17,18 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from util.distributed import get_world_size, is_main_process, reduce_dict
+from util.text import printable
 
 
 def log(message: str = "", color: str | None = None) -> None:
-    """Prints a line on the main process only; coloured where standard output is a terminal."""
+    """Print lines on the main process only, without control characters; coloured if standard output is a terminal."""
     if is_main_process():
+        message = "\n".join(map(printable, message.split("\n")))
         tqdm.write(colored(message, color) if color else message, file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn(message: str) -> None:
-    """Prints a line that the user should not overlook."""
-    log(f"warning: {message}", "yellow")
+    """Print a line that the user should not overlook."""
+    log(printable(f"warning: {message}"), "yellow")
 
 
 class SmoothedValue:

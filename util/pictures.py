@@ -143,6 +143,6 @@ def draw_boxes(
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.8))
         label_at = {"x": min(max(x1, 0), width), "y": min(max(y1, 0.08 * height), height)}  # inside, also at the border
         style = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
-        axes.text(**label_at, s=text, fontsize=7, color="white", va="bottom", ha="left", bbox=style)
+        axes.text(**label_at, s=text, fontsize=7, color="white", va="bottom", ha="left", bbox=style, parse_math=False)
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, parse_math=False)

@@ -15,6 +15,7 @@ from util.command import need
 from util.errors import InputError, reason
 from util.files import check_folder
 from util.logger import MetricLogger, is_shown
+from util.text import printable
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L")
 FLUSH_SECONDS = 10  # so that curves are nearly live
@@ -64,7 +65,9 @@ class TensorBoard:
             self._write(part, "coco", known, epochs)
         for name, picture in self.draw(evaluator) if evaluator else ():
             with self._writing():
-                self.writers["val"].add_image(f"images/{name}", np.asarray(picture), epochs, dataformats="HWC")
+                self.writers["val"].add_image(
+                    f"images/{printable(str(name))}", np.asarray(picture), epochs, dataformats="HWC"
+                )
         with self._writing():
             for writer in self.writers.values():
                 writer.flush()

@@ -1,0 +1,57 @@
+"""Text from files reaches terminals, pictures and pages without control characters."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from scripts import plot_logs
+from util.classes import Classes
+from util.command import error_line
+from util.logger import log, warn
+from util.pictures import annotate, draw_boxes
+from util.text import printable
+
+HOSTILE = "cat\x1b[2J\r\n\0\u202ereverse $x_{$"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("größe 猫 👩\u200d🚀", "größe 猫 👩\u200d🚀"),
+        ("a\nb\x1b[31m", r"a\nb\x1b[31m"),
+        ("\u202eabc\ud800\u2028", r"\u202eabc\ud800\u2028"),
+    ],
+)
+def test_printable(text, expected):
+    assert printable(text) == expected
+
+
+def test_lines_on_the_terminal(capsys):
+    warn(HOSTILE)
+    log(f"one\ntwo {HOSTILE}")
+    printed = capsys.readouterr().out
+    assert all(line.isprintable() for line in printed.splitlines())
+    assert len(printed.splitlines()) == 4  # the last message's own line break is one, and so is the text's
+    assert error_line(HOSTILE).isprintable()
+
+
+def test_class_names_of_a_checkpoint():
+    classes = Classes.from_checkpoint({"class_names": {0: HOSTILE, 1: "dog"}}, 2)
+    assert classes.name_of(0).isprintable()
+    assert classes.name_of(1) == "dog"
+
+
+def test_pictures_with_odd_names(tmp_path):
+    """Neither a line break nor a formula that matplotlib cannot set breaks drawing."""
+    name = Classes.from_checkpoint({"class_names": {0: HOSTILE}}, 1).name_of(0)
+    annotate(Image.new("RGB", (200, 100)), [[10, 10, 90, 90]], [0], [name])
+    figure = Figure()
+    draw_boxes(figure.subplots(), np.zeros((100, 200, 3)), [[10, 10, 90, 90]], [0], [name], title=name)
+    figure.savefig(tmp_path / "boxes.png")
+    runs = [tmp_path / "$a_{$", tmp_path / "$b_{$"]
+    for run in runs:
+        run.mkdir()
+        (run / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0}\n')
+    for shown in (runs[:1], runs):
+        plot_logs.plot_logs(shown, tmp_path / "curves")
