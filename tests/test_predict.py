@@ -179,7 +179,7 @@ def test_unusable_inputs_are_named_and_skipped(run, photos, tmp_path):
         "cut.jpg": "truncated",
         "text.jpg": "not an image",
         "empty.png": "not an image",
-        "gone\N{REPLACEMENT CHARACTER}.jpg": "No such file",
+        r"gone\n.jpg": "No such file",
         "missing.jpg": "no such file or folder",
         "*.none": "no file matches",
     }.items():
