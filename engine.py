@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,9 @@ def train_one_epoch(
         num_boxes = criterion.mean_num_boxes([target for _, targets in batches for target in targets], device)
         guard.begin(epoch, progress.step, batches, num_boxes)
         optimizer.zero_grad()
-        parts = []
-        for samples, targets in batches:
-            with autocast(device, amp), sync_gradients(model, last=len(parts) == len(batches) - 1):
-                outputs = model(samples)
-            parts.append(logged_losses(criterion(outputs, targets, num_boxes), criterion.weight_dict))
-            guard.settle(progress)  # the matching has just waited for the device, so the last step's verdict is there
-            scaler.scale(parts[-1]["loss"]).backward()
-        losses = sum_of_losses(parts)
+        # the matching has just waited for the device, so the last step's verdict is there
+        settle = partial(guard.settle, progress)
+        losses = compute_gradients(model, criterion, batches, num_boxes, device, amp, scaler, settle)
 
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf)
@@ -87,6 +83,30 @@ def train_one_epoch(
     report_skipped(skipped, data_loader)
     logger.synchronize_between_processes()
     return logger.averages()
+
+
+def compute_gradients(
+    model: nn.Module,
+    criterion: nn.Module,
+    batches: list[tuple[Any, list[dict[str, Tensor]]]],
+    num_boxes: Tensor,
+    device: torch.device,
+    amp: str,
+    scaler: torch.amp.GradScaler,
+    after_matching: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Add the scaled gradients of a step's batches to those of the parameters, and return the losses of the step.
+
+    `num_boxes` is that of all batches; `after_matching` is called for each batch, before its gradients are computed.
+    """
+    parts = []
+    for samples, targets in batches:
+        with autocast(device, amp), sync_gradients(model, last=len(parts) == len(batches) - 1):
+            outputs = model(samples)
+        parts.append(logged_losses(criterion(outputs, targets, num_boxes), criterion.weight_dict))
+        after_matching()
+        scaler.scale(parts[-1]["loss"]).backward()
+    return sum_of_losses(parts)
 
 
 @torch.no_grad()

@@ -17,93 +17,140 @@ if __name__ == "__main__":  # the imports below take seconds
     check_early("replay")
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine import autocast, logged_losses, sum_of_losses, to_device
+from engine import compute_gradients, to_device
 from models import build_model
 from util.args import get_args_parser
 from util.checkpoint import load_model_weights
 from util.command import run_command
+from util.distributed import tensors_of
 from util.errors import InputError
 from util.flag_limits import check_device
-from util.kernels import use_deterministic_kernels, use_fast_kernels
+from util.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
+from util.logger import warn
 from util.nested_tensor import NestedTensor
 from util.rng import set_torch_rng_states
 from util.step_dump import load_dump
+
+Dump = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     flags = parse_flags("replay", argv)
     check_device(flags.device)
+    device = torch.device(flags.device)
     dump = load_dump(flags.dump)
-    place, batches = dump["place"], dump["batches"]
-    ids = [int(target["image_id"]) for *_, targets in batches for target in targets]
+    place = dump["place"]
+    ids = [int(target["image_id"]) for *_, targets in dump["batches"] for target in targets]
     print(f"epoch {place['epoch']}, step {place['step']}, process {place['process']}, images {ids}")
-    for line in limits_of(dump, torch.device(flags.device)):
+    for line in limits_of(dump, device):
         print(f"note: {line}")
-    losses, first = repeat(dump, torch.device(flags.device), flags.dump)
+    losses, fault = repeat(dump, device, flags.dump)
     if missing := losses.keys() - dump["losses"].keys():
         raise InputError(f"{flags.dump}: not the dump of this model's step, it has no {min(missing)}")
-    recorded = {name: dump["losses"][name].to(value.device) for name, value in losses.items()}
+    recorded = {name: dump["losses"][name].to(value) for name, value in losses.items()}
     for name, value in losses.items():
         print(f"  {name} {value.item():g} (recorded: {recorded[name].item():g})")
-    same = all(torch.equal(value.nan_to_num(), recorded[name].nan_to_num()) for name, value in losses.items())
-    print("all losses equal the recorded ones bit for bit" if same else "some losses differ from the recorded ones")
-    print(first or "the outputs of all modules are finite: look at the targets")
+    if different := [name for name, value in losses.items() if not is_same(value, recorded[name])]:
+        warn(f"the replay differs from the run in {', '.join(different)}")
+    else:
+        print("all losses equal the recorded ones bit for bit")
+    print(fault)
 
 
-def limits_of(dump: dict[str, Any], device: torch.device) -> list[str]:
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two scalars are equal bit for bit, or both NaN."""
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def limits_of(dump: Dump, device: torch.device) -> list[str]:
     """Return the reasons why the replay may not give exactly the recorded losses."""
     args, limits = dump["args"], []
-    if device.type != args["device"].partition(":")[0]:
+    run_device = args["device"].partition(":")[0]
+    if device.type != run_device:
         limits.append(
             f"the run was on --device {args['device']}, the replay is on {device}: sums are rounded differently"
         )
-    if args.get("compile"):
-        limits.append("the run was compiled, the replay is not, so that it can look into every module")
-    if dump["processes"] > 1 and args.get("backbone_norm") == "batch" and device.type == "cuda":
+    if dump["processes"] > 1 and args.get("backbone_norm") == "batch" and run_device == "cuda":
         limits.append(f"batch norms saw the images of {dump['processes']} processes, here they see those of one")
     return limits
 
 
-def repeat(dump: dict[str, Any], device: torch.device, source: str = "the dump") -> tuple[dict[str, Tensor], str]:
-    """Repeat the forward pass of a dumped step with the kernels, precision and flags of its run.
+def repeat(dump: Dump, device: torch.device, source: str) -> tuple[dict[str, Tensor], str]:
+    """Repeat a step, of the file `source`, with the kernels, precision and flags of its run.
 
-    Returns the weighted losses, and the first module whose output is not finite ("" if there is none).
+    Returns the weighted losses with the norm of the gradients, which is left out for several processes, since it is
+    that of their mean; and a sentence about the first module or gradient that is not finite.
     """
     args = get_args_parser().parse_args([], argparse.Namespace(**dump["args"]))
+    torch.set_num_threads(dump["threads"])
     use_fast_kernels(device)
     if args.deterministic:
         use_deterministic_kernels()
+    losses, fault = take_step(dump, args, device, source, look=not args.compile)
+    if args.compile:  # compiled code has no modules to look into
+        _, fault = take_step(dump, args, device, source, look=True)
+    return losses, fault
+
+
+def take_step(
+    dump: Dump, args: argparse.Namespace, device: torch.device, source: str, look: bool
+) -> tuple[dict[str, Tensor], str]:
+    """Take the step up to its gradients, as described by `repeat`: watched if `look`, else compiled."""
     model, criterion, _ = build_model(args)
     load_model_weights(model, dump, source)
     model.to(device).train()
-    failing: list[str] = []
+    outputs, gradients = watch(model) if look else ([], [])
+    if not look:
+        compile_model(model)
+    scaler = torch.amp.GradScaler(device.type, init_scale=dump["scale"].item(), enabled=args.amp == "fp16")
+    batches = [to_device(NestedTensor(images, mask), targets, device) for images, mask, targets in dump["batches"]]
+    set_torch_rng_states(dump["random"])
+    losses = compute_gradients(model, criterion, batches, dump["num_boxes"].to(device), device, args.amp, scaler)
+    scaler.unscale_(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0))
+    losses = {name: value.detach() for name, value in losses.items() if name in ("loss", *criterion.weight_dict)}
+    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    if outputs:
+        fault = f"the first output that is not finite is that of {outputs[0]}"
+    elif not losses["loss"].isfinite():
+        fault = "the outputs of all modules are finite: look at the targets"
+    elif gradients:
+        fault = f"all losses are finite; the first gradient that is not is that of {gradients[0]}"
+    elif not norm.isfinite():
+        fault = "all losses and gradients are finite, but the gradients are too large for their norm"
+    else:
+        fault = "all is finite here" + "; replay the files of the other processes" * (dump["processes"] > 1)
+    if dump["processes"] == 1:
+        losses["gradient norm"] = norm
+    return losses, fault
 
-    def check(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
-                failing.append(f"the first output that is not finite is that of {name}")
 
-        return hook
+def watch(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Return two lists that receive the names of modules and parameters whose outputs and gradients are not finite."""
+    outputs: list[str] = []
+    gradients: list[str] = []
+
+    def look_at(name: str, tensor: Tensor, found: list[str]) -> None:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            found.append(name)
+
+    def look_at_outputs(name: str, nest: Any) -> None:
+        for tensor in tensors_of(nest):
+            look_at(name, tensor, outputs)
 
     for name, module in model.named_modules():
-        module.register_forward_hook(check(name))
-    set_torch_rng_states(dump["random"])
-    batches = [to_device(NestedTensor(images, mask), targets, device) for images, mask, targets in dump["batches"]]
-    num_boxes = dump["num_boxes"].to(device)
-    parts = []
-    for samples, targets in batches:
-        with autocast(device, args.amp):
-            outputs = model(samples)
-        parts.append(logged_losses(criterion(outputs, targets, num_boxes), criterion.weight_dict))
-    losses = sum_of_losses(parts)
-    return {name: value for name, value in losses.items() if name in criterion.weight_dict}, (failing or [""])[0]
+        module.register_forward_hook(lambda _module, _inputs, nest, name=name: look_at_outputs(name, nest))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, name=name: look_at(name, gradient, gradients))
+    return outputs, gradients
 
 
 if __name__ == "__main__":

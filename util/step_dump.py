@@ -42,6 +42,8 @@ DUMP: Check = record(
         "batches": list_of(batch, 1, 10**6),
         "num_boxes": tensor(*FLOATS, dims=0),
         "processes": integer(1, 10**6),
+        "scale": tensor(*FLOATS, dims=0),
+        "threads": integer(1, 1024),
         "random": record({"cpu": RANDOM_STATE}, {"cuda": RANDOM_STATE}),
         "losses": table_of(text, tensor(*FLOATS, dims=0), most=10_000),
     }

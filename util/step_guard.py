@@ -35,6 +35,7 @@ class Step:
     num_boxes: Tensor | None
     random: dict[str, Tensor]
     losses: dict[str, Tensor] = field(default_factory=dict)
+    scale: Tensor | None = None  # of the loss, in float16
     verdict: Tensor | None = None
     ready: torch.cuda.Event | None = None  # the verdict has reached the host
 
@@ -87,7 +88,8 @@ class StepGuard:
         """
         loss_fails, norm_fails = ~losses["loss"].detach().isfinite(), ~norm.isfinite()
         # float16 gradients may overflow: the scaler then tries a smaller scale, and only a scale of 1 leaves no hope
-        hopeless = norm_fails & (scaler.scale(torch.ones_like(norm)) <= 1)
+        self.step.scale = scaler.scale(torch.ones_like(norm))
+        hopeless = norm_fails & (self.step.scale <= 1)
         asked_to_end = torch.full_like(loss_fails, bool(self.stop_request))
         verdict = torch.stack([loss_fails | norm_fails, loss_fails | hopeless, asked_to_end])
         verdict = reduce_sum(verdict.float()).clamp(max=1)
@@ -158,7 +160,9 @@ class StepGuard:
             "model": self.model.state_dict(),
             "batches": [(images.tensors, images.mask, list(targets)) for images, targets in step.batches],
             "num_boxes": step.num_boxes,
+            "scale": step.scale,
             "processes": get_world_size(),
+            "threads": torch.get_num_threads(),  # sums on CPUs depend on it
             "random": step.random,
             "losses": step.losses,
             **self.description,

@@ -1,0 +1,94 @@
+"""scripts.replay repeats a failed step exactly, and says where it begins to fail."""
+
+import math
+
+import pytest
+import torch
+
+from engine import train_one_epoch
+from models import build_model
+from scripts import replay
+from tests.conftest import TINY
+from util.errors import InputError
+from util.nested_tensor import nested_tensor_from_tensor_list
+from util.optim import build_optimizer
+from util.progress import Progress
+from util.step_guard import StepGuard
+
+CPU = ("--device", "cpu")
+
+
+def batch(image_id: int, boxes: int = 2, size: float = 0.5):
+    """A batch of one image; with an infinite size of its boxes, its losses are not finite."""
+    image = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(image_id))
+    target = {"boxes": torch.full((boxes, 4), size), "labels": torch.arange(boxes), "image_id": torch.tensor(image_id)}
+    return nested_tensor_from_tensor_list([image]), (target,)
+
+
+@pytest.fixture
+def fail(parse, tmp_path):
+    """Trains on batches, the last step of which fails, and returns what the run has written about it."""
+
+    def fail(batches, *flags, change=lambda model: None):
+        args = parse(*TINY, "--num_classes", 4, *flags)
+        torch.manual_seed(0)
+        model, criterion, _ = build_model(args)
+        change(model)
+        optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
+        guard = StepGuard(model, dump_dir=tmp_path, description={"args": vars(args)})
+        with pytest.raises(InputError, match="training diverged"):
+            train_one_epoch(
+                *(model, criterion, batches, optimizer, torch.device("cpu"), 0, 0.1),
+                *(args.amp, args.accum_steps, Progress(), guard),
+            )
+        (dump,) = tmp_path.iterdir()
+        return dump
+
+    return fail
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_step_of_several_batches_is_repeated_exactly(amp, fail, capsys):
+    """With dropout, after a step that has changed the weights."""
+    batches = [batch(1), batch(2), batch(3, boxes=1), batch(4, boxes=3, size=math.nan)]
+    dump = fail(batches, "--accum_steps", 2, "--dropout", 0.3, "--amp", amp)
+    replay.main([str(dump), *CPU])
+    printed = capsys.readouterr().out
+    recorded = torch.load(dump, weights_only=True)["losses"]
+    assert recorded["loss_ce"].isfinite()
+    assert f"  loss_ce {recorded['loss_ce']:g} (recorded: {recorded['loss_ce']:g})" in printed
+    assert "  gradient norm nan (recorded: nan)" in printed
+    assert "all losses equal the recorded ones bit for bit" in printed
+    assert "look at the targets" in printed
+
+
+def test_gradients_that_fail_alone(fail, capsys):
+    def enlarge(model):
+        with torch.no_grad():  # the outputs stay as they are, but not the gradient of the second layer
+            model.bbox_embed.layers[0].weight.mul_(1e30)
+            model.bbox_embed.layers[0].bias.mul_(1e30)
+            model.bbox_embed.layers[1].weight.div_(1e30)
+            torch.nn.init.normal_(model.bbox_embed.layers[2].weight)
+
+    replay.main([str(fail([batch(1)], change=enlarge)), *CPU])
+    printed = capsys.readouterr().out
+    assert "  gradient norm inf (recorded: inf)" in printed
+    assert "all losses equal the recorded ones bit for bit" in printed
+    assert "all losses and gradients are finite, but the gradients are too large for their norm" in printed
+
+
+def test_a_replay_that_differs_says_so(fail, capsys):
+    dump = fail([batch(1, size=math.inf)])
+    contents = torch.load(dump, weights_only=True)
+    contents["num_boxes"] += 1
+    torch.save(contents, dump)
+    replay.main([str(dump), *CPU])
+    assert "warning: the replay differs from the run in loss_ce, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("contents", [{"model": {}}, [1, 2], {"place": {}, "model": {}, "batches": []}])
+def test_other_files_are_refused(contents, tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save(contents, path)
+    with pytest.raises(InputError, match=r"other\.pth: (not the dump of a step|has no 'args')"):
+        replay.main([str(path), *CPU])
