@@ -88,6 +88,25 @@ def test_suspicions(check):
     assert "1 training images are copies of others" in report
 
 
+def test_what_files_were_taken_for(check):
+    """Frames that are not used and deep greys are named."""
+
+    def change(root, data):
+        train = root / "images" / "train2017"
+        names = [entry["file_name"] for entry in data["train"]["images"]]
+        with Image.open(train / names[0]) as image:
+            image.save(train / names[0], "GIF", save_all=True, append_images=[image.rotate(90)])
+        for name in names[1:3]:
+            with Image.open(train / name) as image:
+                grey = image.convert("L").convert("I").point(lambda value: value * 16).convert("I;16")
+            grey.save(train / name, "PNG")
+
+    report, code = check(change)
+    assert code == 0
+    assert "train: 1 image: several frames, of which the first is used (000001.jpg)" in report
+    assert "2 images: more than 8 bits per channel, of which 4,095 is taken as white (000002.jpg, 000003.jpg)" in report
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         main(["--device", "cpu", "--coco_path", str(tmp_path / "nowhere")])
