@@ -3,67 +3,120 @@
     model = torch.hub.load("OWNER/REPOSITORY", "conditional_detr_resnet50", pretrained=True)
     outputs = model([image])  # uint8 [3, h, w], or float and normalised
 
-Models come in evaluation mode, without auxiliary outputs. torch, torchvision and scipy are all they need.
+Models come in evaluation mode, without auxiliary outputs. torch, torchvision and scipy are all they need. Names of this
+file without an underscore are what `torch.hub.list` shows.
 """
 
 from __future__ import annotations
 
-from models.backbone import Backbone, BackboneWithPosition
-from models.conditional_detr import ConditionalDETR
-from models.position_encoding import PositionEmbeddingSine
-from models.postprocess import PostProcess
-from models.transformer import Transformer
-from util.checkpoint import check_finite, load_checkpoint, load_model_weights
-from util.classes import COCO_NUM_CLASSES
+import contextlib
+import pathlib
+import sys
+import types
+import typing
+
+if typing.TYPE_CHECKING:
+    from collections.abc import Iterator as _Iterator
+
+    from models.conditional_detr import ConditionalDETR as _ConditionalDETR
+    from models.postprocess import PostProcess as _PostProcess
+
+    _Entry = _ConditionalDETR | tuple[_ConditionalDETR, _PostProcess]
 
 dependencies = ["torch", "torchvision", "scipy"]
 
-Entry = ConditionalDETR | tuple[ConditionalDETR, PostProcess]
+_ROOT = pathlib.Path(__file__).resolve().parent
+_PACKAGES = ("datasets", "models", "util")
+_NUM_CLASSES = 91  # COCO's ids run to 90
+_set_aside: dict[str, types.ModuleType] = {}  # our modules, while another project's have their names
 
 
 def conditional_detr_resnet50(
-    pretrained: bool = False, num_classes: int = COCO_NUM_CLASSES, return_postprocessor: bool = False
-) -> Entry:
+    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
+) -> _Entry:
     """Conditional DETR with ResNet-50. Published after 50 epochs: 41.0 AP on COCO val2017."""
     return _build("conditional_detr_resnet50", "resnet50", False, pretrained, num_classes, return_postprocessor)
 
 
 def conditional_detr_resnet50_dc5(
-    pretrained: bool = False, num_classes: int = COCO_NUM_CLASSES, return_postprocessor: bool = False
-) -> Entry:
+    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
+) -> _Entry:
     """Conditional DETR with a dilated ResNet-50. Published after 50 epochs: 43.7 AP on COCO val2017."""
     return _build("conditional_detr_resnet50_dc5", "resnet50", True, pretrained, num_classes, return_postprocessor)
 
 
 def conditional_detr_resnet101(
-    pretrained: bool = False, num_classes: int = COCO_NUM_CLASSES, return_postprocessor: bool = False
-) -> Entry:
+    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
+) -> _Entry:
     """Conditional DETR with ResNet-101. Published after 50 epochs: 42.8 AP on COCO val2017."""
     return _build("conditional_detr_resnet101", "resnet101", False, pretrained, num_classes, return_postprocessor)
 
 
 def conditional_detr_resnet101_dc5(
-    pretrained: bool = False, num_classes: int = COCO_NUM_CLASSES, return_postprocessor: bool = False
-) -> Entry:
+    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
+) -> _Entry:
     """Conditional DETR with a dilated ResNet-101. Published after 50 epochs: 45.0 AP on COCO val2017."""
     return _build("conditional_detr_resnet101_dc5", "resnet101", True, pretrained, num_classes, return_postprocessor)
 
 
 def _build(
     name: str, backbone: str, dilation: bool, pretrained: bool, num_classes: int, return_postprocessor: bool
-) -> Entry:
-    if pretrained and num_classes != COCO_NUM_CLASSES:
-        raise ValueError(f"num_classes={num_classes}: the pretrained weights have {COCO_NUM_CLASSES} classes")
-    model = ConditionalDETR(
-        BackboneWithPosition(Backbone(backbone, dilation), PositionEmbeddingSine(256)),
-        Transformer(dim=256),
-        dim=256,
-        num_classes=num_classes,
-        num_queries=300,
-    )
-    if pretrained:
-        checkpoint = load_checkpoint(name)
-        check_finite(checkpoint["model"], name)
-        load_model_weights(model, checkpoint, name)
-    model.eval()
-    return (model, PostProcess()) if return_postprocessor else model
+) -> _Entry:
+    if pretrained and num_classes != _NUM_CLASSES:
+        raise ValueError(f"num_classes={num_classes}: the pretrained weights have {_NUM_CLASSES} classes")
+    with _own_packages():
+        from models.backbone import Backbone, BackboneWithPosition
+        from models.conditional_detr import ConditionalDETR
+        from models.position_encoding import PositionEmbeddingSine
+        from models.postprocess import PostProcess
+        from models.transformer import Transformer
+        from util.checkpoint import check_finite, load_checkpoint, load_model_weights
+
+        model = ConditionalDETR(
+            BackboneWithPosition(Backbone(backbone, dilation), PositionEmbeddingSine(256)),
+            Transformer(dim=256),
+            dim=256,
+            num_classes=num_classes,
+            num_queries=300,
+        )
+        if pretrained:
+            checkpoint = load_checkpoint(name)
+            check_finite(checkpoint["model"], name)
+            load_model_weights(model, checkpoint, name)
+        model.eval()
+        return (model, PostProcess()) if return_postprocessor else model
+
+
+@contextlib.contextmanager
+def _own_packages() -> _Iterator[None]:
+    """Import `models` and `util` of this repository within the block, and give other ones their names back after it.
+
+    Many projects have packages of these names, and the program that asks for a model may have imported them. Modules
+    of ours then stay outside `sys.modules`, so that its later imports find its own.
+    """
+    there = _modules()
+    foreign = {name: module for name, module in there.items() if not _is_ours(there[name.partition(".")[0]])}
+    for name in foreign:
+        del sys.modules[name]
+    sys.modules.update(_set_aside)
+    sys.path.insert(0, str(_ROOT))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(_ROOT))
+        if foreign:
+            taken = {name.partition(".")[0] for name in foreign}
+            ours = {name: module for name, module in _modules().items() if name.partition(".")[0] in taken}
+            for name in ours:
+                del sys.modules[name]
+            _set_aside.update(ours)
+            sys.modules.update(foreign)
+
+
+def _modules() -> dict[str, types.ModuleType]:
+    """Return the imported modules with names of our packages, and those within them."""
+    return {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] in _PACKAGES}
+
+
+def _is_ours(package: types.ModuleType) -> bool:
+    return any(pathlib.Path(path).resolve().parent == _ROOT for path in getattr(package, "__path__", ()))

@@ -23,7 +23,7 @@ from util.distributed import get_rank, get_world_size
 from util.errors import InputError
 from util.nested_tensor import collate_fn
 from util.orphans import end_with
-from util.preemption import ignore_signals
+from util.preemption import ignore_signals, kill_workers_at_exit
 
 OVERFIT_STEPS = 50  # an epoch of --overfit: the few images come again and again between two evaluations
 
@@ -110,6 +110,8 @@ def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) 
         of_all = same_shape_batches(shapes, args.batch_size)
         mine = DistributedSampler(of_all, get_world_size(), get_rank(), shuffle=False)
         batches = {"batch_sampler": [of_all[i] for i in mine]}
+    if args.num_workers:
+        kill_workers_at_exit()
     loader = DataLoader(
         dataset,
         **batches,

@@ -65,3 +65,93 @@ def test_pretrained_weights_come_from_the_published_address(tmp_path, monkeypatc
     ]
     with pytest.raises(ValueError, match="num_classes=7"):
         hubconf.conditional_detr_resnet50(pretrained=True, num_classes=7)
+
+
+NEIGHBOUR = """
+import sys
+sys.path.insert(0, {project!r})
+import models, models.net, util.misc
+before = dict(sys.modules), list(sys.path)
+import torch
+sys.path.insert(0, {repo!r})
+module = torch.hub._import_module("hubconf.py", {repo!r} + "/hubconf.py")
+sys.path.remove({repo!r})
+entries = [name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")]
+assert entries == ["conditional_detr_resnet101", "conditional_detr_resnet101_dc5", "conditional_detr_resnet50",
+                   "conditional_detr_resnet50_dc5"], entries
+for _ in range(2):
+    model, postprocess = torch.hub.load({repo!r}, "conditional_detr_resnet50", source="local",
+                                        return_postprocessor=True)
+import copy
+outputs = copy.deepcopy(model)([torch.zeros(3, 64, 96, dtype=torch.uint8)])
+assert len(postprocess(outputs, torch.tensor([[64, 96]]))[0]["scores"]) == 100
+assert models.net.NAME == "theirs" and sys.path == before[1]
+import models.later, util.later
+assert models.later.NAME == util.later.NAME == "theirs"
+for name, module in sys.modules.items():
+    if name.partition(".")[0] in ("models", "util", "datasets"):
+        assert {project!r} in str(getattr(module, "__file__", None) or list(module.__path__)), name
+print("untouched")
+"""
+
+
+def test_next_to_a_project_with_packages_of_the_same_names(tmp_path):
+    project = tmp_path / "project"
+    for package in ("models", "util", "datasets"):
+        (project / package).mkdir(parents=True)
+        (project / package / "__init__.py").touch()
+        for name in ("net", "misc", "later"):
+            (project / package / f"{name}.py").write_text("NAME = 'theirs'")
+    program = NEIGHBOUR.format(project=str(project), repo=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split()[-1:] == ["untouched"], done.stderr
+
+
+IMPORTS = """
+import atexit, os, signal, sys, threading, warnings
+import matplotlib, multiprocessing, torch
+from PIL import Image, ImageFile
+def state():
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    settings = [dict(os.environ), list(warnings.filters), threading.active_count(), atexit._ncallbacks(),
+                torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.random.initial_seed(),
+                matplotlib.get_backend(), multiprocessing.get_start_method(allow_none=True),
+                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]
+    return handlers, settings
+import faster_coco_eval, matplotlib.figure, pycocotools.coco, scipy.optimize, torch._dynamo, torch.utils.checkpoint
+import torch.distributed.elastic.multiprocessing.errors, torchvision.io, torchvision.transforms.v2
+before = state()
+import datasets, datasets.build, main, models, engine
+after = state()
+assert before == after, [pair for pair in zip(before[1], after[1]) if pair[0] != pair[1]]
+print("unchanged")
+"""
+
+
+def test_imports_change_nothing_in_the_importing_program():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split()[-1:] == ["unchanged"], done.stderr
+
+
+WINDOWS = """
+import os, signal, sys
+import matplotlib.figure, pycocotools.coco, faster_coco_eval, scipy.optimize, torch, torchvision.transforms.v2, tqdm
+import torch.distributed.elastic.multiprocessing.errors
+for module, names in ((signal, ("SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGKILL", "pthread_sigmask")),
+                      (os, ("sched_getaffinity", "register_at_fork", "getpgid", "killpg"))):
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+for name in ("fcntl", "resource", "pwd", "termios"):
+    sys.modules[name] = None
+sys.modules["msvcrt"] = type(sys)("msvcrt")
+import main
+args = main.get_args_parser().parse_args(["--num_workers", "auto"])
+print("imported", args.num_workers > 0)
+"""
+
+
+def test_main_can_be_imported_where_signals_and_modules_of_unix_are_missing():
+    """As on Windows. Other libraries are imported before these are taken away."""
+    done = subprocess.run([sys.executable, "-c", WINDOWS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split()[-2:] == ["imported", "True"], done.stderr

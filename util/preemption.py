@@ -177,7 +177,12 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register  # runs before multiprocessing's own handler, which would wait for a SIGTERM to end the workers
+def kill_workers_at_exit() -> None:
+    """Call `kill_workers` at exit, before multiprocessing's own handler, which would wait for a SIGTERM to end them."""
+    atexit.unregister(kill_workers)
+    atexit.register(kill_workers)
+
+
 def kill_workers() -> None:
     """End the processes that load data; they ignore the signals that would end others."""
     if hasattr(signal, "SIGCHLD"):
