@@ -77,7 +77,7 @@ class TrainingRun:
     def restore(self, checkpoint: dict[str, Any], source: str) -> None:
         """Goes on where a checkpoint of this run, or a published one, was written."""
         restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
-        self.progress.restore(checkpoint, self.images_a_step)
+        self.progress.restore(checkpoint, self.images_a_step, source)
         own = self.output_dir and Path(source).parent.resolve() == self.output_dir.resolve()
         if own and (numbered := self.numbered(checkpoint)) and not numbered.exists():
             save_on_master(checkpoint, numbered)  # the run was interrupted before it could

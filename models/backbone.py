@@ -16,9 +16,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.frozen_norm import FoldedBasicBlock, FoldedBody, FoldedBottleneck, channels_last, fold_norms
-from util.checkpoint import check_finite
-from util.errors import InputError, reason
-from util.files import check_is_file, download
+from util.checkpoint import check_finite, fits
+from util.checkpoint_schema import weights as check_weights
+from util.errors import InputError
+from util.files import download
+from util.torch_file import load_file
 
 CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -111,17 +113,16 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
             download(url, path, hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
         except (OSError, RuntimeError) as error:
             raise InputError(f"the ImageNet weights {path.name} could not be downloaded ({error}); {advice}") from error
-    check_is_file(path)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-        missing, unexpected = backbone.body.load_state_dict(weights, strict=False)
-    except Exception as error:  # whatever an unreadable file makes torch.load raise
-        raise InputError(f"{path}: cannot be read as backbone weights ({reason(error)}); {advice}") from error
+        weights = check_weights(load_file(path, path), f"{path}: the state dict")
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from error
+    ours, theirs = backbone.body.state_dict(), {k: v for k, v in weights.items() if not k.startswith("fc.")}
+    different = {key for key in ours.keys() | theirs.keys() if not fits(ours.get(key), theirs.get(key))}
     # Old files lack the batch counter of trained norms; frozen norms do not have it.
-    wrong = [key for key in (*missing, *unexpected) if not key.endswith("num_batches_tracked")]
-    if wrong:
+    if wrong := sorted(key for key in different if not key.endswith("num_batches_tracked")):
         raise InputError(
             f"{path}: not the weights of {name} ({wrong[0]} and {len(wrong) - 1} more keys differ); {advice}"
         )
-    check_finite(weights, path)
+    check_finite(theirs, path)
+    backbone.body.load_state_dict({k: v for k, v in theirs.items() if k not in different}, strict=False)

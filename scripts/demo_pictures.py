@@ -18,7 +18,6 @@ from scripts.flags import check_early, parse_flags
 if __name__ == "__main__":  # the imports below take seconds
     check_early("demo_pictures")
 
-import argparse
 from collections.abc import Sequence
 
 import torch
@@ -26,10 +25,9 @@ from matplotlib.figure import Figure
 from torchvision.ops import batched_nms
 
 from datasets import build_dataset
-from models import build_model
+from scripts.detector import load_detector
 from scripts.plot_logs import plot_logs
 from util.box_ops import box_cxcywh_to_xyxy
-from util.checkpoint import check_finite, load_checkpoint, load_model_weights
 from util.command import run_command
 from util.pictures import draw_boxes
 
@@ -43,14 +41,8 @@ def draw_predictions(run: Path, threshold: float) -> Path:
     After a few minutes of training the model still finds many an object twice: of detections that overlap by half, only
     the best is drawn.
     """
-    source = run / "checkpoint.pth"
-    checkpoint = load_checkpoint(source)
-    check_finite(checkpoint["model"], source)
-    args = argparse.Namespace(**checkpoint["args"])
-    model, _, postprocessors = build_model(args)
-    load_model_weights(model, checkpoint, source)
-    model.eval()
-    dataset = build_dataset("val", args)
+    detector = load_detector(str(run / "checkpoint.pth"))
+    dataset = build_dataset("val", detector.args)
     names = dataset.classes.names
 
     figure = Figure(figsize=(3.3 * PAIRS, 1.75 * ROWS), layout="constrained")
@@ -63,7 +55,7 @@ def draw_predictions(run: Path, threshold: float) -> Path:
         size = target["size"]
         pixels = image.permute(1, 2, 0).numpy()
         truth = box_cxcywh_to_xyxy(target["boxes"]) * size.flip(0).repeat(2)
-        (found,) = postprocessors["bbox"](model([image]), size[None])
+        (found,) = detector.postprocess(detector.model([image]), size[None])
         found = {key: value[found["scores"] > threshold] for key, value in found.items()}
         best = batched_nms(found["boxes"], found["scores"], found["labels"], iou_threshold=0.5)
         found = {key: value[best] for key, value in found.items()}

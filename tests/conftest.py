@@ -7,10 +7,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torchvision.models.resnet import ResNet
 
+import models.backbone
 from datasets.shapes import write_dataset
 from main import get_args_parser
 
@@ -70,6 +74,20 @@ def shapes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("shapes")
     write_dataset(root, num_train=14, num_val=7)
     return root
+
+
+class NarrowResNet(ResNet):
+    """A ResNet whose four stages have a 64th of the channels."""
+
+    def _make_layer(self, block: type[nn.Module], planes: int, *rest: Any, **more: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes // 64, *rest, **more)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Make resnet18 so narrow that a model is built, saved and loaded within milliseconds."""
+    monkeypatch.setitem(models.backbone.CHANNELS, "resnet18", 32)  # of bottlenecks: 4 * 512 / 64
+    monkeypatch.setattr(models.backbone, "ResNet", NarrowResNet)
 
 
 @pytest.fixture

@@ -64,10 +64,25 @@ def test_a_failed_download_says_what_to_do(hub, monkeypatch):
 
 def test_files_that_are_no_weights(tmp_path, weights):
     backbone = Backbone("resnet34")
-    with pytest.raises(InputError, match=r"absent.pth: cannot be read as backbone weights"):
+    with pytest.raises(InputError, match=r"absent.pth: no such file; --backbone_weights takes a state dict"):
         load_backbone_weights(backbone, "resnet34", str(tmp_path / "absent.pth"))
     (tmp_path / "text.pth").write_text("text")
-    with pytest.raises(InputError, match=r"text.pth: cannot be read as backbone weights"):
+    with pytest.raises(InputError, match=r"text.pth: not a checkpoint, or a damaged one .*; --backbone_weights takes"):
         load_backbone_weights(backbone, "resnet34", str(tmp_path / "text.pth"))
     with pytest.raises(InputError, match="not the weights of resnet34"):
         load_backbone_weights(backbone, "resnet34", str(weights[0]))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(1).expand(10**6, 10**6), "of which the file holds only a part"),
+        (torch.zeros(64, dtype=torch.int64), "not the weights of resnet18"),
+        ([1], "is a list of 1, not a tensor"),
+        (torch.nn.Identity(), "an object of type torch.nn.modules.linear.Identity"),
+    ],
+)
+def test_hostile_files(value, message, weights, tmp_path):
+    torch.save(weights[1].state_dict() | {"bn1.weight": value}, tmp_path / "hostile.pth")
+    with pytest.raises(InputError, match=rf"hostile.pth: .*{message}.*; --backbone_weights takes"):
+        load_backbone_weights(Backbone("resnet18"), "resnet18", str(tmp_path / "hostile.pth"))

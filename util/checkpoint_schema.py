@@ -19,6 +19,7 @@ from util.schema import (
     either,
     integer,
     integers,
+    items,
     label,
     list_of,
     one_of,
@@ -36,15 +37,22 @@ MOST_REPEATED = (
     4  # times that the weights may be as large as what the file holds: some are stored once for several names
 )
 
-# The numbers among the flags that a model, its training or a repeated step depends on; `util.flag_limits` bounds them.
+# The numbers among the flags that a model, its data, training or a repeated step depends on; `util.flag_limits` bounds
+# them.
 NUMBERS = (
     *("lr", "lr_backbone", "batch_size", "weight_decay", "epochs", "lr_drop", "clip_max_norm", "accum_steps", "seed"),
     *("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "dropout", "nheads", "num_queries", "num_classes"),
     *("set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
-    *("focal_alpha", "min_size", "max_size"),
+    *("focal_alpha", "min_size", "max_size", "max_detections", "max_megapixels", "overfit"),
 )
-SWITCHES = ("dilation", "aux_loss", "pre_norm", "masks", "checkpoint_activations", "compile", "deterministic")
-TEXTS = ("backbone", "position_embedding")
+SWITCHES = (
+    *("dilation", "aux_loss", "pre_norm", "masks", "checkpoint_activations", "compile", "deterministic"),
+    "remove_difficult",
+)
+TEXTS = (
+    *("backbone", "position_embedding", "dataset_file", "coco_path"),
+    *("train_images", "train_annotations", "val_images", "val_annotations", "on_bad_image"),
+)
 CHOICES = {
     "backbone_norm": ("frozen", "batch"),
     "amp": ("none", "bf16", "fp16"),
@@ -120,12 +128,13 @@ OPTIMIZER = record(
         "param_groups": list_of(record({"params": integers(None, 10**6)}), most=100),
     }
 )
-BYTES, WORDS = integers(None, 255), integers(624, 2**32 - 1)
+BYTES = integers(None, 255)
 RANDOM = record(
     {
         "torch": record({"cpu": BYTES}, {"cuda": BYTES}),
-        "numpy": list_of(either(WORDS, text, real()), 5, 5),
-        "python": list_of(either(integers(625, 2**32 - 1), one_of(None), real()), 3, 3),
+        # NumPy itself does not check its place among the words, and would read beyond them.
+        "numpy": items(one_of("MT19937"), integers(624, 2**32 - 1), integer(0, 624), integer(0, 1), real()),
+        "python": items(one_of(3), integers(625, 2**32 - 1), either(one_of(None), real())),
     }
 )
 METERS = table_of(text, record({"window": list_of(real(), most=1000), "total": real(), "count": COUNT}), most=10_000)

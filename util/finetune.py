@@ -14,6 +14,7 @@ from util.classes import Classes, normalized
 from util.errors import InputError
 from util.logger import log, warn
 
+HEADS = ("class_embed.", "bbox_embed.")
 CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 BATCH_COUNTER = "num_batches_tracked"  # of trained norms; frozen ones have none, and nothing depends on it
 
@@ -52,10 +53,11 @@ def start_from(
             ours[name][label].copy_(theirs[name][their_label])
 
     wanted = [name for name in ours.keys() | theirs.keys() if name not in CLASS_HEAD and BATCH_COUNTER not in name]
-    left_out = sorted(set(wanted) - set(fitting))
+    fresh = [name for name in ours if name.startswith(HEADS) and name not in theirs]
+    left_out = sorted(set(wanted) - set(fitting) - set(fresh))
     log(f"starting from {source}: {len(fitting)} tensors; {describe_classes(classes, rows)}")
-    if fresh := [name for name in CLASS_HEAD if name not in theirs]:
-        log(f"the class head starts from random weights: {source} has no {' and no '.join(fresh)}")
+    if fresh:
+        log(f"starting from random weights, which {source} lacks: {shortened(fresh)}")
     if left_out:
         changed = "".join(f"; {flag}" for flag in changed_flags(args, checkpoint, MODEL_FLAGS))
         warn(f"not taken over: {describe_misfits(left_out, ours, theirs)}{changed}")

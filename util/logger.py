@@ -189,7 +189,7 @@ class MetricLogger:
                 )
                 of_run = f" (run {run_eta})" if later else ""
                 if on_terminal:
-                    averages = " ".join(f"{k} {m.median:.3g}" for k, m in self.shown().items())
+                    averages = " ".join(f"{k} {m.median:.3g}" for k, m in self.shown().items() if m.window)
                     bar.set_postfix_str(f"{averages} {memory}{of_run}")
                 else:
                     place = f"[{step:>{len(str(steps))}}/{steps}]"

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from util.errors import InputError
 
 MOST_INSTRUCTIONS = 10_000_000  # more take over a minute to load; a checkpoint of 100 processes has 1,000,000
+NEWEST_PROTOCOL = 3  # torch.save's own is 2
 MOST_NESTED = 20  # tuples within tuples; Python hashes them without a limit to the depth
 # The bytes of an element; complex and quantised numbers have no place in a model.
 STORAGES = {
@@ -57,6 +58,11 @@ def scan_pickle(file: BinaryIO, source: object, allowed: Collection[str], bytes_
     memo: dict[int, Any] = {}
     for number, (instruction, argument, _) in enumerate(pickletools.genops(file)):
         name = instruction.name
+        if name == "PROTO" and argument > NEWEST_PROTOCOL:
+            raise InputError(
+                f"{source}: saved by pickle protocol {argument}, which torch.load does not read without running code; "
+                "save it again by torch.save, without pickle_protocol"
+            )
         if number > MOST_INSTRUCTIONS:
             raise InputError(f"{source}: refused, besides tensors it holds more data than any checkpoint")
         if name == "MARK":
@@ -109,6 +115,9 @@ def _results(
 
 
 def _described(name: str) -> str:
-    if kind := name.removeprefix("torch._utils._rebuild_").replace("_", " ") * name.startswith("torch._utils._rebuild"):
-        return f"a tensor that is not a plain one ({kind})"
-    return f"an object of type {name}"
+    prefix = "torch._utils._rebuild_"
+    if name.startswith(prefix):
+        return f"a tensor that is not a plain one ({name.removeprefix(prefix).replace('_', ' ')})"
+    if name.startswith("torch.") and name.endswith("Storage"):
+        return f"a tensor that is not a plain one ({name.removeprefix('torch.').removesuffix('Storage')})"
+    return f"an object of type {name.removeprefix('__builtin__.')}"

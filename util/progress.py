@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from util.distributed import all_gather_plain, get_rank, get_world_size
+from util.errors import InputError, reason
 from util.logger import MetricLogger, SmoothedValue
 from util.rng import all_rng_states, set_all_rng_states
 
@@ -43,10 +44,13 @@ class Progress:
             "processes": all_gather_plain(mine),
         }
 
-    def restore(self, checkpoint: dict[str, Any], images_a_step: int) -> None:
-        """Goes on from a checkpoint with this state in it; a published one, without, is an epoch's end.
+    def restore(self, checkpoint: dict[str, Any], images_a_step: int, source: str) -> None:
+        """Continue from a checkpoint with this state in it; a published one, without, is an epoch's end.
 
-        With other numbers of processes or of `images_a_step` of each, the position is behind the images already seen.
+        With other numbers of processes or of `images_a_step` of each, the position is after the images already seen.
+
+        Raises:
+            InputError: if a generator does not take its state; `source` names the checkpoint.
         """
         if "processes" not in checkpoint:
             return
@@ -59,7 +63,12 @@ class Progress:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if get_rank() < len(processes):
             mine = processes[get_rank()]
-            set_all_rng_states(mine["random"])
+            try:
+                set_all_rng_states(mine["random"])
+            except (RuntimeError, ValueError) as error:
+                raise InputError(
+                    f"{source}: a random state is not one of this version's generators ({reason(error)})"
+                ) from error
             self.logger.load_state_dict(mine["meters"])
         else:  # a process that the run did not have has nothing gathered, under the same names
             nothing = SmoothedValue().state_dict()

@@ -143,6 +143,16 @@ def integers(length: int | None, most: int) -> Check:
     return check
 
 
+def items(*checks: Check) -> Check:
+    """A list or tuple with one item for each check, as a list."""
+
+    def check(value: Any, place: str) -> list[Any]:
+        entries = list_of(lambda entry, _: entry, len(checks), len(checks))(value, place)
+        return [check(entry, f"{place}[{i}]") for i, (check, entry) in enumerate(zip(checks, entries, strict=True))]
+
+    return check
+
+
 def table_of(key: Check, value: Check, most: int = 10**6) -> Check:
     """A dict with keys and values of one kind each."""
 

@@ -18,7 +18,7 @@ from util.schema import shown
 
 PARTS = frozenset({"backbone", "input_proj", "transformer", "query_embed", "class_embed", "bbox_embed"})
 WRAPPERS = frozenset({"model", "module", "_orig_mod", "state_dict", "model_state_dict", "net", "network", "weights"})
-AVERAGED = frozenset({"ema", "swa", "averaged"})  # words in names such as model_ema and ema_state_dict
+AVERAGED = frozenset({"ema", "swa", "avg", "averaged"})  # words in names such as model_ema and ema_state_dict
 MOST_WRAPPED = 3  # dicts within each other
 CLASS_HEAD_OF_HUGGING_FACE = "class_labels_classifier.bias"
 
@@ -43,14 +43,19 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
     if not found:
         raise InputError(f"{source}: {_description(contents)}")
     paths = sorted(found, key=lambda path: path != ("model",))  # stable: the first counts, except that ours goes first
-    path = next((path for path in paths if any(map(_is_averaged, path)) == averaged), paths[0])
+    path = next((path for path in paths if _averages(path) == averaged), paths[0])
     rest = contents if path and path[0] in contents else {}  # next to the weights themselves are no other data
     if path == ("model",) and len(found) == 1:
-        return rest, ""
+        return rest | {"model": found[path]}, ""
     others = [_text(other) for other in found if other != path]
-    kind = "averaged " if any(map(_is_averaged, path)) else "raw " if others else ""
+    kind = "averaged " if _averages(path) else "raw " if others else ""
     left = f", not those in {', '.join(others)}" if others else ""
-    return rest | {"model": found[path]}, f"{source}: taking the {kind}weights in {_text(path)}{left}"
+    weights, line = found[path], f"{source}: taking the {kind}weights in {_text(path)}{left}"
+    raw = next((other for other in paths if not _averages(other)), path) if _averages(path) else path
+    constant = {key: value for key, value in found[raw].items() if key.startswith("backbone.") and key not in weights}
+    if constant:  # averages of parameters alone lack norm statistics; those of trained ones, frozen layers as well
+        line += f", except for {len(constant)} tensors of the backbone that are not averaged"
+    return rest | {"model": weights | constant}, line
 
 
 def _state_dicts(contents: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict]]:
@@ -60,9 +65,7 @@ def _state_dicts(contents: Any, path: tuple[str, ...], seen: set[int]) -> Iterat
     seen.add(id(contents))  # so that dicts that contain each other many times cost nothing
     by_prefix: dict[tuple[str, ...], dict[str, Any]] = {}
     for key, value in contents.items():
-        if isinstance(key, str) and (
-            path or isinstance(value, Tensor)
-        ):  # at the top level are data on the training, too
+        if isinstance(key, str) and (path or isinstance(value, Tensor)):  # at the top level are other data, too
             parts = key.split(".")
             length = next((i for i, part in enumerate(parts) if not _is_wrapper(part)), len(parts))
             name = ".".join(part for part in parts[length:] if part != "_orig_mod")
@@ -81,6 +84,11 @@ def _is_wrapper(key: str) -> bool:
 
 def _is_averaged(key: str) -> bool:
     return not AVERAGED.isdisjoint(key.split("_"))
+
+
+def _averages(path: tuple[str, ...]) -> bool:
+    """Return whether the weights at a path are averaged ones."""
+    return any(map(_is_averaged, path))
 
 
 def _text(path: tuple[str, ...]) -> str:

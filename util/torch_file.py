@@ -28,6 +28,10 @@ FROM_TORCH = {
 }
 
 
+class NotPlain(Exception):
+    """The data of a type that is not loaded; the message names it."""
+
+
 class NumpyType:
     """A `numpy.dtype` of a file; the real one would take memory layouts from it."""
 
@@ -38,9 +42,9 @@ class NumpyType:
         self.name = state[1].replace("|", "") + self.name
 
     def read(self, contents: bytes) -> np.ndarray:
-        """Return the numbers in some bytes. Raises ValueError for anything but plain numbers."""
-        if not re.fullmatch(r"[<>=]?[biuf]\d{1,2}", self.name):
-            raise ValueError(f"NumPy data of type {self.name!r}")
+        """Return the numbers or texts in some bytes. Raises NotPlain for other types."""
+        if not re.fullmatch(r"[<>=]?([biuf]\d{1,2}|U\d{1,9})", self.name):
+            raise NotPlain(f"NumPy data of type {self.name[:60]}")
         return np.frombuffer(contents, self.name)
 
 
@@ -69,6 +73,10 @@ def windows_path(*parts: str) -> str:
     return str(PureWindowsPath(*parts))
 
 
+def empty_bytes(*_: Any) -> bytes:
+    return b""
+
+
 def plain_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
@@ -78,6 +86,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "argparse.Namespace": argparse.Namespace,
     "collections.defaultdict": plain_dict,
     **{f"{module}.{name}": plain_dict for module in ("builtins", "__builtin__") for name in FACTORIES},
+    **{f"{module}.bytes": empty_bytes for module in ("builtins", "__builtin__")},  # of empty arrays
     "numpy.dtype": NumpyType,
     "numpy.ndarray": NumpyArray,
     **{f"numpy.{core}.multiarray._reconstruct": numpy_array for core in ("core", "_core")},
@@ -109,8 +118,10 @@ def load_file(path: Path, source: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
+    except NotPlain as error:
+        raise InputError(f"{source}: refused, it contains {error}") from error
     except FileNotFoundError as error:
-        raise InputError(f"{source}: no such checkpoint") from error
+        raise InputError(f"{source}: no such file") from error
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror or reason(error)})") from error
     except Exception as error:  # a damaged file makes torch.load raise many types
