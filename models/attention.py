@@ -8,8 +8,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from models.dropout import dropout
+from models.fused_convolution import is_transformed
+
+# PyTorch's counter of FLOPs has formulas for the kernels of GPUs only, and takes attention on CPUs for free.
+for kernel, flops in (
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop),
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop),
+):
+    if kernel not in flop_registry:
+        register_flop_formula(kernel, get_raw=True)(flops)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -28,7 +38,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
     PyTorch's fused kernels never hold the N×S table of weights, so that memory grows with N + S. Those for GPUs take
     everything that this model needs. The one for CPUs wants values as wide as the queries and knows no dropout; without
     it PyTorch falls back to the table, in float32 whatever the input. Hence on CPUs values are widened by zeros, and
-    training with dropout computes the table here, in the input's precision and with cheaper random numbers.
+    training with dropout computes the table here, in the input's precision and with cheaper random numbers. So do
+    tracing, since ONNX and fvcore's counter of FLOPs do not know the kernel, and the transforms of torch.func.
 
     Args:
         query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
@@ -37,13 +48,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
 
     Returns [B, h, N, d].
     """
-    if query.device.type != "cpu":
+    in_full = torch.jit.is_tracing() or is_transformed()
+    if query.device.type != "cpu" and not in_full:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=p)
-    if p > 0:
+    if p > 0 or in_full:
         logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, h, N, S]
         if visible is not None:
             logits = logits + torch.where(visible, 0.0, -torch.inf).to(logits.dtype)
-        return dropout(logits.softmax(-1), p) @ value
+        weights = logits.softmax(-1)
+        return (dropout(weights, p) if p > 0 else weights) @ value
     widened = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # [B, h, S, e]
     return F.scaled_dot_product_attention(query, key, widened, attn_mask=visible)[..., : value.shape[-1]]
 

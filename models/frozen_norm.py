@@ -130,5 +130,5 @@ def channels_last(x: Tensor) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the precision that a convolution of `x` is computed in."""
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which raises an error for the meta device
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
