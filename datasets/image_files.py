@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -32,8 +32,8 @@ def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_
     found = [name if Path(name).name in present[Path(name).parent] else "" for name in plain]
     if all(found):
         return found
-    similar = _similar_files(folder)
-    others = {i: _best_match(names[i], similar) for i, name in enumerate(found) if not name}
+    similar = files_by_name(_walk(folder))
+    others = {i: best_match(names[i], similar) for i, name in enumerate(found) if not name}
     claimed = Counter([*filter(None, found), *others.values()])
     others = {i: match if claimed[match] == 1 else "" for i, match in others.items()}  # a file is of one image only
     renamed = [i for i, match in others.items() if match]
@@ -76,16 +76,16 @@ def _key(path: str) -> tuple[str, ...]:
     return tuple(part for part in reversed(PurePosixPath(plain).parts) if part not in ("/", "..", "."))
 
 
-def _similar_files(folder: Path) -> dict[str, list[tuple[tuple[str, ...], str]]]:
-    """Return all files below a folder by the key of their name: the keys of their parts, and their relative path."""
+def files_by_name(paths: Iterable[str]) -> dict[str, list[tuple[tuple[str, ...], str]]]:
+    """Return paths by the key of their last part: the keys of all their parts, and the path itself."""
     files = defaultdict(list)
-    for path in _walk(folder):
+    for path in paths:
         if key := _key(path):
             files[key[0]].append((key, path))
     return files
 
 
-def _best_match(name: str, files: dict[str, list[tuple[tuple[str, ...], str]]]) -> str:
+def best_match(name: str, files: dict[str, list[tuple[tuple[str, ...], str]]]) -> str:
     """Return the file that shares the most parts with a name, from its end; "" if there is none or several."""
     key = _key(name)
     candidates = files.get(key[0], []) if key else []

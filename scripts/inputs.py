@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
+from datasets.image_files import best_match, files_by_name
+from datasets.json_file import read_json
 from util.errors import InputError, reason
 from util.text import printable
 
@@ -101,22 +102,26 @@ def _distinct_names(files: dict[Path, tuple[str, ...]]) -> list[str]:
 
 
 def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Report) -> list[Source]:
-    """The sources with the image ids of a COCO file, which names them by as much of their path as it likes.
+    """Return the sources with the image ids of a COCO file, which names them by as much of their path as it likes.
 
-    Those that it does not list are reported and left out, and all but the first of one image.
+    Its names may differ as those of training data may (`datasets.image_files`). Sources that it does not list are
+    reported and left out, and all but the first of one image.
 
-    Raises InputError where the file is not usable.
+    Raises:
+        InputError: if the file is not usable.
     """
+    data = read_json(Path(annotations))
     try:
-        data = json.loads(Path(annotations).read_text(encoding="utf-8"))
         ids = {entry["file_name"]: entry["id"] for entry in data["images"]}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        similar = files_by_name(ids)
+    except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{annotations}: not a COCO file that lists images ({reason(error)})") from error
-    chosen: dict[int, Source] = {}
+    chosen: dict[int | str, Source] = {}
     for source in sources:
         parts = source.path.parts
         endings = ("/".join(parts[start:]) for start in range(1, len(parts)))
-        image_id = next((ids[ending] for ending in endings if ending in ids), None)
+        exact = next((ending for ending in endings if ending in ids), None)
+        image_id = ids.get(exact or best_match(str(source.path), similar))
         if image_id is None:
             report(f"{source}: {annotations} does not list it, skipped")
         elif image_id in chosen:

@@ -1,5 +1,6 @@
 """python -m scripts.predict from the command line to its files: any input, named mistakes, the model's detections."""
 
+import gzip
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from main import get_args_parser
 from models import build_model
 from scripts import gallery, predict
 from scripts.detector import load_detector
-from scripts.inputs import bounded_batches, find_sources, prefetch
+from scripts.inputs import bounded_batches, find_sources, prefetch, with_annotated_ids
 from scripts.video import VideoReader, write_video
 from tests.conftest import ROOT, TINY
 from util.errors import InputError
@@ -185,6 +186,21 @@ def test_unusable_inputs_are_named_and_skipped(run, photos, tmp_path):
     }.items():
         assert [line for line in lines if f"{name}:" in line and problem in line and "warning" in line], name
     assert lines[-1].startswith("not usable, or only in part: 6,")
+
+
+def test_ids_of_an_annotation_file_as_people_have_them(tmp_path):
+    """Texts as ids, names with other separators, prefixes and cases, and a compressed file."""
+    for name in ("one.jpg", "two.jpg", "three.jpg"):
+        scene(0).save(tmp_path / name)
+    names = {"first": "data\\\\one.jpg", "second": "TWO.JPG", 3: "a/b/three.jpg"}
+    images = [{"id": image_id, "file_name": name} for image_id, name in names.items()]
+    path = tmp_path / "annotations.json"
+    path.write_bytes(gzip.compress(json.dumps({"images": images}).encode()))
+    reports = []
+    sources = find_sources([str(tmp_path / "*.jpg")], reports.append)
+    found = {source.path.name: source.image_id for source in with_annotated_ids(sources, str(path), reports.append)}
+    assert found == {"one.jpg": "first", "two.jpg": "second", "three.jpg": 3}
+    assert not reports
 
 
 @pytest.mark.parametrize(
