@@ -52,13 +52,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
     if query.device.type != "cpu" and not in_full:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=p)
     if p > 0 or in_full:
-        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, h, N, S]
-        if visible is not None:
-            logits = logits + torch.where(visible, 0.0, -torch.inf).to(logits.dtype)
-        weights = logits.softmax(-1)
+        weights = attention_weights(query, key, visible)
         return (dropout(weights, p) if p > 0 else weights) @ value
     widened = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # [B, h, S, e]
     return F.scaled_dot_product_attention(query, key, widened, attn_mask=visible)[..., : value.shape[-1]]
+
+
+def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None) -> Tensor:
+    """Return softmax(q kᵀ / sqrt(e)) [B, h, N, S], of the arguments of `attend`."""
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, h, N, S]
+    if visible is not None:
+        logits = logits + torch.where(visible, 0.0, -torch.inf).to(logits.dtype)
+    return logits.softmax(-1)
 
 
 class Attention(nn.Module):
@@ -75,10 +80,20 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-        """[B, h, N, e], [B, h, S, e], [B, h, S, d] to [B, N, C]; `visible` [B, 1, 1, S] as in `attend`."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output [B, N, C] and, for forward hooks of this module only, the weights [B, N, S] or else None.
+
+        Hooks find the same as those of `nn.MultiheadAttention`: the mean over the heads, without dropout.
+
+        Args:
+            query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
+            visible: [B, 1, 1, S] as in `attend`.
+        """
         x = attend(query, key, value, visible, self.dropout if self.training else 0.0)
-        return self.out_proj(merge_heads(x))
+        weights = attention_weights(query, key, visible).mean(1) if self._forward_hooks else None
+        return self.out_proj(merge_heads(x)), weights
 
 
 class SelfAttention(Attention):
@@ -90,8 +105,8 @@ class SelfAttention(Attention):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x: Tensor, position: Tensor, visible: Tensor | None = None) -> Tensor:
-        """X and position [B, S, C], visible [B, 1, 1, S] to [B, S, C]."""
+    def forward(self, x: Tensor, position: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return [B, S, C] and weights [B, S, S] or None, as `Attention` does, of x and position [B, S, C]."""
         dim = x.shape[-1]
         w_qk, w_v = self.in_proj_weight.split([2 * dim, dim])
         b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])

@@ -20,6 +20,7 @@ from util.checkpoint import check_finite, fits
 from util.checkpoint_schema import weights as check_weights
 from util.errors import InputError
 from util.files import download
+from util.nested_tensor import NestedTensor
 from util.torch_file import load_file
 
 CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
@@ -71,14 +72,17 @@ class Backbone(nn.Module):
         for key, module in stages:
             module.requires_grad_(key in learns)
 
-    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] and its mask [B, H, W] to features [B, C', H', W'] and their mask [B, H', W']."""
+    def forward(self, images: Tensor, padding: Tensor) -> dict[str, NestedTensor]:
+        """Return features [B, C', H', W'] and their mask [B, H', W'] of images [B, 3, H, W] and their mask [B, H, W].
+
+        They come under the name "0", as in the published code, whose users read them by hooks.
+        """
         # With trained norms and channels last, the gradients of plain 1×1 convolutions would come in strides that
         # DistributedDataParallel warns about.
         images = channels_last(images) if isinstance(self.body, FoldedBody) else images.contiguous()
         features = self.body(images)
         padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:], mode="nearest")
-        return features, padding[:, 0].bool()
+        return {"0": NestedTensor(features, padding[:, 0].bool())}
 
 
 class BackboneWithPosition(nn.Sequential):
@@ -89,8 +93,8 @@ class BackboneWithPosition(nn.Sequential):
         self.num_channels = backbone.num_channels
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Backbone.forward`, and the positions [B, H', W', C]."""
-        features, padding = self[0](images, padding)
+        """Return features [B, C', H', W'], their mask [B, H', W'], and positions [B, H', W', C]."""
+        features, padding = self[0](images, padding)["0"].decompose()
         return features, padding, self[1](padding)
 
 

@@ -50,7 +50,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None) -> Tensor:
         """X and position [B, S, C] to [B, S, C]."""
-        x = self.norm1(x + self.dropout(self.self_attn(x, position, visible)))
+        x = self.norm1(x + self.dropout(self.self_attn(x, position, visible)[0]))
         ffn = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
         return self.norm2(x + self.dropout(ffn))
 
@@ -116,7 +116,7 @@ class DecoderLayer(nn.Module):
         q = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
         k = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
         v = self.sa_v_proj(x)
-        return self.self_attn(*(split_heads(t, self.num_heads) for t in (q, k, v)))
+        return self.self_attn(*(split_heads(t, self.num_heads) for t in (q, k, v)))[0]
 
     def attend_to_image(
         self, x: Tensor, query_pos: Tensor, p_q: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None
@@ -131,7 +131,7 @@ class DecoderLayer(nn.Module):
         q = torch.cat([split_heads(c_q, self.num_heads), split_heads(p_q, self.num_heads)], dim=-1)  # [B, h, Q, 2C / h]
         k = torch.cat([split_heads(c_k, self.num_heads), split_heads(p_k, self.num_heads)], dim=-1)  # [B, h, S, 2C / h]
         v = split_heads(self.ca_v_proj(memory), self.num_heads)  # [B, h, S, C / h]
-        return self.cross_attn(q, k, v, visible)
+        return self.cross_attn(q, k, v, visible)[0]
 
 
 class Decoder(nn.Module):

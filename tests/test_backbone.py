@@ -30,7 +30,7 @@ def test_a_file(norm, weights):
     load_backbone_weights(backbone, "resnet18", str(path))
     assert torch.equal(backbone.body.layer4[1].conv2.weight, resnet.layer4[1].conv2.weight)
     image = torch.randn(1, 3, 64, 64)
-    features, _ = backbone.eval()(image, torch.zeros(1, 64, 64, dtype=torch.bool))
+    features = backbone.eval()(image, torch.zeros(1, 64, 64, dtype=torch.bool))["0"].tensors
     resnet.fc, resnet.avgpool = torch.nn.Identity(), torch.nn.Identity()
     torch.testing.assert_close(features.flatten(1), resnet.eval()(image))
 

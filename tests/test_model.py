@@ -80,8 +80,8 @@ def test_sine_positions_count_unpadded_cells():
 
 def test_dilation_doubles_the_resolution():
     images, padding = torch.randn(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool)
-    assert Backbone("resnet50")(images, padding)[0].shape == (1, 2048, 2, 3)
-    assert Backbone("resnet50", dilation=True)(images, padding)[0].shape == (1, 2048, 4, 6)
+    assert Backbone("resnet50")(images, padding)["0"].tensors.shape == (1, 2048, 2, 3)
+    assert Backbone("resnet50", dilation=True)(images, padding)["0"].tensors.shape == (1, 2048, 4, 6)
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,11 @@ def test_combined_maps_are_the_attention_that_the_model_used(layer, model, image
     attention = model.transformer.decoder.layers[layer].cross_attn
     with recorded(attention) as calls:
         seen = view(model, image, layer)
-    (query, key, value, *_), output = calls[attention]
+    (query, key, value, *_), (output, mean) = calls[attention]
     maps = AttentionMaps(*(x.flatten(-2) for x in seen.maps))  # [h, Q, S]
     with torch.no_grad():
         assert_close(attention.out_proj(merge_heads(maps.combined[None] @ value)), output, atol=1e-5, rtol=0)
+    assert_close(mean[0], maps.combined.mean(0), atol=1e-6, rtol=0)
     logits = query[0] @ key[0].mT / query.shape[-1] ** 0.5
     assert_close(maps.combined, logits.softmax(-1), atol=1e-6, rtol=0)
     product = maps.spatial * maps.content  # logits add up where their softmaxes multiply
