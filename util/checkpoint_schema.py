@@ -95,9 +95,9 @@ def flags(value: Any, place: str) -> dict[str, Any]:
     for name, flag in value.items():
         if isinstance(flag, torch.device | torch.dtype):
             flag = str(flag)
-        if name in KNOWN_FLAGS and flag is not None:
+        if name in KNOWN_FLAGS and flag is not None:  # one that is None takes its default
             checked[name] = KNOWN_FLAGS[name](flag, f"{place}.{name}")
-        elif isinstance(name, str) and name.isidentifier() and isinstance(flag, bool | int | float | str | None):
+        elif isinstance(name, str) and name.isidentifier() and isinstance(flag, bool | int | float | str):
             checked[name] = flag
     return checked
 

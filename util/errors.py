@@ -12,6 +12,7 @@ GONE = re.compile(
     re.IGNORECASE,
 )
 SILENT = re.compile(r"time(d )?out", re.IGNORECASE)
+LONGEST_REASON = 300  # characters
 
 
 class InputError(ValueError):
@@ -27,9 +28,10 @@ class InputError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """What another library's exception says, as the part of a line; its type where it says nothing."""
+    """Return what another library's exception says, as part of a line; its type if it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 2]}.."  # some repeat what a file holds
 
 
 def what_to_do(error: Exception) -> str:
