@@ -167,6 +167,7 @@ def predict() -> Parser:
     add("--every", default=1, type=int, metavar="N", help="of videos, take every N-th frame")
     add("--min_size", default=None, type=int, help="short side for the model; unset: that of its training")
     add("--max_size", default=None, type=int, help="largest long side; unset: that of its training")
+    add("--max_detections", default=None, type=int, help="most detections per image; unset: that of its training")
     add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
     add("--batch_size", default=4, type=int, help="images that the model looks at together")
     add_device(parser)

@@ -234,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag in ("min_size", "max_size"):
         setattr(detector.args, flag, getattr(args, flag) or getattr(detector.args, flag))
     check_sizes(detector.args)
+    detector.postprocess.num_detections = args.max_detections or detector.postprocess.num_detections
 
     with ThreadPoolExecutor(args.num_workers or 1) as pool:
         prediction = Prediction(args, detector, pool, report)

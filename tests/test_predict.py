@@ -188,6 +188,11 @@ def test_unusable_inputs_are_named_and_skipped(run, photos, tmp_path):
     assert lines[-1].startswith("not usable, or only in part: 6,")
 
 
+def test_the_most_detections_per_image(run, photos):
+    code, results, _ = run(photos / "a.jpg", "--max_detections", 3)
+    assert (code, len(results["a.jpg"])) == (0, 3)
+
+
 def test_ids_of_an_annotation_file_as_people_have_them(tmp_path):
     """Texts as ids, names with other separators, prefixes and cases, and a compressed file."""
     for name in ("one.jpg", "two.jpg", "three.jpg"):
