@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
-from util.checkpoint import save_on_master
+from run.progress import Progress
+from run.step_guard import StepGuard
 from util.distributed import all_gather_plain
+from util.files import save_on_master
 from util.logger import MetricLogger, warn
-from util.progress import Progress
-from util.step_guard import StepGuard
 
 PRINT_FREQ = 10
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -26,7 +26,9 @@ if typing.TYPE_CHECKING:
 dependencies = ["torch", "torchvision", "scipy"]
 
 _ROOT = pathlib.Path(__file__).resolve().parent
-_PACKAGES = ("datasets", "models", "util")
+_MODEL_PACKAGES = ("models", "util")
+_LOADING_PACKAGES = ("checkpoints", "datasets", "flags")  # of no use to a model that is loaded
+_PACKAGES = (*_MODEL_PACKAGES, *_LOADING_PACKAGES)
 _NUM_CLASSES = 91  # COCO's ids run to 90
 _set_aside: dict[str, types.ModuleType] = {}  # our modules, while another project's have their names
 
@@ -65,12 +67,12 @@ def _build(
     if pretrained and num_classes != _NUM_CLASSES:
         raise ValueError(f"num_classes={num_classes}: the pretrained weights have {_NUM_CLASSES} classes")
     with _own_packages():
+        from checkpoints.checkpoint import check_finite, load_checkpoint, load_model_weights
         from models.backbone import Backbone, BackboneWithPosition
         from models.conditional_detr import ConditionalDETR
         from models.position_encoding import PositionEmbeddingSine
         from models.postprocess import PostProcess
         from models.transformer import Transformer
-        from util.checkpoint import check_finite, load_checkpoint, load_model_weights
 
         model = ConditionalDETR(
             BackboneWithPosition(Backbone(backbone, dilation), PositionEmbeddingSine(256)),
@@ -89,13 +91,14 @@ def _build(
 
 @contextlib.contextmanager
 def _own_packages() -> _Iterator[None]:
-    """Import `models` and `util` of this repository within the block, and give other ones their names back after it.
+    """Import the packages of this repository within the block, and leave their names to others after it.
 
-    Many projects have packages of these names, and the program that asks for a model may have imported them. Modules
-    of ours then stay outside `sys.modules`, so that its later imports find its own.
+    Many projects have packages of these names, and the program that asks for a model may have imported them, or may do
+    so later. Modules of ours then stay outside `sys.modules`; those of the model only if it has others of these names,
+    since pickling a model looks for them there.
     """
-    there = _modules()
-    foreign = {name: module for name, module in there.items() if not _is_ours(there[name.partition(".")[0]])}
+    before = _modules()
+    foreign = {name: module for name, module in before.items() if not _is_ours(before[name.partition(".")[0]])}
     for name in foreign:
         del sys.modules[name]
     sys.modules.update(_set_aside)
@@ -104,13 +107,11 @@ def _own_packages() -> _Iterator[None]:
         yield
     finally:
         sys.path.remove(str(_ROOT))
-        if foreign:
-            taken = {name.partition(".")[0] for name in foreign}
-            ours = {name: module for name, module in _modules().items() if name.partition(".")[0] in taken}
-            for name in ours:
-                del sys.modules[name]
-            _set_aside.update(ours)
-            sys.modules.update(foreign)
+        taken = {*_LOADING_PACKAGES, *(name.partition(".")[0] for name in foreign)}
+        for name, module in _modules().items():
+            if name.partition(".")[0] in taken and before.get(name) is not module:
+                _set_aside[name] = sys.modules.pop(name)
+        sys.modules.update(foreign)
 
 
 def _modules() -> dict[str, types.ModuleType]:

@@ -7,7 +7,7 @@ Usage:
 
 from __future__ import annotations
 
-from util.args import Flags, check_args, check_command_line, command_line, get_args_parser
+from flags.parser import Flags, check_args, check_command_line, command_line, get_args_parser
 from util.command import answer_early
 from util.orphans import end_with_launcher
 from util.preemption import EXIT_CODE, Stopped, end_now, ignore_signals, kill_workers, stop_request
@@ -30,18 +30,33 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
+from checkpoints.backbone_weights import load_backbone_weights
+from checkpoints.checkpoint import classes_of, load_checkpoint, load_model_weights
 from datasets import build_dataset, build_loader
+from datasets.classes import Classes
 from datasets.coco import CocoDetection
-from datasets.mistakes import draw_examples
 from datasets.odd_boxes import crowded_images
-from datasets.report import write_report, write_test_results
 from engine import detect, evaluate
+from evaluation.mistakes import draw_examples
+from evaluation.report import write_report, write_test_results
+from flags.limits import check_device
 from models import build_model
-from models.backbone import load_backbone_weights
+from run.advice import advice, lr_factor
+from run.finetune import start_from
+from run.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
+from run.log_file import trim_log
+from run.output_folder import claim_output_dir
+from run.resume import (
+    choose_num_classes,
+    first_epoch,
+    holds_training,
+    how_to_resume,
+    read_checkpoint,
+    unlogged_epoch,
+)
+from run.summary import summary
+from run.tensorboard import TensorBoard
 from training import TrainingRun, count_parameters, images_a_step
-from util.advice import advice, lr_factor
-from util.checkpoint import classes_of, load_checkpoint, load_model_weights
-from util.classes import Classes
 from util.command import error_line, ignore_image_warnings, need, replace_unprintable_characters
 from util.distributed import (
     distribute,
@@ -52,23 +67,8 @@ from util.distributed import (
     leave_process_group,
 )
 from util.errors import InputError, is_lost_peer, what_to_do
-from util.finetune import start_from
-from util.flag_limits import check_device
-from util.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
-from util.log_file import trim_log
 from util.logger import log, warn
-from util.output_folder import claim_output_dir
-from util.resume import (
-    choose_num_classes,
-    first_epoch,
-    holds_training,
-    how_to_resume,
-    read_checkpoint,
-    unlogged_epoch,
-)
 from util.rng import seed_everything
-from util.summary import summary
-from util.tensorboard import TensorBoard
 
 __all__ = ["get_args_parser", "main", "run"]
 

@@ -16,18 +16,18 @@ from torch.utils.data import DataLoader
 
 from datasets.coco_eval import CocoEvaluator
 from engine import PRINT_FREQ, train_one_epoch
-from util.advice import lr_factor
-from util.checkpoint import save_on_master
+from run.advice import lr_factor
+from run.log_file import append_log, best_ap
+from run.optim import build_optimizer, build_schedule, restore_optimizer
+from run.progress import Progress
+from run.step_guard import StepGuard
+from run.tensorboard import TensorBoard
 from util.distributed import all_gather_plain, get_rank, get_world_size, is_main_process
 from util.errors import InputError
-from util.log_file import append_log, best_ap
+from util.files import save_on_master
 from util.logger import log
-from util.optim import build_optimizer, build_schedule, restore_optimizer
 from util.preemption import Stopped, StopRequest
-from util.progress import Progress
 from util.rng import seed_everything
-from util.step_guard import StepGuard
-from util.tensorboard import TensorBoard
 
 
 class TrainingRun:

@@ -17,9 +17,9 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
+from datasets.classes import Classes
 from datasets.coco_index import index
 from datasets.json_file import check_kind, read_json
-from util.classes import Classes
 from util.errors import InputError
 
 MAX_PIXELS = 10**9  # of a coordinate or side: no image is so large, and sums and areas stay finite in float32

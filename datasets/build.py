@@ -12,12 +12,12 @@ import torch
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
+from datasets.classes import Classes
 from datasets.coco import CocoDetection
 from datasets.images import MAX_MEGAPIXELS
 from datasets.layouts import find_split
 from datasets.samplers import EpochSampler, same_shape_batches
 from datasets.transforms import make_coco_transforms, resized_size
-from util.classes import Classes
 from util.command import ignore_image_warnings
 from util.distributed import get_rank, get_world_size
 from util.errors import InputError

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.annotations import load_annotations
+from datasets.classes import Classes
 from datasets.image_files import find_image_files
 from datasets.images import MAX_MEGAPIXELS, Picture, image_size, read_image
 from datasets.odd_boxes import odd_boxes
 from datasets.records import Objects, Records
 from datasets.sharing import Contents, read_once
 from datasets.transforms import Target, Transform, normalize_boxes, scale_target
-from util.classes import Classes
 from util.errors import InputError
 from util.logger import warn
 

@@ -23,9 +23,9 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFilter
 
+from flags.limits import check_numbers, check_texts
 from util.command import Parser, run_command
 from util.errors import InputError
-from util.flag_limits import check_numbers, check_texts
 
 CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
 HUES = (0.0, 0.33, 0.62)  # around red, green and blue: a class is told by shape and colour, to be learnt in minutes

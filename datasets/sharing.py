@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from datasets.classes import Classes
 from datasets.records import Records
-from util.classes import Classes
 from util.distributed import broadcast_bytes, is_main_process
 from util.errors import InputError
 

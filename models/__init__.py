@@ -6,6 +6,7 @@ import argparse
 
 from torch import nn
 
+from flags.limits import COCO_NUM_CLASSES, check_model
 from models.backbone import Backbone, BackboneWithPosition
 from models.conditional_detr import ConditionalDETR
 from models.criterion import SetCriterion
@@ -13,8 +14,6 @@ from models.matcher import HungarianMatcher
 from models.position_encoding import build_position_embedding
 from models.postprocess import PostProcess
 from models.transformer import Transformer
-from util.classes import COCO_NUM_CLASSES
-from util.flag_limits import check_model
 
 
 def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion, dict[str, nn.Module]]:

@@ -6,22 +6,15 @@ Shapes: B images H×W, feature map H'×W' (1/32 of the image; 1/16 with dilation
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 
-import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.frozen_norm import FoldedBasicBlock, FoldedBody, FoldedBottleneck, channels_last, fold_norms
-from util.checkpoint import check_finite, fits
-from util.checkpoint_schema import weights as check_weights
 from util.errors import InputError
-from util.files import download
 from util.nested_tensor import NestedTensor
-from util.torch_file import load_file
 
 CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -96,37 +89,3 @@ class BackboneWithPosition(nn.Sequential):
         """Return features [B, C', H', W'], their mask [B, H', W'], and positions [B, H', W', C]."""
         features, padding = self[0](images, padding)["0"].decompose()
         return features, padding, self[1](padding)
-
-
-def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
-    """Fills a backbone with torchvision's ImageNet V1 weights ("imagenet", downloaded once) or those of a file.
-
-    Raises:
-        InputError: where the download fails or the file does not hold such weights; says what to do instead.
-    """
-    if source == "imagenet":
-        url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-        advice = f"place {path.name} from {url} at {path} or name it with --backbone_weights PATH"
-    else:
-        path, advice = Path(source), f"--backbone_weights takes a state dict of torchvision's {name}"
-    advice += ", or train without pretrained weights by --backbone_weights none --backbone_norm batch"
-
-    if source == "imagenet" and not path.exists():
-        try:
-            download(url, path, hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"the ImageNet weights {path.name} could not be downloaded ({error}); {advice}") from error
-    try:
-        weights = check_weights(load_file(path, path), f"{path}: the state dict")
-    except InputError as error:
-        raise InputError(f"{error}; {advice}") from error
-    ours, theirs = backbone.body.state_dict(), {k: v for k, v in weights.items() if not k.startswith("fc.")}
-    different = {key for key in ours.keys() | theirs.keys() if not fits(ours.get(key), theirs.get(key))}
-    # Old files lack the batch counter of trained norms; frozen norms do not have it.
-    if wrong := sorted(key for key in different if not key.endswith("num_batches_tracked")):
-        raise InputError(
-            f"{path}: not the weights of {name} ({wrong[0]} and {len(wrong) - 1} more keys differ); {advice}"
-        )
-    check_finite(theirs, path)
-    backbone.body.load_state_dict({k: v for k, v in theirs.items() if k not in different}, strict=False)

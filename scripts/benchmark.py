@@ -31,13 +31,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.benchmark_data import measure_data, measure_evaluator
-from scripts.benchmark_model import TrainingStep, build, inference, random_images
-from scripts.benchmark_peer import PeerRun, inference_of_peer, peer_runs, training_of_peer
-from scripts.timing import alternate, peak_mib
+from flags.limits import check_device
+from run.kernels import compile_model, use_fast_kernels
+from scripts.benchmarking.data import measure_data, measure_evaluator
+from scripts.benchmarking.model import TrainingStep, build, inference, random_images
+from scripts.benchmarking.peer import PeerRun, inference_of_peer, peer_runs, training_of_peer
+from scripts.benchmarking.timing import alternate, peak_mib
 from util.command import run_command
-from util.flag_limits import check_device
-from util.kernels import compile_model, use_fast_kernels
 
 PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by --amp
 

@@ -39,11 +39,11 @@ from datasets.coco import CocoDetection
 from datasets.images import summarize_notes
 from datasets.odd_boxes import crowded_images
 from datasets.transforms import resized_size
+from evaluation.pictures import CELL, annotate, contact_sheet
 from util.command import run_command
 from util.errors import InputError
 from util.files import replacing
 from util.logger import log, warn
-from util.pictures import CELL, annotate, contact_sheet
 
 PICTURES, COLUMNS = 12, 4  # of the page
 FEW_BOXES = 10  # of a class, which are hardly enough to learn it

@@ -18,13 +18,14 @@ if __name__ == "__main__":  # the imports below take seconds
 
 from collections.abc import Sequence
 
+from checkpoints.checkpoint import load_checkpoint
+from checkpoints.huggingface import write_folder
+from checkpoints.safetensors_file import write_safetensors
 from scripts.detector import build_detector
-from util.checkpoint import load_checkpoint, save_on_master
 from util.command import run_command
 from util.errors import InputError
-from util.huggingface import write_folder
+from util.files import save_on_master
 from util.logger import log
-from util.safetensors_file import write_safetensors
 
 SUFFIXES = {"transformers": "", "safetensors": ".safetensors", "checkpoint": ".pth"}
 FOR_INFERENCE = ("model", "args", "class_ids", "class_names")
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def convert(source: str, target: Path, to: str) -> None:
-    """Writes the model of `source` (see `util.checkpoint.load_checkpoint`) to `target`, in a format of `SUFFIXES`.
+    """Write the model of `source`, as `load_checkpoint` reads it, to `target`, in a format of `SUFFIXES`.
 
     Raises:
         InputError: where the target is taken or of the wrong suffix, the source not usable, or its model has no place

@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 from torchvision.ops import batched_nms
 
 from datasets import build_dataset
+from evaluation.pictures import draw_boxes
 from scripts.detector import load_detector
 from scripts.plot_logs import plot_logs
 from util.box_ops import box_cxcywh_to_xyxy
 from util.command import run_command
-from util.pictures import draw_boxes
 
 ROWS, PAIRS = 4, 3  # of (ground truth, prediction) pairs on the page
 

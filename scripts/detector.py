@@ -11,12 +11,7 @@ import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
-from datasets.transforms import resized_size
-from models import build_model
-from models.conditional_detr import ConditionalDETR
-from models.postprocess import PostProcess, check_detections
-from util.args import get_args_parser
-from util.checkpoint import (
+from checkpoints.checkpoint import (
     check_finite,
     check_stored_flags,
     classes_of,
@@ -24,9 +19,14 @@ from util.checkpoint import (
     load_model_weights,
     num_classes_of,
 )
-from util.classes import Classes
+from datasets.classes import Classes
+from datasets.transforms import resized_size
+from flags.limits import check_device
+from flags.parser import get_args_parser
+from models import build_model
+from models.conditional_detr import ConditionalDETR
+from models.postprocess import PostProcess, check_detections
 from util.errors import InputError, reason
-from util.flag_limits import check_device
 
 
 @dataclass
@@ -71,7 +71,7 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
     """The detector of a checkpoint.
 
     Args:
-        source: as for `util.checkpoint.load_checkpoint`: a file, a folder, a URL or a hub entry's name.
+        source: as for `checkpoints.checkpoint.load_checkpoint`: a file, a folder, a URL or a hub entry's name.
 
     Raises:
         InputError: where there is none, its weights do not fit the flags that it was trained with, or there is no such

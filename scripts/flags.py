@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from util.args import check_args, get_args_parser, worker_count
+from flags.limits import check_device_name, check_numbers, check_texts, resolve_device
+from flags.parser import check_args, get_args_parser, worker_count
 from util.command import Parser, answer_early
-from util.flag_limits import check_device_name, check_numbers, check_texts, resolve_device
 
 VARIANTS = ("r50", "r50dc5", "r101", "r101dc5")
 PARTS = ("inference", "training", "data", "evaluator")  # of the benchmark

@@ -32,15 +32,15 @@ from torch import Tensor
 from torchvision.ops import nms
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
+from datasets.classes import Classes
 from datasets.images import read_image
+from evaluation.attention_maps import AttentionMaps, View, view
+from evaluation.pictures import draw_boxes
 from scripts.detector import load_detector
-from util.attention_maps import AttentionMaps, View, view
 from util.box_ops import box_cxcywh_to_xyxy
-from util.classes import Classes
 from util.command import run_command
 from util.errors import InputError
 from util.files import replacing
-from util.pictures import draw_boxes
 
 REFERENCE_POINT = {"marker": "P", "markersize": 9, "color": "white", "markeredgecolor": "black"}  # seen on any photo
 COLOURS = "inferno"  # equal steps of attention are equal steps to the eye

@@ -27,10 +27,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from run.log_file import number_in, read_log
 from util.command import run_command
 from util.errors import InputError
 from util.files import check_is_file, replacing
-from util.log_file import number_in, read_log
 
 Log = list[dict[str, Any]]
 

@@ -45,17 +45,17 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from datasets.images import image_size, read_image, summarize_notes
-from datasets.results import coco_results, write_results
 from datasets.samplers import same_shape_batches
 from datasets.transforms import resized_size
+from evaluation.results import coco_results, write_results
+from flags.limits import check_sizes
 from scripts.detector import Detector, load_detector
-from scripts.gallery import Entry, image_entry, video_entry, write_gallery
-from scripts.inputs import Report, Source, bounded_batches, find_sources, prefetch, with_annotated_ids
-from scripts.photo import GALLERY_SIDE, MAX_JPEG_SIDE, Found, Photo, file_name, save, weight_of
-from scripts.video import Frame, VideoReader, write_video
+from scripts.prediction.gallery import Entry, image_entry, video_entry, write_gallery
+from scripts.prediction.inputs import Report, Source, bounded_batches, find_sources, prefetch, with_annotated_ids
+from scripts.prediction.photo import GALLERY_SIDE, MAX_JPEG_SIDE, Found, Photo, file_name, save, weight_of
+from scripts.prediction.video import Frame, VideoReader, write_video
 from util.command import run_command
 from util.errors import InputError
-from util.flag_limits import check_sizes
 from util.logger import log, warn
 
 MOST_PIXELS = 128_000_000  # of images that wait to be looked at, are, or wait to be drawn: 10 photos of a phone each

@@ -24,19 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoints.checkpoint import load_model_weights
 from engine import compute_gradients, to_device
+from flags.limits import check_device
+from flags.parser import get_args_parser
 from models import build_model
-from util.args import get_args_parser
-from util.checkpoint import load_model_weights
+from run.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
+from run.step_dump import load_dump
 from util.command import run_command
 from util.distributed import tensors_of
 from util.errors import InputError
-from util.flag_limits import check_device
-from util.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
 from util.logger import warn
 from util.nested_tensor import NestedTensor
 from util.rng import set_torch_rng_states
-from util.step_dump import load_dump
 
 Dump = dict[str, Any]
 

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
+from evaluation.attention_maps import recorded
 from tests.conftest import ROOT
 from tests.small import build_small
-from util.attention_maps import recorded
 
 
 def test_the_code_of_the_documentation(tmp_path, monkeypatch):

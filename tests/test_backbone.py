@@ -4,7 +4,8 @@ import pytest
 import torch
 import torchvision
 
-from models.backbone import Backbone, load_backbone_weights
+from checkpoints.backbone_weights import load_backbone_weights
+from models.backbone import Backbone
 from util.errors import InputError
 
 

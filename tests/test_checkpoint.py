@@ -10,21 +10,20 @@ import threading
 import pytest
 import torch
 
-from models import build_model
-from models.backbone import load_backbone_weights
-from util.checkpoint import (
+from checkpoints.backbone_weights import load_backbone_weights
+from checkpoints.checkpoint import (
     changed_flags,
     load_checkpoint,
     load_latest_checkpoint,
     load_model_weights,
     num_classes_of,
-    save_on_master,
 )
+from models import build_model
+from run.log_file import append_log, read_log, trim_log
+from run.optim import build_optimizer, build_schedule, restore_optimizer
+from run.resume import take_model_flags
 from util.errors import InputError
-from util.files import download
-from util.log_file import append_log, read_log, trim_log
-from util.optim import build_optimizer, build_schedule, restore_optimizer
-from util.resume import take_model_flags
+from util.files import download, save_on_master
 
 
 class Malice:

@@ -5,9 +5,10 @@ import json
 import pytest
 from PIL import Image
 
+from datasets.classes import COCO_NAMES, Classes
 from datasets.coco import CocoDetection
 from datasets.transforms import make_coco_transforms
-from util.classes import COCO_NAMES, COCO_NUM_CLASSES, Classes
+from flags.limits import COCO_NUM_CLASSES
 from util.errors import InputError
 
 

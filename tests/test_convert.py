@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from checkpoints.checkpoint import load_checkpoint
+from datasets.classes import COCO_NAMES
 from main import get_args_parser
 from main import main as run
 from models import build_model
@@ -15,8 +17,6 @@ from scripts.convert import main
 from scripts.detector import load_detector
 from tests.conftest import TINY
 from tests.reference import reference_images, reference_weights
-from util.checkpoint import load_checkpoint
-from util.classes import COCO_NAMES
 from util.errors import InputError
 from util.nested_tensor import nested_tensor_from_tensor_list
 

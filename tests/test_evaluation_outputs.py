@@ -12,10 +12,10 @@ from pycocotools.cocoeval import COCOeval
 
 import main
 from datasets import build_dataset, get_coco_api_from_dataset
+from datasets.classes import Classes
 from datasets.coco_eval import CocoEvaluator
-from datasets.report import MOST_BARS, precision_recall, write_report
+from evaluation.report import MOST_BARS, precision_recall, write_report
 from tests.conftest import TINY
-from util.classes import Classes
 from util.errors import InputError
 
 IDS = {1: 10**7, 2: 17, 3: 18}  # category ids that cannot be labels as they are

@@ -7,12 +7,12 @@ import torch
 from torch.testing import assert_close
 
 import main
+from datasets.classes import COCO_NAMES, Classes
 from models import build_model
+from run.advice import advice, lr_factor
+from run.finetune import start_from
 from tests.conftest import TINY
-from util.advice import advice, lr_factor
-from util.classes import COCO_NAMES, Classes
 from util.errors import InputError
-from util.finetune import start_from
 
 
 def classes(**names: str) -> Classes:

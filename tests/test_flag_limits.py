@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from datasets import shapes
+from flags.limits import BACKBONES, LIMITS, check_device, check_numbers, wrong_with
+from flags.parser import Flags, check_args, given_flags, parse_flags
 from main import get_args_parser
 from models.backbone import CHANNELS
 from scripts.detector import build_detector
 from scripts.flags import PARSERS
 from tests.conftest import ROOT
-from util.args import Flags, check_args, given_flags, parse_flags
 from util.errors import InputError
-from util.flag_limits import BACKBONES, LIMITS, check_device, check_numbers, wrong_with
 
 DEFAULTS = vars(get_args_parser().parse_args(["--device", "cpu"]))
 ODD = (-1, 0, 1, 10**9, 2**63, 2**64, 10**400, 1e-300, math.nan, math.inf, -math.inf, True, "1", 1.5)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.attention import attend
 from scripts.benchmark import count_gflop
-from scripts.benchmark_model import build
+from scripts.benchmarking.model import build
 
 CPU = torch.device("cpu")
 IMAGE = torch.zeros(1, 3, 96, 128)

@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from models.attention import attend
 from models.dropout import Dropout
+from run.kernels import compile_model
 from tests.conftest import TINY, assert_same_end
 from tests.reference import reference_images, reference_targets
 from tests.small import build_small
-from util.kernels import compile_model
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")

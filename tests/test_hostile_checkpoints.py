@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import main
+from checkpoints.checkpoint import load_checkpoint
 from datasets.shapes import write_dataset
 from scripts.convert import convert
 from scripts.detector import load_detector
 from tests.conftest import TINY
 from tests.hostile import FLAGS, PLACES, PLAIN, VALUES, WEIGHT, replaced, text_of
-from util.checkpoint import load_checkpoint
 from util.command import error_line
 from util.errors import InputError
 

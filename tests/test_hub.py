@@ -86,8 +86,8 @@ import copy
 outputs = copy.deepcopy(model)([torch.zeros(3, 64, 96, dtype=torch.uint8)])
 assert len(postprocess(outputs, torch.tensor([[64, 96]]))[0]["scores"]) == 100
 assert models.net.NAME == "theirs" and sys.path == before[1]
-import models.later, util.later
-assert models.later.NAME == util.later.NAME == "theirs"
+import datasets.later, models.later, util.later
+assert datasets.later.NAME == models.later.NAME == util.later.NAME == "theirs"
 for name, module in sys.modules.items():
     if name.partition(".")[0] in ("models", "util", "datasets"):
         assert {project!r} in str(getattr(module, "__file__", None) or list(module.__path__)), name

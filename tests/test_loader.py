@@ -17,9 +17,9 @@ from datasets import build_dataset, build_loader, get_coco_api_from_dataset
 from datasets.samplers import same_shape_batches
 from datasets.shapes import write_dataset
 from engine import evaluate
+from flags.parser import MAX_AUTO_WORKERS, get_args_parser
 from models import build_model
 from tests.conftest import free_port
-from util.args import MAX_AUTO_WORKERS, get_args_parser
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import init_distributed_mode, leave_process_group
 from util.errors import InputError

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
+from run.log_file import append_log, best_ap, read_log, trim_log
 from scripts.plot_logs import plot_logs
 from util.errors import InputError
-from util.log_file import append_log, best_ap, read_log, trim_log
 
 GOOD = [{"epoch": n, "train_loss": 2.0 - n, "test_coco_eval_bbox": [n / 10] * 12} for n in range(3)]
 NO_ENTRIES = {

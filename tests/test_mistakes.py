@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from datasets.mistakes import compare
 from datasets.records import Objects
+from evaluation.mistakes import compare
 
 
 def objects(*entries: tuple[list[float], int, bool]) -> Objects:

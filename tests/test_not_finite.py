@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 import main
+from checkpoints.backbone_weights import load_backbone_weights
 from models import build_model
-from models.backbone import Backbone, load_backbone_weights
+from models.backbone import Backbone
+from run.log_file import append_log, read_log
 from scripts import convert, demo_pictures, export_onnx, plot_attention, predict
 from tests.conftest import TINY
 from util.errors import InputError
-from util.log_file import append_log, read_log
 
 NORM = "transformer.decoder.norm.weight"  # far from the images: the largest float there makes logits infinite and NaN
 

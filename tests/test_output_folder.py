@@ -17,11 +17,11 @@ import torch
 
 import main
 import training
+from run import output_folder
+from run.output_folder import FolderLock
 from tests.conftest import ROOT, TINY, log_lines
-from util import output_folder
 from util.errors import InputError
 from util.files import remove_leftovers, replacing
-from util.output_folder import FolderLock
 
 # Opens a file by `replacing`, writes to it, and waits for a line of input.
 WRITER = """

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from engine import logged_losses
 from main import get_args_parser
 from models import build_model
+from run.optim import build_optimizer
 from tests.reference import load_figures, reference_images, reference_targets, reference_weights
-from util.optim import build_optimizer
 
 VARIANTS = ("conditional_detr_resnet50", "conditional_detr_resnet50_dc5")
 

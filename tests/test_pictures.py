@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.pictures import annotate, colour_of, text_colour
+from evaluation.pictures import annotate, colour_of, text_colour
 
 
 def shown(picture: Image.Image, label: int) -> np.ndarray:

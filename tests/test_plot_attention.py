@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.testing import assert_close
 
+from datasets.classes import Classes
+from evaluation.attention_maps import AttentionMaps, View, attention_maps, recorded, view
+from flags.parser import get_args_parser
 from models.attention import merge_heads
 from scripts.plot_attention import best_queries, draw_map, draw_page, main
 from tests.small import FLAGS, build_small
-from util.args import get_args_parser
-from util.attention_maps import AttentionMaps, View, attention_maps, recorded, view
-from util.classes import Classes
 from util.errors import InputError
 
 LAYERS = 3  # of the small model, with 7 queries and 8 heads

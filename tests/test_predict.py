@@ -23,8 +23,8 @@ from main import get_args_parser
 from models import build_model
 from scripts import gallery, predict
 from scripts.detector import load_detector
-from scripts.inputs import bounded_batches, find_sources, prefetch, with_annotated_ids
-from scripts.video import VideoReader, write_video
+from scripts.prediction.inputs import bounded_batches, find_sources, prefetch, with_annotated_ids
+from scripts.prediction.video import VideoReader, write_video
 from tests.conftest import ROOT, TINY
 from util.errors import InputError
 

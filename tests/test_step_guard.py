@@ -9,13 +9,13 @@ import torch
 
 from engine import train_one_epoch
 from models import build_model
+from run.optim import build_optimizer
+from run.progress import Progress
+from run.step_guard import StepGuard
 from scripts import replay
 from tests.conftest import TINY
 from util.errors import InputError
 from util.nested_tensor import nested_tensor_from_tensor_list
-from util.optim import build_optimizer
-from util.progress import Progress
-from util.step_guard import StepGuard
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

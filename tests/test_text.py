@@ -5,11 +5,11 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from datasets.classes import Classes
+from evaluation.pictures import annotate, draw_boxes
 from scripts import plot_logs
-from util.classes import Classes
 from util.command import error_line
 from util.logger import log, warn
-from util.pictures import annotate, draw_boxes
 from util.text import printable
 
 HOSTILE = "cat\x1b[2J\r\n\0\u202ereverse $x_{$"

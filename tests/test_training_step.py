@@ -8,11 +8,11 @@ import torch
 from torch.testing import assert_close
 
 from models import build_model
+from run.kernels import compile_model
 from tests import two_processes
 from tests.conftest import free_port
 from tests.operators import Recorder
 from tests.small import FLAGS, build_small
-from util.kernels import compile_model
 
 IMAGES = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from checkpoints.huggingface_names import name_in_files, their_modules, to_ours, to_theirs
 from models import build_model
 from tests.reference import reference_images, reference_weights
-from util.huggingface_names import name_in_files, their_modules, to_ours, to_theirs
 from util.nested_tensor import nested_tensor_from_tensor_list
 
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.video import VideoReader, write_video
+from scripts.prediction.video import VideoReader, write_video
 from util.errors import InputError
 
 av = pytest.importorskip("av")

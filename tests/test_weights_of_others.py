@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import main
+from checkpoints.checkpoint import PUBLISHED, load_checkpoint
 from models import build_model
 from scripts import predict
 from scripts.detector import load_detector
 from tests.conftest import TINY
 from tests.hostile import Calls, Unknown
-from util.checkpoint import PUBLISHED, load_checkpoint
 from util.errors import InputError
 
 HEADS = (

@@ -11,10 +11,11 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
+from util.distributed import is_main_process
 from util.errors import InputError, reason
 from util.locks import try_lock
 
@@ -72,6 +73,13 @@ def replacing(path: Path, keep_old_as: Path | None = None) -> Iterator[BinaryIO]
             _being_written.discard(temporary)
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def save_on_master(contents: Any, path: str | Path, keep_old_as: Path | None = None) -> None:
+    """Write `torch.save(contents)` on the main process through a temporary file, as `replacing` does."""
+    if is_main_process():
+        with replacing(Path(path), keep_old_as) as file:
+            torch.save(contents, file)
 
 
 def _create_temporary(stem: Path) -> tuple[BinaryIO, Path]:

@@ -1,7 +1,6 @@
 """The helpers that notebooks and forks import from `util.misc`; each lives in the module that its topic names."""
 
 from util.box_ops import inverse_sigmoid
-from util.checkpoint import save_on_master
 from util.distributed import (
     get_rank,
     get_world_size,
@@ -10,6 +9,7 @@ from util.distributed import (
     is_main_process,
     reduce_dict,
 )
+from util.files import save_on_master
 from util.logger import MetricLogger, SmoothedValue
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from run.progress import Progress
 from util.distributed import all_gather_plain, barrier, get_rank, get_world_size, reduce_sum
 from util.errors import InputError
 from util.files import replacing
 from util.logger import warn
 from util.nested_tensor import NestedTensor
 from util.preemption import StopRequest
-from util.progress import Progress
 from util.rng import torch_rng_states
 
 Batches = list[tuple[NestedTensor, list[dict[str, Tensor]]]]

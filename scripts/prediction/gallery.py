@@ -17,9 +17,9 @@ from urllib.parse import quote
 
 from torch import Tensor
 
-from util.classes import Classes
+from datasets.classes import Classes
+from evaluation.pictures import colour_of, text_colour
 from util.files import replacing
-from util.pictures import colour_of, text_colour
 
 LOWEST_SCORE = 0.05  # below, there is little but noise
 MOST_BYTES = 32 * 2**20  # of images within the page

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from engine import autocast
-from scripts.benchmark_model import NUM_CLASSES, TrainingStep, inference, random_images
-from scripts.timing import peak_mib, synchronize
+from run.kernels import use_fast_kernels
+from scripts.benchmarking.model import NUM_CLASSES, TrainingStep, inference, random_images
+from scripts.benchmarking.timing import peak_mib, synchronize
 from util.errors import InputError
-from util.kernels import use_fast_kernels
 
 Runs = dict[str, Callable[[], None]]  # by --amp
 
@@ -37,7 +37,7 @@ class PeerRun:
         self.ask("run")
 
     def peak_mib(self) -> float | None:
-        """As `scripts.timing.peak_mib`."""
+        """As `scripts.benchmarking.timing.peak_mib`."""
         return self.ask("peak")
 
     def ask(self, request: str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from util.classes import Classes
+from datasets.classes import Classes
 from util.files import replacing
 
 

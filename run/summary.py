@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from util.log_file import best_epoch
+from run.log_file import best_epoch
 
 EVALUATION_FLAGS = (
     *("coco_path", "val_images", "val_annotations", "remove_difficult", "on_bad_image", "max_megapixels", "device"),

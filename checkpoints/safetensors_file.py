@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from checkpoints.schema import from_json
 from util.command import need
 from util.errors import InputError, reason
 from util.files import check_is_file, replacing
-from util.schema import from_json
 
 DESCRIPTIONS = ("args", "class_ids", "class_names")  # what a checkpoint for inference says about its model
 

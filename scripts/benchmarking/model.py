@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from engine import autocast, logged_losses
 from main import get_args_parser
 from models import build_model
-from scripts.timing import synchronize
+from run.optim import build_optimizer
+from scripts.benchmarking.timing import synchronize
 from util.nested_tensor import NestedTensor
-from util.optim import build_optimizer
 
 VARIANTS = {
     "r50": (),

@@ -1,4 +1,4 @@
-"""Checks from which the structure of untrusted data is declared, as in `util.checkpoint_schema`.
+"""Checks from which the structure of untrusted data is declared, as in `checkpoints.checkpoint_schema`.
 
 A check takes a value and its place, such as "c.pth: args", and returns the value as the program expects it, or raises
 InputError with the place. What no check asks for is dropped, unread. Since checks look only as deep as they are

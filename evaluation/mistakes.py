@@ -11,12 +11,12 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from torchvision.transforms.v2.functional import to_pil_image
 
+from datasets.classes import Classes
 from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
 from datasets.images import Picture
 from datasets.records import Objects
-from util.classes import Classes
-from util.pictures import annotate, side_by_side
+from evaluation.pictures import annotate, side_by_side
 
 MIN_SCORE = 0.5  # of a detection that counts
 MIN_IOU = 0.5  # of a detection with the object that it is right about

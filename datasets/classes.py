@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from flags.limits import COCO_NUM_CLASSES
 from util.errors import InputError
 from util.text import printable
 
@@ -29,7 +30,6 @@ COCO_NAMES = {
     **{79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book", 85: "clock", 86: "vase"},
     **{87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush"},
 }
-COCO_NUM_CLASSES = 91  # COCO's ids run to 90
 
 
 def is_kept(class_id: ClassId) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.checkpoint import MODEL_FLAGS, changed_flags, check_finite, classes_of, fits, shape_text
-from util.classes import Classes, normalized
+from checkpoints.checkpoint import MODEL_FLAGS, changed_flags, check_finite, classes_of, fits, shape_text
+from datasets.classes import Classes, normalized
 from util.errors import InputError
 from util.logger import log, warn
 
@@ -31,7 +31,7 @@ def start_from(
     Args:
         model: as it was built.
         classes: those that the model is to tell apart.
-        checkpoint: of `util.checkpoint.load_checkpoint`.
+        checkpoint: of `checkpoints.checkpoint.load_checkpoint`.
         source: what it is called in messages.
         args: the model's flags, which are compared with the checkpoint's where something does not fit.
 

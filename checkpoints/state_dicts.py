@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from checkpoints.schema import shown
 from util.errors import InputError
-from util.schema import shown
 
 PARTS = frozenset({"backbone", "input_proj", "transformer", "query_embed", "class_embed", "bbox_embed"})
 WRAPPERS = frozenset({"model", "module", "_orig_mod", "state_dict", "model_state_dict", "net", "network", "weights"})

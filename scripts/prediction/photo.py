@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from scripts.inputs import Source
-from util.classes import Classes
+from datasets.classes import Classes
+from evaluation.pictures import annotate
+from scripts.prediction.inputs import Source
 from util.errors import InputError, reason
-from util.pictures import annotate
 
 GALLERY_SIDE = 1280  # pixels: enough for a screen, a tenth of a photo's bytes
 MAX_JPEG_SIDE = 65_500  # pixels; what the format holds

@@ -16,14 +16,14 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor, nn
 
-from util.checkpoint_schema import check_checkpoint
-from util.classes import Classes
+from checkpoints.checkpoint_schema import check_checkpoint
+from checkpoints.state_dicts import with_plain_weights
+from checkpoints.torch_file import load_file
+from datasets.classes import Classes
+from flags.limits import check_model, check_numbers
 from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError
-from util.files import download, replacing
-from util.flag_limits import check_model, check_numbers
-from util.state_dicts import with_plain_weights
-from util.torch_file import load_file
+from util.files import download
 
 # The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
 MODEL_FLAGS = (
@@ -68,15 +68,8 @@ PUBLISHED = {
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def save_on_master(obj: Any, path: str | Path, keep_old_as: Path | None = None) -> None:
-    """`torch.save` on the main process, by way of a temporary file; see `replacing`."""
-    if is_main_process():
-        with replacing(Path(path), keep_old_as) as file:
-            torch.save(obj, file)
-
-
 def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any]:
-    """Return a checkpoint on the CPU, checked against `util.checkpoint_schema`; `args` is a plain dict.
+    """Return a checkpoint on the CPU, checked against `checkpoints.checkpoint_schema`; `args` is a plain dict.
 
     If other weights than those under the key model are taken, a line says which.
 
@@ -91,11 +84,11 @@ def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any
     """
     path = _local_path(PUBLISHED.get(str(source), str(source)))
     if path.is_dir():
-        from util.huggingface import read_folder  # these import what the hub entries do without
+        from checkpoints.huggingface import read_folder  # these import what the hub entries do without
 
         return check_checkpoint(read_folder(path), source, training)
     if path.suffix == ".safetensors":
-        from util.safetensors_file import read_safetensors
+        from checkpoints.safetensors_file import read_safetensors
 
         contents = read_safetensors(path)
     elif not path.exists():

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from checkpoints.pickle_scan import scan_pickle
 from util.errors import InputError, reason
 from util.files import check_is_file
-from util.pickle_scan import scan_pickle
 
 ZIP = b"PK\x03\x04"  # begins the files of torch 1.6 and later
 PICKLES_BEFORE_ZIP = 5  # of earlier ones: magic number, version, system, contents, keys of storages

@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
+from checkpoints.checkpoint_schema import flags as check_flags
+from checkpoints.checkpoint_schema import weights as check_weights
+from checkpoints.huggingface_names import their_modules, to_ours, to_theirs
+from checkpoints.safetensors_file import read_tensors, write_tensors
+from checkpoints.schema import either, from_json, integer, label, shown, table_of, text
+from checkpoints.torch_file import load_file
+from datasets.classes import Classes
 from models.backbone import CHANNELS, DEPTHS
 from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
-from util.checkpoint_schema import flags as check_flags
-from util.checkpoint_schema import weights as check_weights
-from util.classes import Classes
 from util.errors import InputError, reason
 from util.files import check_is_file, replacing
-from util.huggingface_names import their_modules, to_ours, to_theirs
-from util.safetensors_file import read_tensors, write_tensors
-from util.schema import either, from_json, integer, label, shown, table_of, text
-from util.torch_file import load_file
 
 Json = dict[str, Any]
 

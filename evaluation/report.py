@@ -11,14 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from datasets.classes import Classes
 from datasets.coco import CocoDetection
 from datasets.coco_eval import AT_100, CocoEvaluator, evaluation_as_plain_data
-from datasets.mistakes import draw_image, worst_images
-from datasets.results import coco_results, write_results
-from util.checkpoint import save_on_master
-from util.classes import Classes
+from evaluation.mistakes import draw_image, worst_images
+from evaluation.results import coco_results, write_results
 from util.distributed import is_main_process
-from util.files import replacing
+from util.files import replacing, save_on_master
 from util.logger import log
 
 WORST = 16  # images
@@ -32,7 +31,7 @@ def write_report(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Clas
 
     - `detections.json`: all detections in COCO's result format, and `category_name`;
     - `precision_recall.png`: precision over recall, and AP by class;
-    - `worst/`: the images with the most mistakes (`datasets.mistakes`), `01_ID.jpg` that with most of all;
+    - `worst/`: the images with the most mistakes (`evaluation.mistakes`), `01_ID.jpg` that with most of all;
     - `eval.pth`: the evaluator's arrays.
     """
     save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), folder / "eval.pth")

@@ -24,7 +24,7 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.coco_index import index
 from datasets.transforms import make_coco_transforms, resized_size
 from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
-from scripts.timing import alternate
+from scripts.benchmarking.timing import alternate
 from util.nested_tensor import collate_fn
 
 WIDTH, HEIGHT = 640, 480  # as most photos of COCO

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.errors import InputError
-from util.flag_limits import check_numbers
-from util.schema import (
+from checkpoints.schema import (
     Check,
     boolean,
     either,
@@ -30,6 +28,8 @@ from util.schema import (
     text,
     wrong,
 )
+from flags.limits import check_numbers
+from util.errors import InputError
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -37,7 +37,7 @@ MOST_REPEATED = (
     4  # times that the weights may be as large as what the file holds: some are stored once for several names
 )
 
-# The numbers among the flags that a model, its data, training or a repeated step depends on; `util.flag_limits` bounds
+# The numbers among the flags that a model, its data, training or a repeated step depends on; `flags.limits` bounds
 # them.
 NUMBERS = (
     *("lr", "lr_backbone", "batch_size", "weight_decay", "epochs", "lr_drop", "clip_max_norm", "accum_steps", "seed"),

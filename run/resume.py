@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from util.args import given_flags
-from util.checkpoint import (
+from checkpoints.checkpoint import (
     IMAGE_SIZES,
     MODEL_FLAGS,
     TRAINING_FLAGS,
@@ -20,9 +19,10 @@ from util.checkpoint import (
     num_classes_of,
     stored_flags,
 )
+from flags.parser import given_flags
+from run.log_file import read_log
 from util.distributed import all_gather_plain, is_main_process
 from util.errors import InputError
-from util.log_file import read_log
 from util.logger import log, warn
 
 Checkpoint = dict[str, Any]

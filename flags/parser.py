@@ -9,9 +9,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from util.command import Parser
-from util.errors import InputError
-from util.flag_limits import (
+from flags.limits import (
     BACKBONES,
     check_device_name,
     check_model,
@@ -20,6 +18,8 @@ from util.flag_limits import (
     check_texts,
     resolve_device,
 )
+from util.command import Parser
+from util.errors import InputError
 
 MAX_AUTO_WORKERS = 16  # more feed no GPU faster
 

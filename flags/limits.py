@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from util.errors import InputError, reason
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+COCO_NUM_CLASSES = 91  # ids run to 90
 MOST_WEIGHTS = 1e9  # of a transformer: training them takes 16 GB
 
 

@@ -1,4 +1,4 @@
-"""The dump of a training step that was not finite, which `util.step_guard` writes and `scripts.replay` repeats."""
+"""The dump of a training step that was not finite, which `run.step_guard` writes and `scripts.replay` repeats."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.checkpoint_schema import COUNT, FLOATS, INTEGERS, flags, weights
+from checkpoints.checkpoint_schema import COUNT, FLOATS, INTEGERS, flags, weights
+from checkpoints.schema import Check, integer, list_of, record, table_of, tensor, text
+from checkpoints.torch_file import load_file
 from util.errors import InputError
-from util.schema import Check, integer, list_of, record, table_of, tensor, text
-from util.torch_file import load_file
 
 TARGET = record(
     {"boxes": tensor(*FLOATS, dims=2), "labels": tensor(torch.int64, dims=1), "image_id": tensor(*INTEGERS)}

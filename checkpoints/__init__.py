@@ -1,0 +1,1 @@
+"""Reading and writing models: files of other people are checked, never trusted."""
