@@ -10,7 +10,7 @@ from evaluation.pictures import annotate, draw_boxes
 from scripts import plot_logs
 from util.command import error_line
 from util.logger import log, warn
-from util.text import printable
+from util.text import counted, printable
 
 HOSTILE = "cat\x1b[2J\r\n\0\u202ereverse $x_{$"
 
@@ -55,3 +55,8 @@ def test_pictures_with_odd_names(tmp_path):
         (run / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0}\n')
     for shown in (runs[:1], runs):
         plot_logs.plot_logs(shown, tmp_path / "curves")
+
+
+def test_numbers_with_their_nouns():
+    assert [counted(n, "image") for n in (0, 1, 2_000)] == ["0 images", "1 image", "2,000 images"]
+    assert [counted(n, "box has", "boxes have") for n in (1, 2)] == ["1 box has", "2 boxes have"]

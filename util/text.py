@@ -18,6 +18,11 @@ def printable(text: object) -> str:
     return "".join(map(_escaped, text))
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number and its noun: "1 image", "2 images"; `many` is the plural if it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def _escaped(character: str) -> str:
     if unicodedata.category(character) not in UNPRINTABLE or character in JOINERS:
         return character
