@@ -57,6 +57,11 @@ def check_kind(data: Any, path: Path) -> None:
     """Raise InputError for the JSON of anything but a COCO instance file, which says what it looks like instead."""
     if kind := other_kind(data):
         raise InputError(f"{path}: {kind}; name a COCO instance file")
+    if isinstance(data, dict) and data.get("images") and data.get("annotations") is None:
+        raise InputError(
+            f"{path}: lists images without annotations, like COCO's image_info files, from which nothing is learned or "
+            "measured: they are for --eval --image_set test alone; name a COCO instance file"
+        )
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise InputError(f"{path}: not a COCO instance file, it has no list {key!r}")
