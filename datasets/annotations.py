@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 
 from datasets.classes import Classes
 from datasets.coco_index import index
-from datasets.entries import Checker, as_int, is_int, is_line
+from datasets.entries import Checker, as_int, has_segmentation, is_int, is_line
 from datasets.json_file import check_kind, read_json
 from util.text import counted
 
@@ -103,9 +103,9 @@ def read_annotations(
 
 
 def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
-    """Drop the segmentation of an annotation with a box."""
-    if entry.get("bbox"):
-        entry.pop("segmentation", None)
+    """Keep of the segmentation of an annotation with a box only whether there is one."""
+    if entry.get("bbox") and "segmentation" in entry:
+        entry["segmentation"] = has_segmentation(entry)
     return entry
 
 
@@ -122,10 +122,13 @@ def _number_images(data: dict[str, Any]) -> dict[int, str | int]:
 
 
 def _number_annotations(annotations: list[dict[str, Any]]) -> int:
-    """Give an id to annotations without one, with another's, or with 0, which pycocotools takes for 'not matched'.
+    """Give an id to annotations without one, with a text, with another's, or with 0, pycocotools' 'not matched'.
 
     Returns how many have another's.
     """
+    for entry in annotations:
+        if isinstance(entry.get("id"), str):
+            entry["id"] = None
     next_id = max((entry.get("id") or 0 for entry in annotations), default=0) + 1
     seen: set[int] = set()
     repeated = 0

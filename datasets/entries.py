@@ -9,12 +9,16 @@ from pathlib import Path
 from reprlib import repr as show  # cut to a readable length
 from typing import Any
 
+from pycocotools import mask
+
 from util.errors import InputError
 from util.text import counted
 
 MAX_PIXELS = 10**9  # of a coordinate or side: no image is so large, and sums and areas stay finite in float32
+SMALLEST_SHARE = 0.01  # of its box that an object without a segmentation fills: less looks like another unit
 MISSPELT_ISCROWD = frozenset({"is_crowd", "isCrowd", "IsCrowd", "is-crowd"})
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # tear a line or cannot be printed
+RUN_LENGTHS = re.compile("([P-o]{0,5}[0-O])+")  # pycocotools' text: numbers of up to six digits, of which one ends each
 
 
 class Checker:
@@ -26,6 +30,7 @@ class Checker:
         self.seen: set[int | str] = set()
         self.position = -1
         self.left_out: Counter[str] = Counter()
+        self.small_areas = 0
 
     def fail(self, entry: Any, reason: str) -> None:
         named = isinstance(entry, dict) and (is_int(entry.get("id")) or is_line(entry.get("id")))
@@ -44,8 +49,15 @@ class Checker:
         self.seen.add(entry["id"])
 
     def notes(self) -> list[str]:
-        """Return what was left out, a line for each reason."""
-        return [f"{counted(number, 'annotation')} {why} left out" for why, number in self.left_out.items()]
+        """Return what was left out, a line for each reason, and what looks wrong."""
+        lines = [f"{counted(number, 'annotation')} {why} left out" for why, number in self.left_out.items()]
+        if self.small_areas:
+            lines.append(
+                f"{counted(self.small_areas, 'box has', 'boxes have')} no segmentation and an 'area' below "
+                f"{SMALLEST_SHARE:.0%} of width × height: AP of small, medium and large objects goes by it; "
+                "give it in pixels, or leave it out"
+            )
+        return lines
 
     def image(self, entry: Any) -> dict[str, Any]:
         entry = self.entry(entry)
@@ -82,7 +94,7 @@ class Checker:
     ) -> dict[str, Any] | None:
         """Return the completed entry, with its image's number as `image_id`; None if it is left out."""
         entry = self.entry(entry)
-        if entry.get("id") is not None:
+        if entry.get("id") is not None and not isinstance(as_int(entry["id"]), str):  # texts are numbered later
             self.check_id(entry)
         for key, known in (("image_id", images), ("category_id", categories)):
             if isinstance(entry.get(key), float):
@@ -98,7 +110,7 @@ class Checker:
         if entry.get("bbox") in (None, []):
             entry["bbox"] = box_of_segmentation(entry.get("segmentation"))
             if entry["bbox"] is None:
-                self.left_out["without a box or polygon:"] += 1
+                self.left_out["without a box or a segmentation that has one:"] += 1
                 return None
         box = entry["bbox"]
         if not isinstance(box, list) or len(box) != 4 or not all(is_number(value, MAX_PIXELS) for value in box):
@@ -118,6 +130,7 @@ class Checker:
             self.fail(
                 entry, f"'area' must be a number of pixels, not {show(entry['area'])}; without it, the box's counts"
             )
+        self.small_areas += entry["area"] < SMALLEST_SHARE * box[2] * box[3] and not has_segmentation(entry)
         if misspelt := MISSPELT_ISCROWD & entry.keys():
             self.fail(entry, f"{show(min(misspelt))} is not a key of COCO's: write 'iscrowd'")
         if entry.get("iscrowd") not in (None, 0, 1):
@@ -125,14 +138,42 @@ class Checker:
         entry["iscrowd"] = int(entry.get("iscrowd") or 0)
 
 
+def has_segmentation(entry: dict[str, Any]) -> bool:
+    """Return whether an annotation has a segmentation, which exporters of boxes write as [] or [[]]."""
+    segmentation = entry.get("segmentation")
+    return any(segmentation) if isinstance(segmentation, list) else bool(segmentation)
+
+
 def box_of_segmentation(segmentation: Any) -> list[float] | None:
-    """Return the box [x, y, width, height] around polygons, each [x1, y1, x2, y2, ..]; None if there are none."""
-    polygons = segmentation if isinstance(segmentation, list) else []
+    """Return the box [x, y, width, height] around polygons or run-length codes; None if they are not usable."""
+    if isinstance(segmentation, list):
+        return _box_of_polygons(segmentation)
+    return _box_of_runs(segmentation) if isinstance(segmentation, dict) else None
+
+
+def _box_of_polygons(polygons: list[Any]) -> list[float] | None:
+    """Return the box around polygons, each [x1, y1, x2, y2, ..]."""
     valid = [p for p in polygons if isinstance(p, list) and len(p) >= 6 and all(is_number(v, MAX_PIXELS) for v in p)]
     if not valid or len(valid) < len(polygons):
         return None
     xs, ys = ([value for polygon in valid for value in polygon[axis::2]] for axis in (0, 1))
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def _box_of_runs(segmentation: dict[str, Any]) -> list[float] | None:
+    """Return the box around a mask's `counts`, a list of numbers or pycocotools' text, which its C code trusts."""
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not isinstance(size, list) or len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
+        return None
+    height, width = size
+    if height * width >= 2**32:  # its C code counts pixels in 32 bits
+        return None
+    if isinstance(counts, list) and all(is_int(n) and n >= 0 for n in counts) and sum(counts) == height * width:
+        segmentation = mask.frPyObjects({"size": size, "counts": counts}, height, width)
+    elif not isinstance(counts, str) or not RUN_LENGTHS.fullmatch(counts):
+        return None
+    x, y, w, h = mask.toBbox({"size": size, "counts": segmentation["counts"]}).tolist()
+    return [x, y, w, h] if w > 0 and h > 0 and x + w <= width and y + h <= height else None
 
 
 def as_int(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask
 
 from datasets import build_dataset, build_loader, get_coco_api_from_dataset
 from datasets.annotations import read_annotations
@@ -105,6 +107,54 @@ def test_crowds_and_boxes_without_area_are_counted_and_left_out(load):
     )
 
 
+def test_texts_as_annotation_ids(load):
+    data = with_annotation(id="a1")
+    data["annotations"] += [data["annotations"][0] | {"id": text} for text in ("a1", "2")]
+    assert list(load(data).coco.anns) == [3, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "counts", [[125, 2, 28, 2, 1043], mask.encode(np.pad(np.ones((2, 2), np.uint8, "F"), ((5, 23), (4, 34))))["counts"]]
+)
+def test_boxes_of_run_length_codes(counts, load):
+    data = with_annotation(bbox="missing", area="missing")
+    data["annotations"][0]["segmentation"] = {
+        "size": [30, 40],
+        "counts": counts if isinstance(counts, list) else counts.decode(),
+    }
+    (entry,) = load(data).coco.anns.values()
+    assert (entry["bbox"], entry["area"]) == ([4, 5, 2, 2], 4)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": [30, 40], "counts": [1200]},  # nothing
+        {"size": [30, 40], "counts": [125, 2, 28]},  # less than the image
+        {"size": [30, 40], "counts": [-1, 1201]},
+        {"size": [0, 0], "counts": "0"},
+        {"size": [30, 40], "counts": "oooo"},  # a number without an end
+        {"size": [30], "counts": "1"},
+        {"counts": "1"},
+    ],
+)
+def test_run_length_codes_that_are_not_usable(segmentation, load, capsys):
+    data = with_annotation(bbox="missing")
+    data["annotations"][0]["segmentation"] = segmentation
+    assert len(load(data).coco.anns) == 0
+    assert "1 annotation without a box or a segmentation that has one: left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("nothing", [None, [], [[]]])
+def test_areas_in_another_unit(nothing, load, capsys):
+    """An object that fills a hundredth of its box has a segmentation."""
+    load(with_annotation(area=0.04, segmentation=nothing))
+    assert "json: 1 box has no segmentation and an 'area' below 1% of width × height: AP of" in capsys.readouterr().out
+    load(with_annotation(area=0.04, segmentation=[[1, 2, 11, 7, 1, 2]]))
+    load(with_annotation(area=0.5, segmentation=nothing))
+    assert "'area'" not in capsys.readouterr().out
+
+
 def test_remove_difficult(load):
     data = with_annotation(difficult=1)
     assert load(data).summary().boxes == 1
@@ -117,6 +167,10 @@ def test_remove_difficult(load):
         ("{", "instances_val2017.json: not JSON"),
         ("[1]", "not a COCO instance file, it has no list 'images'"),
         ({"images": [], "annotations": []}, "it has no list 'categories'"),
+        (
+            {key: plain()[key] for key in ("images", "categories")},
+            "lists images without annotations, like COCO's image_info files, .* for --eval --image_set test alone",
+        ),
         ({"images": [], "annotations": [], "categories": []}, "lists no images"),
         ({"images": [{"id": 1}], "annotations": [], "categories": []}, "image id 1: 'file_name'"),
         ({"images": [3], "annotations": [], "categories": []}, "image number 0: not a JSON object but 3"),

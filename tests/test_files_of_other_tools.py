@@ -224,7 +224,7 @@ def test_missing_boxes_repeated_ids_and_absent_images(load, capsys):
     assert dataset[0][1]["boxes"].tolist() == [pytest.approx([20 / 160, 40 / 120, 20 / 160, 40 / 120])]
     assert len(set(dataset.coco.anns)) == dataset.summary().boxes == 9
     printed = capsys.readouterr().out
-    assert "2 annotations without a box or polygon: left out" in printed
+    assert "2 annotations without a box or a segmentation that has one: left out" in printed
     assert "1 annotation of images that the file does not list: left out" in printed
     assert "1 annotation with the id of another got an id of their own" in printed
 
