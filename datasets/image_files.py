@@ -13,13 +13,20 @@ from urllib.parse import unquote
 from util.errors import InputError
 from util.logger import warn
 
+# Folders next to photos that hold other pictures under the same names.
+NO_PHOTOS = frozenset(
+    {"mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentations", "gt"}
+    | {"segmentationclass", "segmentationobject", "groundtruth", "ground_truth", "depth", "overlays", "predictions"}
+    | {"thumbnails", "thumbs", "visualization", "visualizations"}
+)
+
 
 def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_bad_image: str = "error") -> list[str]:
     """Return the path of each image relative to its folder, `names` being as the annotation file `source` has them.
 
     A file that is not there under its name is looked for under names that differ in what programs and systems change:
     folders before it, backslashes, %20 and the like, upper and lower case, composed letters. The match must be the only
-    one; it is within the folder.
+    one; it is within the folder, but not in one of `NO_PHOTOS` below it that the name does not mention.
 
     Raises:
         InputError: if the folder is missing, a name leads out of it, or files are missing: how many, and which. With
@@ -33,7 +40,7 @@ def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_
     if all(found):
         return found
     similar = files_by_name(_walk(folder))
-    others = {i: best_match(names[i], similar) for i, name in enumerate(found) if not name}
+    others = {i: best_match(names[i], similar, NO_PHOTOS) for i, name in enumerate(found) if not name}
     claimed = Counter([*filter(None, found), *others.values()])
     others = {i: match if claimed[match] == 1 else "" for i, match in others.items()}  # a file is of one image only
     renamed = [i for i, match in others.items() if match]
@@ -85,10 +92,16 @@ def files_by_name(paths: Iterable[str]) -> dict[str, list[tuple[tuple[str, ...],
     return files
 
 
-def best_match(name: str, files: dict[str, list[tuple[tuple[str, ...], str]]]) -> str:
-    """Return the file that shares the most parts with a name, from its end; "" if there is none or several."""
+def best_match(
+    name: str, files: dict[str, list[tuple[tuple[str, ...], str]]], ignored: frozenset[str] = frozenset()
+) -> str:
+    """Return the file that shares the most parts with a name, from its end; "" if there is none or several.
+
+    Files in folders that are `ignored` count only for names with the same folders.
+    """
     key = _key(name)
-    candidates = files.get(key[0], []) if key else []
+    named = files.get(key[0], []) if key else []
+    candidates = [(other, path) for other, path in named if not ignored.intersection(other[1:]).difference(key)]
     shared = [_shared(key, other) for other, _ in candidates]
     if not shared or shared.count(max(shared)) > 1:
         return ""

@@ -279,6 +279,23 @@ def test_files_of_two_images_are_not_mixed_up(load, tmp_path):
     assert len(load(data)) == 4
 
 
+@pytest.mark.parametrize("folder", ["masks", "Labels", "deep/SegmentationClass"])
+def test_pictures_of_another_kind_are_not_taken_for_photos(folder, load, tmp_path, capsys):
+    data = cells()
+    data["images"][0]["file_name"] = "x.png"
+    other = tmp_path / "train" / folder / "x.png"
+    other.parent.mkdir(parents=True)
+    Image.new("RGB", SIZE).save(other)
+    with pytest.raises(InputError, match=r"1 of the 4 images of .* are missing: x.png"):
+        load(data)
+    (tmp_path / "train" / "photos").mkdir()
+    Image.new("RGB", SIZE).save(tmp_path / "train" / "photos" / "x.png")
+    assert load(data).records.file_name(0) == "photos/x.png"
+    assert capsys.readouterr().out.count("such as 'photos/x.png' for 'x.png'") == 1
+    data["images"][0]["file_name"] = f"data\\{folder}/x.png"
+    assert load(data).records.file_name(0) == f"{folder}/x.png"
+
+
 LAYOUTS = {
     "roboflow": ("train/_annotations.coco.json", "train", "valid/_annotations.coco.json", "valid"),
     "one_folder": ("annotations/train.json", "images", "annotations/val.json", "images"),
