@@ -217,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_flags("export_onnx", argv)
     onnx, onnxruntime = (need(name, "onnx onnxruntime", "export to ONNX") for name in ("onnx", "onnxruntime"))
     detector = load_detector(flags.checkpoint)
+    detector.postprocess.num_detections = flags.max_detections or detector.postprocess.num_detections
     exported = ExportedModel(detector.model, detector.postprocess if flags.postprocess else None).eval()
     model = onnx.load_from_string(export(exported))
     describe(model, exported, detector)

@@ -13,11 +13,13 @@ from typing import Any
 from flags.limits import check_device_name, check_numbers, check_texts, resolve_device
 from flags.parser import check_args, get_args_parser, worker_count
 from util.command import Parser, answer_early
+from util.errors import InputError
 
 VARIANTS = ("r50", "r50dc5", "r101", "r101dc5")
 PARTS = ("inference", "training", "data", "evaluator")  # of the benchmark
 FORMATS = ("transformers", "safetensors", "checkpoint")
 CHECKPOINT = "a checkpoint, a URL or a hub entry's name"
+MAX_DETECTIONS = "most detections per image; unset: that of its training"
 
 
 def parse_flags(
@@ -36,6 +38,8 @@ def parse_flags(
     check_numbers(flags)
     check_texts({name: value for name, value in named(parser, flags) if name != "INPUT"})  # predict skips bad inputs
     check_device_name(getattr(flags, "device", "cpu"))
+    if tool == "export_onnx" and flags.max_detections and not flags.postprocess:
+        raise InputError("--max_detections: only --postprocess writes detections; add it, or drop the flag")
     return flags
 
 
@@ -126,6 +130,7 @@ def export_onnx() -> Parser:
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     parser.add_argument("--output", default="model.onnx", type=Path, help="file to write")
     parser.add_argument("--postprocess", action="store_true", help="add scores, labels and boxes in pixels to it")
+    parser.add_argument("--max_detections", default=None, type=int, help=MAX_DETECTIONS)
     return parser
 
 
@@ -167,7 +172,7 @@ def predict() -> Parser:
     add("--every", default=1, type=int, metavar="N", help="of videos, take every N-th frame")
     add("--min_size", default=None, type=int, help="short side for the model; unset: that of its training")
     add("--max_size", default=None, type=int, help="largest long side; unset: that of its training")
-    add("--max_detections", default=None, type=int, help="most detections per image; unset: that of its training")
+    add("--max_detections", default=None, type=int, help=MAX_DETECTIONS)
     add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
     add("--batch_size", default=4, type=int, help="images that the model looks at together")
     add_device(parser)

@@ -117,6 +117,20 @@ def test_outputs_are_the_models(exported, checkpoint):
                 torch.testing.assert_close(found[name][i], value)
 
 
+def test_max_detections(checkpoint, tmp_path):
+    command = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.onnx"), "--max_detections"]
+    export_onnx.main([*command, "3", "--postprocess"])
+    outputs = onnx.load(tmp_path / "model.onnx").graph.output
+    assert {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in outputs} == {
+        **{"pred_logits": 7, "pred_boxes": 7},
+        **{"scores": 3, "labels": 3, "boxes": 3},
+    }
+    with pytest.raises(InputError, match="--max_detections: only --postprocess writes detections"):
+        export_onnx.main([*command, "3"])
+    with pytest.raises(InputError, match="--max_detections 0: must be at least 1"):
+        export_onnx.main([*command, "0", "--postprocess"])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_mask_is_shrunk_as_pytorch_does(tmp_path):
     class Shrink(torch.nn.Module):
