@@ -53,7 +53,9 @@ def build_dataset(
     split = "train" if overfit else image_set
     images, annotations = (getattr(args, f"{split}_{part}", None) for part in ("images", "annotations"))
     if not (images and annotations):
-        annotations, images = find_split(coco_folder(args.coco_path, split), split, annotations, images)
+        other = getattr(args, f"{'val' if split == 'train' else 'train'}_annotations", None)
+        alone = bool(overfit or getattr(args, "eval", False) or other)
+        annotations, images = find_split(coco_folder(args.coco_path, split), split, annotations, images, alone)
     sizes = getattr(args, "min_size", 800), getattr(args, "max_size", 1333)
     dataset = CocoDetection(
         images,

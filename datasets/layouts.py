@@ -11,38 +11,58 @@ from util.errors import InputError
 
 TEST_DEV = "image_info_test-dev2017.json"  # of the images in test2017, those that COCO's server scores
 ALIASES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+NO_SPLIT = "instances_default"  # CVAT's name for annotations of images that are in no split
 MOST_NAMED = 6  # files in an error
 
 
-def find_split(root: Path, split: str, annotations: str | None, images: str | None) -> tuple[Path, Path]:
+def find_split(
+    root: Path, split: str, annotations: str | None, images: str | None, alone: bool = False
+) -> tuple[Path, Path]:
     """Return the annotation file and the image folder of a split, of which one may be known already.
 
     COCO's and DETR's layouts come first, then those of common exporters: `train/_annotations.coco.json` next to its
-    images, `annotations/train.json` with `images/train/`, `train/` or `images/`.
+    images, `annotations/train.json` with `images/train/`, `train/` or `images/`. Of names that differ in case, and of
+    exports with a folder for each split, the match must be the only one.
+
+    Args:
+        alone: no other split is to be found in `root`, so that an export which does not name its split is this one.
 
     Raises:
-        InputError: if there is no such file or folder; names the flags, and what was found instead.
+        InputError: if there is no such file or folder, or several; names the flags, and what was found instead.
     """
-    if annotations is None:
-        file = next((path for path in annotation_files(root, split) if path.is_file()), None)
-        if file is None and split == "test":
-            raise InputError(f"--coco_path {root}: no annotations/{TEST_DEV}; {describe_json(root)}")
-        if file is None:
-            raise InputError(
-                f"--coco_path {root}: no annotations of the {split} images; {describe_json(root)}; "
-                f"name the file by --{split}_annotations and its images by --{split}_images"
-            )
-    else:
-        file = Path(annotations)
+    file = Path(annotations) if annotations is not None else find_annotations(root, split, alone)
     if images is not None:
         return file, Path(images)
-    folders = list(image_folders(root, split, file.parent))
+    folders = list(map(ignoring_case, image_folders(root, split, file)))
     existing = (folder for folder in folders if folder.is_dir())
     folder = next(filter(holds_files, folders), None) or next(existing, None)
     if folder is None:
         advice = "; add test2017/" if split == "test" else f"; name it by --{split}_images"
         raise InputError(f"--coco_path {root}: no folder of the {split} images{advice}")
     return file, folder
+
+
+def find_annotations(root: Path, split: str, alone: bool) -> Path:
+    """Return the annotation file of a split; arguments and errors are those of `find_split`."""
+    places = list(annotation_files(root, split))
+    if file := next(filter(Path.is_file, places), None):
+        return file
+    if split == "test":
+        raise InputError(f"--coco_path {root}: no annotations/{TEST_DEV}; {describe_json(root)}")
+    places += exported_files(root, split)
+    found = sorted({path for path in map(ignoring_case, places) if path.is_file()})
+    if alone and not found:
+        found = sorted((root / "annotations").glob("instances_*.json*"))
+        found = found if [path.name.split(".")[0] for path in found] == [NO_SPLIT] else []
+    if len(found) == 1:
+        return found[0]
+    problem = f"no annotations of the {split} images; {describe_json(root)}"
+    if found:
+        names = ", ".join(str(path.relative_to(root)) for path in found[:MOST_NAMED])
+        problem = f"several files may be the annotations of the {split} images: {names}"
+    raise InputError(
+        f"--coco_path {root}: {problem}; name the file by --{split}_annotations and its images by --{split}_images"
+    )
 
 
 def annotation_files(root: Path, split: str) -> Iterator[Path]:
@@ -60,12 +80,36 @@ def annotation_files(root: Path, split: str) -> Iterator[Path]:
         yield path.with_name(f"{path.name}.gz")
 
 
-def image_folders(root: Path, split: str, near: Path) -> Iterator[Path]:
-    """Yield the places of a split's images, the most common ones first; `near` is the annotation file's folder."""
+def exported_files(root: Path, split: str) -> Iterator[Path]:
+    """Yield the places of the annotation file in an export of a split alone, which may not name it."""
+    for name in ALIASES[split]:
+        for file in (f"instances_{name}.json", f"{NO_SPLIT}.json"):
+            yield root / name / "annotations" / file
+            yield root / name / "annotations" / f"{file}.gz"
+
+
+def image_folders(root: Path, split: str, file: Path) -> Iterator[Path]:
+    """Yield the places of a split's images, the most common ones first; `file` is its annotation file."""
+    near = file.parent
+    export = near.parent if near.name == "annotations" else near
+    if export.is_relative_to(root):
+        yield export / "images" / file.name.split(".")[0].removeprefix("instances_")
     yield from (root / "images" / f"{split}2017", root / f"{split}2017")
     for name in ALIASES[split]:
         yield from (root / "images" / name, root / name / "images", root / name)
     yield from (near, root / "images", root)
+
+
+def ignoring_case(path: Path) -> Path:
+    """Return a path, or the only one there is that differs from it in upper and lower case alone."""
+    if path.exists() or path.parent == path:
+        return path
+    parent = ignoring_case(path.parent)
+    try:
+        same = [child for child in parent.iterdir() if child.name.casefold() == path.name.casefold()]
+    except OSError:
+        return path
+    return same[0] if len(same) == 1 else path
 
 
 def holds_files(folder: Path) -> bool:

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import main
-from datasets import build_dataset
 from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
 from datasets.transforms import make_coco_transforms
@@ -294,46 +293,6 @@ def test_pictures_of_another_kind_are_not_taken_for_photos(folder, load, tmp_pat
     assert capsys.readouterr().out.count("such as 'photos/x.png' for 'x.png'") == 1
     data["images"][0]["file_name"] = f"data\\{folder}/x.png"
     assert load(data).records.file_name(0) == f"{folder}/x.png"
-
-
-LAYOUTS = {
-    "roboflow": ("train/_annotations.coco.json", "train", "valid/_annotations.coco.json", "valid"),
-    "one_folder": ("annotations/train.json", "images", "annotations/val.json", "images"),
-    "folders": ("annotations/train.json", "images/train", "annotations/val.json", "images/val"),
-    "year_less": ("annotations/instances_train.json", "train", "annotations/instances_val.json", "val"),
-    "compressed": (
-        "annotations/instances_train2017.json.gz",
-        "train2017",
-        "annotations/instances_val2017.json",
-        "val2017",
-    ),
-    "flat": ("train.json", "train", "validation.json", "validation"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, tmp_path, parse):
-    places = LAYOUTS[layout]
-    for split, file, folder in zip(("train", "val"), places[::2], places[1::2], strict=True):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(cells(split)).encode()
-        (tmp_path / file).write_bytes(gzip.compress(text) if file.endswith(".gz") else text)
-        for entry in cells(split)["images"]:
-            Image.new("RGB", SIZE).save(tmp_path / folder / entry["file_name"])
-    for split in ("train", "val"):
-        assert build_dataset(split, parse("--coco_path", tmp_path)).summary().boxes == 12
-
-
-def test_a_layout_that_is_not_known(tmp_path, parse):
-    (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / "cells.json").write_text(json.dumps(cells()))
-    with pytest.raises(InputError) as error:
-        build_dataset("train", parse("--coco_path", tmp_path))
-    assert str(error.value).endswith(
-        "no annotations of the train images; it holds labels/cells.json; "
-        "name the file by --train_annotations and its images by --train_images"
-    )
 
 
 def first(data: dict, key: str, **more: object) -> dict:
