@@ -188,25 +188,23 @@ class CocoDetection(Dataset):
         Raises InputError if it cannot be read or its size is not the annotated one.
         """
         path = self.image_folder / self.records.file_name(index)
-        try:
-            picture = read_image(path, max_megapixels=self.max_megapixels)
-            self._check_size(path, picture.size, *self.records.sizes[index].tolist())
-        except InputError as error:
-            raise InputError(f"{path} (image id {self.own_id(int(self.records.ids[index]))}): {error}") from error
+        name = f"{path} (image id {self.own_id(int(self.records.ids[index]))})"
+        picture = read_image(path, max_megapixels=self.max_megapixels, name=name)
+        width, height = self.records.sizes[index].tolist()  # 0: unknown
+        annotated = width or picture.size[0], height or picture.size[1]
+        if picture.size != annotated:
+            raise InputError(f"{name}: {self._contradiction(path, picture.size, annotated)}")
         return picture
 
-    def _check_size(self, path: Path, size: tuple[int, int], width: int, height: int) -> None:
-        """Raise InputError if an image file is not of the annotated width and height (0: unknown)."""
-        annotated = width or size[0], height or size[1]
-        if size == annotated:
-            return
+    def _contradiction(self, path: Path, size: tuple[int, int], annotated: tuple[int, int]) -> str:
+        """Return what is wrong with an image file that does not have its annotated (width, height)."""
         problem = f"is {size[0]}×{size[1]}, but {self.annotation_file} says {annotated[0]}×{annotated[1]}"
         if image_size(path, upright=True) == annotated:
             problem += (
                 ", its size when turned as its EXIF orientation says, which is not applied: "
                 "store the image turned and without EXIF, or annotate it as it is stored"
             )
-        raise InputError(problem)
+        return problem
 
     def describe_skipped(self, ids: Iterable[int]) -> str:
         """Return which images a run passed over, and how many, as a line for its user."""

@@ -53,20 +53,20 @@ class Picture:
         return self.pixels.shape[2], self.pixels.shape[1]
 
 
-def read_image(path: Path, upright: bool = False, max_megapixels: int = MAX_MEGAPIXELS) -> Picture:
+def read_image(path: Path, upright: bool = False, max_megapixels: int = MAX_MEGAPIXELS, name: object = None) -> Picture:
     """Decode an image file: of several frames the first, of deep colours 8 bits (`datasets.depth`).
 
     JPEGs of more than `max_megapixels` are decoded at a half, a quarter or an eighth of their size.
 
     Args:
         upright: turned as the file's EXIF orientation says, which is how photos are shown; else as stored.
+        name: what errors call the file, by default its path.
 
     Raises:
-        InputError: for a file that is missing, damaged, too large or not of one of `FORMATS`. The message says what is
-            wrong, not which file it is.
+        InputError: for a file that is missing, damaged, too large or not of one of `FORMATS`.
     """
-    with contextlib.ExitStack() as files:
-        image, file = files.enter_context(_opened(path))
+    with _errors_that_name(name or path), contextlib.ExitStack() as files:
+        image, file = _open(path, files)
         notes = []
         if image.format != "MPO" and getattr(image, "is_animated", False):
             notes.append("several frames, of which the first is used")
@@ -76,15 +76,16 @@ def read_image(path: Path, upright: bool = False, max_megapixels: int = MAX_MEGA
             notes.append(f"more than {max_megapixels} megapixels, decoded at 1/{reduction} of its size")
         rgb = None if reduction else _decode_jpeg(image, file)
         if rgb is None:
-            rgb, note = to_rgb8(image, lambda: files.enter_context(_opened(path))[0])
+            rgb, note = to_rgb8(image, lambda: _open(path, files)[0])
             notes += [note] if note else []
     pixels = torch.from_numpy(_turn(rgb, orientation)).permute(2, 0, 1)
     return Picture(pixels, _turned_size(size, orientation), notes)
 
 
-def image_size(path: Path, upright: bool = False) -> tuple[int, int]:
-    """Return the (width, height) of an image file from its header; for `upright` and errors see `read_image`."""
-    with _opened(path) as (image, _):
+def image_size(path: Path, upright: bool = False, name: object = None) -> tuple[int, int]:
+    """Return the (width, height) of an image file from its header; for arguments and errors see `read_image`."""
+    with _errors_that_name(name or path), contextlib.ExitStack() as files:
+        image, _ = _open(path, files)
         return _turned_size(image.size, _orientation(image) if upright else 1)
 
 
@@ -104,19 +105,24 @@ def summarize_notes(notes: Iterable[tuple[str, Iterable[str]]]) -> Iterator[str]
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
-    """Open a file with Pillow; within the block, whatever its decoders raise becomes an InputError."""
+def _errors_that_name(name: object) -> Iterator[None]:
+    """Turn whatever is raised within the block into an InputError that begins with the name of the file."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
-            raise InputError("cannot be read (not a regular file)")
-        with path.open("rb") as file:
-            yield _identify(file), file
-    except InputError:
-        raise
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     except Exception as error:  # decoders raise many types on damaged files
         if strerror := getattr(error, "strerror", None):
-            raise InputError(f"cannot be read ({strerror})") from error
-        raise InputError(f"cannot be decoded ({reason(error)})") from error
+            raise InputError(f"{name}: cannot be read ({strerror})") from error
+        raise InputError(f"{name}: cannot be decoded ({reason(error)})") from error
+
+
+def _open(path: Path, files: contextlib.ExitStack) -> tuple[Image.Image, BinaryIO]:
+    """Return the image of a file and the file itself, which `files` closes."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+        raise InputError("cannot be read (not a regular file)")
+    file = files.enter_context(path.open("rb"))
+    return _identify(file), file
 
 
 def _identify(file: BinaryIO) -> Image.Image:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--output {args.output}: the file's name must end in one of .{', .'.join(sorted(formats))}")
     detector = load_detector(args.checkpoint, args.device)
     check_query_and_layer(args, detector.args.num_queries, detector.args.dec_layers)
-    image = detector.resize(read_pixels(args.image, args.max_megapixels))
+    image = detector.resize(read_image(args.image, max_megapixels=args.max_megapixels).pixels)
     seen = view(detector.model, image.to(detector.device), args.layer)
     if not all(part.isfinite().all() for part in (*seen.maps, seen.logits, seen.boxes)):
         raise InputError(f"{args.checkpoint}: what the model computes of {args.image} is not finite: check its weights")
@@ -76,14 +76,6 @@ def check_query_and_layer(args: argparse.Namespace, num_queries: int, num_layers
             raise InputError(f"--queries {query}: the model's queries are 0 to {num_queries - 1}")
     if not -num_layers <= args.layer < num_layers:
         raise InputError(f"--layer {args.layer}: the model's decoder layers are 0 to {num_layers - 1}")
-
-
-def read_pixels(path: Path, max_megapixels: int) -> Tensor:
-    """Return the stored pixels of an image file, uint8 [3, H, W]; raise InputError if it cannot be read."""
-    try:
-        return read_image(path, max_megapixels=max_megapixels).pixels
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def best_queries(seen: View, number: int) -> list[int]:

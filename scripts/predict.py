@@ -175,15 +175,15 @@ class Prediction:
 
     def _size(self, source: Source) -> tuple[int, int] | InputError:
         try:
-            return image_size(source.path, upright=not self.args.annotations)
+            return image_size(source.path, upright=not self.args.annotations, name=source)
         except InputError as error:
-            return InputError(f"{source}: {error}, skipped")
+            return InputError(f"{error}, skipped")
 
     def _read(self, source: Source) -> Photo | InputError:
         try:
-            picture = read_image(source.path, not self.args.annotations, self.args.max_megapixels)
+            picture = read_image(source.path, not self.args.annotations, self.args.max_megapixels, name=source)
         except InputError as error:
-            return InputError(f"{source}: {error}, skipped")
+            return InputError(f"{error}, skipped")
         resized = self.detector.resize(picture.pixels)
         return Photo(source, source.image_id, picture.pixels, picture.size, resized, notes=picture.notes)
 

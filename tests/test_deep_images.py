@@ -176,7 +176,7 @@ def test_guesses_are_noted(tmp_path):
 
 
 def test_without_any_number(tmp_path):
-    with pytest.raises(InputError, match=r"^cannot be decoded \(it holds no finite value\)$"):
+    with pytest.raises(InputError, match=r"a.tif: cannot be decoded \(it holds no finite value\)$"):
         read_image(greys(tmp_path / "a.tif", np.full((3, 4), np.nan, "f4")))
 
 

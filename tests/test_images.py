@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import zlib
 from pathlib import Path
 
@@ -36,7 +37,22 @@ def refusal(path: Path, **options) -> str:
     with pytest.raises(InputError) as error:
         read_image(path, **options)
     assert "\n" not in str(error.value)
-    return str(error.value)
+    assert str(error.value).startswith(f"{path}: ")
+    return str(error.value).removeprefix(f"{path}: ")
+
+
+def test_one_place_opens_image_files():
+    """Except for an example that stands alone, and the benchmark that compares with Pillow."""
+    root = Path(__file__).parent.parent
+    files = [path for path in root.glob("[!.]*/**/*.py") if path.parts[-2] != "tests"]
+    users = {path.name for path in files if re.search(r"Image\.(open|OPEN)|decode_jpeg\(|ImageFile", path.read_text())}
+    assert users == {"images.py", "onnx_example.py", "data.py"}
+
+
+def test_errors_call_a_file_as_they_are_told(tmp_path):
+    for read in (read_image, image_size):
+        with pytest.raises(InputError, match=r"^photo 3: cannot be read \(No such file or directory\)$"):
+            read(tmp_path / "a.jpg", name="photo 3")
 
 
 def test_no_format_runs_another_program(tmp_path, monkeypatch):

@@ -21,8 +21,9 @@ from datasets.images import read_image
 from datasets.shapes import draw_scene
 from main import get_args_parser
 from models import build_model
-from scripts import gallery, predict
+from scripts import predict
 from scripts.detector import load_detector
+from scripts.prediction import gallery
 from scripts.prediction.inputs import bounded_batches, find_sources, prefetch, with_annotated_ids
 from scripts.prediction.video import VideoReader, write_video
 from tests.conftest import ROOT, TINY
