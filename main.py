@@ -196,8 +196,7 @@ def load_data(
 def check_trains(args: argparse.Namespace, loader: DataLoader) -> None:
     """Raise InputError for data from which nothing would be learned, and warn about too few for one batch."""
     dataset = loader.dataset
-    if not dataset.summary().boxes:
-        raise InputError(f"{dataset.annotation_file}: no image has a box to learn from")
+    dataset.check_trains()
     if args.accum_steps > len(loader):
         raise InputError(f"--accum_steps {args.accum_steps}: an epoch has only {len(loader)} batches; lower it")
     if (images := len(set(dataset.ids))) < args.batch_size * get_world_size():

@@ -20,13 +20,12 @@ from datasets.classes import Classes
 from datasets.image_files import find_image_files
 from datasets.images import MAX_MEGAPIXELS, Picture, image_size, read_image
 from datasets.odd_boxes import odd_boxes
-from datasets.records import Objects, Records
+from datasets.records import Records
 from datasets.sharing import Contents, read_once
+from datasets.targets import make_target, visible_corners
 from datasets.transforms import Target, Transform, normalize_boxes, scale_target
 from util.errors import InputError
 from util.logger import warn
-
-MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less may vanish when float32 scales it
 
 
 @dataclass
@@ -245,6 +244,27 @@ class CocoDetection(Dataset):
         """Return how many objects of each image become targets: [M]."""
         return np.bincount(self.records.image_of_object[self.visible_objects()[1]], minlength=len(self))
 
+    def check_trains(self) -> None:
+        """Raise InputError if no image that can be read has a box; as a rule, one image is read to know.
+
+        Boxes that turn out to be outside of an image whose size is not annotated do not count.
+        """
+        with_boxes = np.flatnonzero(self.objects_per_image()).tolist()
+        if not with_boxes:
+            raise InputError(f"{self.annotation_file}: no image has a box to learn from")
+        for index in with_boxes:
+            try:
+                size = self.load_image(index).size
+                if len(make_target(0, self.records.objects_of(index), *size)["boxes"]):
+                    return
+                problem = f"the boxes of {self.records.file_name(index)} are outside of it"
+            except InputError as error:
+                problem = str(error)
+        raise InputError(
+            f"{self.annotation_file}: no image with boxes can be used ({len(with_boxes):,} tried), and nothing "
+            f"would be learned; the last: {problem}"
+        )
+
     def summary(self) -> Summary:
         """Counts over all annotations, without opening an image."""
         objects = self.records.objects
@@ -257,35 +277,3 @@ class CocoDetection(Dataset):
             dropped=int((~visible & ~objects.crowds).sum()),
             classes=len(np.unique(objects.labels[kept])),
         )
-
-
-def make_target(image_id: int, objects: Objects, width: int, height: int) -> Target:
-    """The training target of an image, with boxes as absolute xyxy clipped to the image.
-
-    Crowds and boxes without area are left out.
-    """
-    corners, visible = visible_corners(objects.boxes, width, height)
-    kept = visible & ~objects.crowds
-    size = torch.tensor([height, width])
-    return {
-        "boxes": torch.from_numpy(corners[kept]).float(),
-        "labels": torch.from_numpy(objects.labels[kept]),
-        "image_id": torch.tensor([image_id]),
-        "area": torch.from_numpy(objects.areas[kept]).float(),
-        "iscrowd": torch.zeros(int(kept.sum()), dtype=torch.int64),
-        "orig_size": size,
-        "size": size,
-    }
-
-
-def visible_corners(
-    boxes: np.ndarray, width: float | np.ndarray, height: float | np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (x, y, width, height) as xyxy clipped to an image, [N, 4], and whether anything of them is left, [N].
-
-    `width` and `height` are the image's, or [N], those of every box's image.
-    """
-    x, y, w, h = boxes.T
-    corners = np.stack([np.maximum(x, 0), np.maximum(y, 0), np.minimum(x + w, width), np.minimum(y + h, height)], 1)
-    extent = corners[:, 2:] - corners[:, :2]
-    return corners, (extent > MIN_SIDE).all(1)

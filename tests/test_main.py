@@ -385,6 +385,25 @@ def test_training_data_without_any_box(shapes, tmp_path):
         train(empty, tmp_path / "out", "--epochs", 1)
 
 
+def test_training_data_whose_boxes_are_in_unreadable_images(shapes, tmp_path):
+    """Their images would be skipped, and nothing would be learned; a single one that can be read is enough."""
+    data = without_boxes(shapes, tmp_path, "train")
+    path = data / "annotations" / "instances_train2017.json"
+    annotations = json.loads((shapes / "annotations" / path.name).read_text())
+    kept = {entry["id"] for entry in annotations["images"][:3]}
+    boxes = [entry for entry in annotations["annotations"] if entry["image_id"] in kept]
+    path.write_text(json.dumps(annotations | {"annotations": boxes}))
+    missing, *unreadable = (data / "images" / "train2017" / entry["file_name"] for entry in annotations["images"][:3])
+    missing.unlink()
+    for file in unreadable:
+        file.write_bytes(b"no image")
+    skip = "--epochs", 1, "--on_bad_image", "skip"
+    with pytest.raises(InputError, match=r"train2017.json: no image with boxes can be used .3 tried.*003"):
+        train(data, tmp_path / "out", *skip)
+    shutil.copy(shapes / "images" / "train2017" / unreadable[-1].name, unreadable[-1])
+    train(data, tmp_path / "out", *skip)
+
+
 def test_validation_data_without_any_box(shapes, tmp_path, capsys):
     empty = without_boxes(shapes, tmp_path, "val")
     train(empty, tmp_path / "out", "--epochs", 1)

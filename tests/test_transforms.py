@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datasets import transforms as T
-from datasets.coco import make_target
 from datasets.records import Objects
+from datasets.targets import make_target
 from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD, ConditionalDETR
 from tests.reference import DATA
 
