@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from checkpoints.checkpoint_schema import check_checkpoint
 from checkpoints.state_dicts import with_plain_weights
 from checkpoints.torch_file import load_file
+from checkpoints.weight_flags import flags_of
 from datasets.classes import Classes
 from flags.limits import check_model, check_numbers
 from util.distributed import barrier, is_first_of_node, is_main_process
@@ -200,8 +201,24 @@ def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str
         here, there = shape_text(ours.get(key)), shape_text(theirs.get(key))
         raise InputError(
             f"{source} does not fit the model: {key} is {here} here and {there} there ({len(wrong)} keys differ)"
+            f"{_flags_that_fit(ours, theirs, bool(checkpoint.get('args')))}"
         )
     model.load_state_dict(theirs)
+
+
+def _flags_that_fit(ours: dict[str, Tensor], theirs: dict[str, Tensor], with_flags: bool) -> str:
+    """Return the end of a line: the flags that weights tell and a model does not have, and where they belong."""
+    built = flags_of(ours)
+    needed = {flag: value for flag, value in flags_of(theirs).items() if built.get(flag) != value}
+    if not needed:
+        return ""
+    texts = " ".join(f"--{flag} {value}" for flag, value in needed.items())
+    if with_flags:
+        return f"; its weights need {texts}, correct its args"
+    return (
+        f"; it stores no flags, its weights need {texts}: pass these, and --nheads and --dilation, to main.py; for "
+        'other tools, save the file as {"model": weights, "args": {"hidden_dim": 256, ..}}'
+    )
 
 
 def fits(ours: Tensor | None, theirs: Tensor | None) -> bool:

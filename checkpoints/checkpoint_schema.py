@@ -28,6 +28,7 @@ from checkpoints.schema import (
     text,
     wrong,
 )
+from checkpoints.weight_flags import sizes_of
 from flags.limits import check_numbers
 from util.errors import InputError
 
@@ -58,12 +59,6 @@ CHOICES = {
     "amp": ("none", "bf16", "fp16"),
     "lr_scale": ("none", "sqrt", "linear"),
 }
-# The sizes that both flags and weights tell: the first dimension of a weight, and the layers of a stack.
-SIZES = {
-    "hidden_dim": "transformer.decoder.norm.weight",
-    "dim_feedforward": "transformer.decoder.layers.0.linear1.weight",
-}
-STACKS = {"enc_layers": "transformer.encoder.layers.", "dec_layers": "transformer.decoder.layers."}
 
 
 def number_flag(name: str) -> Check:
@@ -184,11 +179,7 @@ def check_checkpoint(contents: Any, source: object, training: bool) -> dict[str,
 
 def _check_sizes(args: dict[str, Any], weights: dict[str, Tensor], source: object) -> None:
     """Raise InputError if flags and weights contradict each other, before a model of some size is built."""
-    stored = {flag: weights[key].shape[0] for flag, key in SIZES.items() if key in weights and weights[key].dim() > 0}
-    for flag, prefix in STACKS.items():
-        layers = {key.removeprefix(prefix).partition(".")[0] for key in weights if key.startswith(prefix)}
-        stored |= {flag: len(layers)} if layers else {}
-    for flag, size in stored.items():
+    for flag, size in sizes_of(weights).items():
         if args.get(flag, size) != size:
             raise InputError(f"{source} does not fit the model: its args say --{flag} {args[flag]}, its weights {size}")
 
