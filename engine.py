@@ -60,10 +60,8 @@ def train_one_epoch(
     progress = progress or Progress()
     guard = guard or StepGuard(model)
     logger, scaler = progress.logger, progress.scaler
-    skipped: set[int] = set()
     steps = Steps(data_loader, accum_steps)
     for batches in logger.log_every(steps, PRINT_FREQ, f"Epoch [{epoch}]", progress.step, later_steps):
-        skipped |= ids_of_skipped(target for _, targets in batches for target in targets)
         batches = [to_device(samples, targets, device) for samples, targets in batches]
         num_boxes = criterion.mean_num_boxes([target for _, targets in batches for target in targets], device)
         guard.begin(epoch, progress.step, batches, num_boxes)
@@ -80,7 +78,7 @@ def train_one_epoch(
         progress.step += 1
         after_step()
     guard.settle(progress)
-    report_skipped(skipped, data_loader)
+    report_skipped(data_loader)
     logger.synchronize_between_processes()
     return logger.averages()
 
@@ -167,9 +165,7 @@ def detect(
     model.eval()
     logger = logger or MetricLogger()
     evaluator = CocoEvaluator(base_ds, tuple(postprocessors), getattr(postprocessors["bbox"], "num_detections", 100))
-    skipped: set[int] = set()
     for samples, targets in logger.log_every(data_loader, PRINT_FREQ, "Test"):
-        skipped |= ids_of_skipped(targets)
         image_ids = [int(t["image_id"]) for t in targets]
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp):
@@ -178,7 +174,7 @@ def detect(
         detections = postprocessors["bbox"](outputs, torch.stack([t["orig_size"] for t in targets]))
         evaluator.update(dict(zip(image_ids, detections, strict=True)))
 
-    report_skipped(skipped, data_loader)
+    report_skipped(data_loader)
     evaluator.synchronize_between_processes()
     return evaluator
 
@@ -215,15 +211,11 @@ def sum_of_losses(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: total / len(parts) if "error" in name else total for name, total in totals.items()}
 
 
-def ids_of_skipped(targets: Iterable[dict[str, Tensor]]) -> set[int]:
-    """Takes the ids of images that could not be read, in whose place others came, out of the targets."""
-    return {image_id for target in targets for image_id in target.pop("skipped", torch.empty(0)).tolist()}
-
-
-def report_skipped(ids: set[int], data_loader: Iterable) -> None:
-    """Says which images all processes have skipped."""
-    if ids := set().union(*all_gather_plain(sorted(ids))):
-        warn(data_loader.dataset.describe_skipped(ids))
+def report_skipped(data_loader: Iterable) -> None:
+    """Says which images all processes have skipped; the data of users' own loaders skip none."""
+    take_skipped = getattr(getattr(data_loader, "dataset", None), "take_skipped", list)
+    if positions := set().union(*all_gather_plain(take_skipped())):
+        warn(data_loader.dataset.describe_skipped(positions))
 
 
 def to_device(samples: Any, targets: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[Any, list[dict]]:

@@ -101,6 +101,7 @@ class CocoDetection(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are at work see it change
         if len(self) == 0:
             raise InputError(f"{annotation_file}: lists no images")
+        self._skipped = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # workers set what this process reads
         for line in (*contents.notes, *(f"{annotation_file}: {odd}" for odd in odd_boxes(self.records))):
             warn(line)
 
@@ -137,6 +138,7 @@ class CocoDetection(Dataset):
         if not kept:
             raise InputError(f"{self.annotation_file}: no image has a box to learn from")
         self.records = self.records.select(kept * max(math.ceil(at_least / len(kept)), 1))
+        self._skipped = self._skipped.new_zeros(len(self)).share_memory_()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -151,35 +153,32 @@ class CocoDetection(Dataset):
 
         The target holds `boxes` [N, 4] (cxcywh relative to the image), `labels`, `area`, `iscrowd` [N], `image_id` [1],
         and (height, width) as stored, `orig_size` [2], and as returned, `size` [2]. Where bad images are skipped, the
-        sample is that of the next image that is not, and `skipped` [K] has the ids of those passed over.
+        sample is that of the next image that is not; `take_skipped` tells which were.
 
         Raises:
             InputError: where the image is bad, or in skipping, where all are.
         """
-        index, picture, skipped = self._load_from(range(len(self))[index])
+        index, picture = self._load_from(range(len(self))[index])
         image = picture.pixels
         target = make_target(int(self.records.ids[index]), self.records.objects_of(index), *picture.size)
         if picture.decoded_size != picture.size:
             target = scale_target(target, picture.size, picture.decoded_size)
-        if skipped:
-            target["skipped"] = torch.tensor(skipped)
         rng = random.Random(f"{self.seed} {self._epoch.item()} {index}")
         image, target = self.transforms(image, target, rng)
         return image, normalize_boxes(target, width=image.shape[2], height=image.shape[1])
 
-    def _load_from(self, start: int) -> tuple[int, Picture, list[int]]:
-        """The first image from index `start` on that can be used: its index, itself, the ids of those skipped."""
-        skipped: list[int] = []
-        while True:
-            index = (start + len(skipped)) % len(self)
+    def _load_from(self, start: int) -> tuple[int, Picture]:
+        """Return the first image from index `start` on that can be used: its index and itself."""
+        for passed in range(len(self)):
+            index = (start + passed) % len(self)
             try:
-                return index, self.load_image(index), skipped
+                return index, self.load_image(index)
             except InputError as error:
                 if self.on_bad_image == "error":
                     raise InputError(f"{error}; --on_bad_image skip goes on without such images") from error
-                skipped.append(int(self.records.ids[index]))
-                if len(skipped) == len(self):
-                    raise InputError(f"none of {len(self)} images can be used; the last: {error}") from error
+                self._skipped[index] = True
+                last = error
+        raise InputError(f"none of {len(self)} images can be used; the last: {last}") from last
 
     def load_image(self, index: int) -> Picture:
         """Read an image as stored (EXIF orientation is not applied: COCO's coordinates are of the stored pixels).
@@ -205,20 +204,18 @@ class CocoDetection(Dataset):
             )
         return problem
 
-    def describe_skipped(self, ids: Iterable[int]) -> str:
+    def take_skipped(self) -> list[int]:
+        """Return the positions of the images that this process and its workers passed over since the last call."""
+        skipped = self._skipped.nonzero().flatten().tolist()
+        self._skipped.zero_()
+        return skipped
+
+    def describe_skipped(self, positions: Iterable[int]) -> str:
         """Return which images a run passed over, and how many, as a line for its user."""
-        ids = sorted(set(ids))
-        names = [
-            f"{self.records.file_name(i)} (image id {self.own_id(image_id)})"
-            for image_id, i in zip(ids, self._positions(ids), strict=True)
-        ]
+        skipped = {int(self.records.ids[i]): self.records.file_name(i) for i in sorted(positions)}  # each once
+        names = [f"{name} (image id {self.own_id(image_id)})" for image_id, name in skipped.items()]
         first = ", ".join(names[:10]) + (", .." if len(names) > 10 else "")
         return f"{len(names)} images could not be read and were skipped: {first}"
-
-    def _positions(self, ids: Iterable[int]) -> list[int]:
-        """Return a position of each image id."""
-        position_of = {image_id: i for i, image_id in enumerate(self.ids)}
-        return [position_of[image_id] for image_id in ids]
 
     def check_classes(self, num_classes: int) -> None:
         """Raises InputError where a category in use has no logit in a head of `num_classes`."""

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import warnings
 
 import pytest
@@ -10,13 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from datasets import build_dataset
+from datasets import build_dataset, build_loader
 from datasets import transforms as T
 from datasets.coco import CocoDetection
 from datasets.images import read_image
 from datasets.records import Records
+from engine import report_skipped
+from tests.conftest import TINY
 from tests.test_bad_annotations import TRAIN, VAL, assert_usable, reproducible, write
 from tests.test_transforms import blank, whole_image
 from util.errors import InputError
@@ -106,13 +110,14 @@ def check(build, file: bytes, size: tuple[int, int], known: bool, name: str) -> 
         except InputError as error:
             assert "\n" not in str(error)
             assert f"{name} (image id 1): " in str(error)
-            image, target = build(file, size if known else None, name, transforms, "skip")[0]
+            skipping = build(file, size if known else None, name, transforms, "skip")
+            image, target = skipping[0]
             assert torch.equal(image, neighbour[0])
-            assert target["skipped"].tolist() == [1]
+            assert skipping.take_skipped() == [0]
             assert target["image_id"] == 2
         else:
             assert_usable(dataset, image, target)
-            assert "skipped" not in target
+            assert dataset.take_skipped() == []
             assert len(target["boxes"]) == 1 or transforms is TRAIN  # a crop may miss the object
 
 
@@ -200,19 +205,18 @@ def test_skipping(damage, build, capsys):
     assert ("1 of the 3 images" in printed and "are missing: 1.jpg; they are skipped" in printed) == (damage is None)
     samples = list(dataset)
     assert [int(target["image_id"]) for _, target in samples] == [2, 2, 3]
-    assert [target.get("skipped", torch.zeros(0)).tolist() for _, target in samples] == [[1], [], []]
-    assert samples[0][1]["skipped"].dtype == torch.int64
     assert torch.equal(samples[0][0], neighbour[0])
-    assert dataset.describe_skipped([1, 1]) == "1 images could not be read and were skipped: 1.jpg (image id 1)"
+    assert all(target.keys() == neighbour[1].keys() for _, target in samples)  # nothing that a criterion does not know
+    assert (dataset.take_skipped(), dataset.take_skipped()) == ([0], [])
+    assert dataset.describe_skipped([0]) == "1 images could not be read and were skipped: 1.jpg (image id 1)"
 
 
 def test_skipping_wraps_around(build):
     dataset = build(encode(noise("RGB", (30, 20))), (30, 20), on_bad_image="skip")
     dataset.records.sizes[1:] = 31
-    assert [(int(t["image_id"]), t["skipped"].tolist()) for _, t in (dataset[1], dataset[2])] == [
-        (1, [2, 3]),
-        (1, [3]),
-    ]
+    for start, skipped in ((1, [1, 2]), (2, [2])):
+        assert int(dataset[start][1]["image_id"]) == 1
+        assert dataset.take_skipped() == skipped
     dataset.records.sizes[:] = 31
     with pytest.raises(InputError, match=r"none of 3 images can be used; the last: .*2.png \(image id 2\): is 30×20"):
         dataset[2]
@@ -240,5 +244,43 @@ def test_the_flag(build, root, parse):
     flags = ("--coco_path", root, "--min_size", 24, "--max_size", 40, "--num_workers", 0)
     with pytest.raises(InputError, match=r"1.jpg \(image id 1\): cannot be decoded"):
         build_dataset("val", parse(*flags))[0]
-    _, target = build_dataset("val", parse(*flags, "--on_bad_image", "skip"))[0]
-    assert target["skipped"].tolist() == [1]
+    dataset = build_dataset("val", parse(*flags, "--on_bad_image", "skip"))
+    assert int(dataset[0][1]["image_id"]) == 2
+    assert dataset.take_skipped() == [0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("overfit", [0, 3])
+def test_every_pass_over_a_loader_tells_what_it_skipped(workers, overfit, build, parse, capsys):
+    """Also by workers that stay from pass to pass, and for images that are repeated: once each."""
+    dataset = build(b"no image", on_bad_image="skip")
+    if overfit:
+        dataset.keep_first(overfit, at_least=12)
+    loader = build_loader(dataset, parse("--num_workers", workers, "--batch_size", 2), train=False)
+    for _ in range(2):
+        for _, targets in loader:
+            assert all(int(target["image_id"]) in (2, 3) for target in targets)
+        report_skipped(loader)
+        assert capsys.readouterr().out.count("1 images could not be read and were skipped: 1.jpg (image id 1)\n") == 1
+    report_skipped(loader)
+    assert capsys.readouterr().out == ""
+
+
+def test_loaders_of_users_skip_nothing(capsys):
+    for loader in ([], DataLoader([1, 2])):
+        report_skipped(loader)
+    assert capsys.readouterr().out == ""
+
+
+def test_one_line_names_what_any_process_skipped(shapes, tmp_path, run_main):
+    """Images 1 and 2 are of different processes."""
+    broken = tmp_path / "coco"
+    shutil.copytree(shapes, broken)
+    for image_id in (1, 2):
+        (broken / "images" / "val2017" / f"{image_id:06}.jpg").write_bytes(b"no image")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    more = ("--eval", "--batch_size", 1, "--num_workers", 1, "--on_bad_image", "skip")
+    done = run_main(*TINY, "--coco_path", broken, "--output_dir", tmp_path / "out", *more, launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    line = "2 images could not be read and were skipped: 000001.jpg (image id 1), 000002.jpg (image id 2)\n"
+    assert done.stdout.count("were skipped") == done.stdout.count(line) == 1
