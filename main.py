@@ -69,6 +69,7 @@ from util.distributed import (
 from util.errors import InputError, is_lost_peer, what_to_do
 from util.logger import log, warn
 from util.rng import seed_everything
+from util.text import counted
 
 __all__ = ["get_args_parser", "main", "run"]
 
@@ -95,10 +96,15 @@ def train_or_evaluate(args: argparse.Namespace, device: torch.device, output_dir
     if checkpoint and not args.eval:
         args.start_epoch = first_epoch(checkpoint, source, args)
         if args.start_epoch >= args.epochs and holds_training(checkpoint) and not unlogged:
-            log(f"finished: {source} has all {args.epochs} epochs; raise --epochs to train on", "green")
+            log(
+                f"finished: {source} has the {counted(args.epochs, 'epoch')} asked for; raise --epochs to train on",
+                "green",
+            )
             return
     if not args.eval and args.start_epoch >= args.epochs and not unlogged:
-        raise InputError(f"--start_epoch {args.start_epoch}: there are only {args.epochs} epochs, counted from 0")
+        raise InputError(
+            f"--start_epoch {args.start_epoch}: the run has only {counted(args.epochs, 'epoch')}, counted from 0"
+        )
     start = load_checkpoint(args.finetune) if args.finetune and not checkpoint else None
 
     dataset_train, dataset_val, classes = load_data(args, checkpoint, source)
@@ -198,9 +204,13 @@ def check_trains(args: argparse.Namespace, loader: DataLoader) -> None:
     dataset = loader.dataset
     dataset.check_trains()
     if args.accum_steps > len(loader):
-        raise InputError(f"--accum_steps {args.accum_steps}: an epoch has only {len(loader)} batches; lower it")
+        raise InputError(
+            f"--accum_steps {args.accum_steps}: an epoch has only {counted(len(loader), 'batch')}; lower it"
+        )
     if (images := len(set(dataset.ids))) < args.batch_size * get_world_size():
-        warn(f"--overfit {args.overfit}: a batch of {args.batch_size} images repeats the {images} with boxes")
+        warn(
+            f"--overfit {args.overfit}: a batch of {counted(args.batch_size, 'image')} repeats the {images} with boxes"
+        )
 
 
 def print_summary(
@@ -217,7 +227,8 @@ def print_summary(
     total, trained = count_parameters(model)
     log(
         f"model: {total:,} parameters, {0 if args.eval else trained:,} of them trained; {args.backbone}"
-        f"{' dilated' if args.dilation else ''}, {args.num_queries} queries, class ids 0 to {args.num_classes - 1}"
+        f"{' dilated' if args.dilation else ''}, {counted(args.num_queries, 'query')}, "
+        f"class ids 0 to {args.num_classes - 1}"
     )
 
 
@@ -227,11 +238,12 @@ def print_training(args: argparse.Namespace, loader: DataLoader, from_scratch: b
     images = images_a_step(args)
     steps = len(loader) // args.accum_steps * args.epochs
     log(
-        f"training: {args.batch_size} images × {get_world_size()} processes{accumulated} = {images} a step; "
-        f"{args.epochs} epochs, {steps:,} steps; learning rate {args.lr * lr_factor(args, images):.3g}"
+        f"training: {counted(args.batch_size, 'image')} × {counted(get_world_size(), 'process')}{accumulated} = "
+        f"{images} a step; {counted(args.epochs, 'epoch')}, {counted(steps, 'step')}; "
+        f"learning rate {args.lr * lr_factor(args, images):.3g}"
     )
     if args.overfit:
-        log(f"overfitting: {args.overfit} images, each many times an epoch, without augmentation")
+        log(f"overfitting: {counted(args.overfit, 'image')}, each many times an epoch, without augmentation")
     if not args.output_dir:
         warn("nothing will be saved, and the run cannot be resumed: name a folder by --output_dir")
     for line in advice(args, images, steps, from_scratch):

@@ -13,6 +13,7 @@ from checkpoints.torch_file import load_file
 from models.backbone import Backbone
 from util.errors import InputError
 from util.files import download
+from util.text import counted
 
 
 def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
@@ -42,8 +43,7 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
     different = {key for key in ours.keys() | theirs.keys() if not fits(ours.get(key), theirs.get(key))}
     # Old files lack the batch counter of trained norms; frozen norms do not have it.
     if wrong := sorted(key for key in different if not key.endswith("num_batches_tracked")):
-        raise InputError(
-            f"{path}: not the weights of {name} ({wrong[0]} and {len(wrong) - 1} more keys differ); {advice}"
-        )
+        keys = counted(len(wrong), "key differs", "keys differ")
+        raise InputError(f"{path}: not the weights of {name} ({keys}, such as {wrong[0]}); {advice}")
     check_finite(theirs, path)
     backbone.body.load_state_dict({k: v for k, v in theirs.items() if k not in different}, strict=False)

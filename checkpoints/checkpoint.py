@@ -25,6 +25,7 @@ from flags.limits import check_model, check_numbers
 from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError
 from util.files import download
+from util.text import counted
 
 # The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
 MODEL_FLAGS = (
@@ -199,8 +200,9 @@ def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str
     if wrong:
         key = wrong[0]
         here, there = shape_text(ours.get(key)), shape_text(theirs.get(key))
+        keys = counted(len(wrong), "key differs", "keys differ")
         raise InputError(
-            f"{source} does not fit the model: {key} is {here} here and {there} there ({len(wrong)} keys differ)"
+            f"{source} does not fit the model: {key} is {here} here and {there} there ({keys})"
             f"{_flags_that_fit(ours, theirs, bool(checkpoint.get('args')))}"
         )
     model.load_state_dict(theirs)

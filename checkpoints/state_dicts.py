@@ -15,6 +15,7 @@ from torch import Tensor
 
 from checkpoints.schema import shown
 from util.errors import InputError
+from util.text import counted
 
 PARTS = frozenset({"backbone", "input_proj", "transformer", "query_embed", "class_embed", "bbox_embed"})
 WRAPPERS = frozenset({"model", "module", "_orig_mod", "state_dict", "model_state_dict", "net", "network", "weights"})
@@ -54,7 +55,7 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
     raw = next((other for other in paths if not _averages(other)), path) if _averages(path) else path
     constant = {key: value for key, value in found[raw].items() if key.startswith("backbone.") and key not in weights}
     if constant:  # averages of parameters alone lack norm statistics; those of trained ones, frozen layers as well
-        line += f", except for {len(constant)} tensors of the backbone that are not averaged"
+        line += f", except for {counted(len(constant), 'tensor')} of the backbone without averages"
     return rest | {"model": weights | constant}, line
 
 

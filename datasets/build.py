@@ -24,6 +24,7 @@ from util.errors import InputError
 from util.nested_tensor import collate_fn
 from util.orphans import end_with
 from util.preemption import ignore_signals, kill_workers_at_exit
+from util.text import counted
 
 OVERFIT_STEPS = 50  # an epoch of --overfit: the few images come again and again between two evaluations
 
@@ -128,8 +129,8 @@ def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) 
     )
     if len(loader) == 0:
         raise InputError(
-            f"{dataset.annotation_file}: {len(dataset)} images are fewer than a batch of {args.batch_size} "
-            f"on each of {get_world_size()} processes; lower --batch_size"
+            f"{dataset.annotation_file}: {counted(len(dataset), 'image is', 'images are')} fewer than a batch of "
+            f"{args.batch_size} per process, with {counted(get_world_size(), 'process')}; lower --batch_size"
         )
     return loader
 

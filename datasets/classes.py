@@ -10,7 +10,7 @@ from typing import Any
 
 from flags.limits import COCO_NUM_CLASSES
 from util.errors import InputError
-from util.text import printable
+from util.text import counted, printable
 
 ClassId = int | str
 
@@ -158,7 +158,7 @@ class Classes:
         if renumbered:
             label = renumbered[0]
             return (
-                f"{len(renumbered)} {'class has another id' if len(renumbered) == 1 else 'classes have other ids'} "
+                f"{counted(len(renumbered), 'class has another id', 'classes have other ids')} "
                 f"than in {known.source} ({self.names[label]} is {self.ids[label]} here and {known.ids[label]} there): "
                 "matched by name"
             )

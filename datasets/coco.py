@@ -26,6 +26,7 @@ from datasets.targets import make_target, visible_corners
 from datasets.transforms import Target, Transform, normalize_boxes, scale_target
 from util.errors import InputError
 from util.logger import warn
+from util.text import counted
 
 
 @dataclass
@@ -44,11 +45,12 @@ class Summary:
 
     def __str__(self) -> str:
         if not self.boxes + self.crowds + self.dropped:
-            return f"{self.images} images without annotations"
-        left_out = f"; left out: {self.crowds} crowd regions, {self.dropped} boxes without area"
+            return f"{counted(self.images, 'image')} without annotations"
+        boxes, dropped = (counted(number, "box") for number in (self.boxes, self.dropped))
+        left_out = f"; left out: {counted(self.crowds, 'crowd region')}, {dropped} without area"
         return (
-            f"{self.images} images ({self.empty_images} without boxes), {self.boxes} boxes of {self.classes} classes"
-            f"{left_out if self.crowds + self.dropped else ''}"
+            f"{counted(self.images, 'image')} ({self.empty_images:,} without boxes), {boxes} of "
+            f"{counted(self.classes, 'class')}{left_out if self.crowds + self.dropped else ''}"
         )
 
 
@@ -178,7 +180,7 @@ class CocoDetection(Dataset):
                     raise InputError(f"{error}; --on_bad_image skip goes on without such images") from error
                 self._skipped[index] = True
                 last = error
-        raise InputError(f"none of {len(self)} images can be used; the last: {last}") from last
+        raise InputError(f"none of {counted(len(self), 'image')} can be used; the last: {last}") from last
 
     def load_image(self, index: int) -> Picture:
         """Read an image as stored (EXIF orientation is not applied: COCO's coordinates are of the stored pixels).
@@ -215,7 +217,8 @@ class CocoDetection(Dataset):
         skipped = {int(self.records.ids[i]): self.records.file_name(i) for i in sorted(positions)}  # each once
         names = [f"{name} (image id {self.own_id(image_id)})" for image_id, name in skipped.items()]
         first = ", ".join(names[:10]) + (", .." if len(names) > 10 else "")
-        return f"{len(names)} images could not be read and were skipped: {first}"
+        images = counted(len(names), "image could not be read and was", "images could not be read and were")
+        return f"{images} skipped: {first}"
 
     def check_classes(self, num_classes: int) -> None:
         """Raises InputError where a category in use has no logit in a head of `num_classes`."""
@@ -227,8 +230,8 @@ class CocoDetection(Dataset):
         if class_id != worst:
             advice = "the model was trained without it, start from it by --finetune"
         raise InputError(
-            f"{self.annotation_file}: category id {class_id} ({name}) does not fit the class head of {num_classes} "
-            f"logits; {advice}"
+            f"{self.annotation_file}: category id {class_id} ({name}) does not fit the class head of "
+            f"{counted(num_classes, 'logit')}; {advice}"
         )
 
     def visible_objects(self) -> tuple[np.ndarray, np.ndarray]:

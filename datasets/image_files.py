@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from util.errors import InputError
 from util.logger import warn
+from util.text import counted
 
 # Folders next to photos that hold other pictures under the same names.
 NO_PHOTOS = frozenset(
@@ -46,9 +47,10 @@ def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_
     renamed = [i for i, match in others.items() if match]
     if renamed:
         first = names[renamed[0]], others[renamed[0]]
+        are = "is" if len(renamed) == 1 else "are"
         warn(
-            f"{folder}: {len(renamed)} of the {len(names)} images are there under a slightly different name, such as "
-            f"{first[1]!r} for {first[0]!r}"
+            f"{folder}: {len(renamed)} of {counted(len(names), 'image')} {are} there under a slightly different name, "
+            f"such as {first[1]!r} for {first[0]!r}"
         )
     missing = sorted(names[i] for i, match in others.items() if not match)
     if outside := [name for name in missing if not is_inside(name)]:
@@ -69,12 +71,13 @@ def is_inside(name: str) -> bool:
 def report_missing(missing: list[str], total: int, folder: Path, source: str | Path, on_bad_image: str) -> None:
     """Raise InputError, or warn with `on_bad_image` "skip", about missing files."""
     first = ", ".join(missing[:3]) + (", .." if len(missing) > 3 else "")
-    message = f"{folder}: {len(missing)} of the {total} images of {source} are missing: {first}"
+    are = "is" if len(missing) == 1 else "are"
+    message = f"{folder}: {len(missing)} of {counted(total, 'image')} of {source} {are} missing: {first}"
     if len(missing) == total:
         raise InputError(f"{message}; is it the right folder?")
     if on_bad_image == "error":
-        raise InputError(f"{message}; add them, or pass --on_bad_image skip")
-    warn(f"{message}; they are skipped")
+        raise InputError(f"{message}; add what is missing, or pass --on_bad_image skip")
+    warn(f"{message}; skipped")
 
 
 def _key(path: str) -> tuple[str, ...]:

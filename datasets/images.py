@@ -17,6 +17,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from datasets.depth import to_rgb8
 from util.errors import InputError, reason
+from util.text import counted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # Pillow also knows some that run other programs
 MAX_MEGAPIXELS = 100
@@ -73,7 +74,7 @@ def read_image(path: Path, upright: bool = False, max_megapixels: int = MAX_MEGA
         size, orientation = image.size, _orientation(image) if upright else 1
         if reduction := _reduction(image, file, max_megapixels):
             image.draft(None, tuple(max(side // reduction, 1) for side in size))
-            notes.append(f"more than {max_megapixels} megapixels, decoded at 1/{reduction} of its size")
+            notes.append(f"more than {counted(max_megapixels, 'megapixel')}, decoded at 1/{reduction} of its size")
         rgb = None if reduction else _decode_jpeg(image, file)
         if rgb is None:
             rgb, note = to_rgb8(image, lambda: _open(path, files)[0])
@@ -101,7 +102,7 @@ def summarize_notes(notes: Iterable[tuple[str, Iterable[str]]]) -> Iterator[str]
             names.setdefault(note, []).append(name)
     for note, having in names.items():
         some = ", ".join(having[:MOST_NAMES]) + (", .." if len(having) > MOST_NAMES else "")
-        yield f"{len(having)} image{'' if len(having) == 1 else 's'}: {note} ({some})"
+        yield f"{counted(len(having), 'image')}: {note} ({some})"
 
 
 @contextlib.contextmanager
@@ -173,7 +174,7 @@ def _reduction(image: Image.Image, file: BinaryIO, max_megapixels: int) -> int:
         if -(-width // reduction) * -(-height // reduction) <= max_megapixels * 1e6:
             return reduction
     raise InputError(
-        f"has {width:,}×{height:,} pixels, more than {max_megapixels} megapixels: "
+        f"has {width:,}×{height:,} pixels, more than {counted(max_megapixels, 'megapixel')}: "
         "store it smaller, or raise --max_megapixels"
     )
 

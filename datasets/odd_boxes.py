@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from datasets.records import Records
+from util.text import counted
 
 MOST = 0.9  # share of the boxes of a file, all of which one program has written
 BEYOND = 0.1  # share of boxes that would have to lie beyond their image before they are taken for corners
@@ -19,6 +20,7 @@ def odd_boxes(records: Records) -> Iterator[str]:
     total = len(boxes)
     if total == 0:
         return
+    all_boxes = counted(total, "box")
     x, y, w, h = boxes.T
     width, height = records.sizes[records.image_of_object].T
     known = (width > 0) & (height > 0)
@@ -26,23 +28,23 @@ def odd_boxes(records: Records) -> Iterator[str]:
     relative = large & (boxes >= 0).all(1) & (boxes <= 1).all(1) & (w > 0) & (h > 0)
     if relative.mean() >= MOST:
         yield (
-            f"{relative.sum():,} of {total:,} boxes have coordinates between 0 and 1: they look relative to the "
-            "image's size, but must be in pixels"
+            f"{relative.sum():,} of {all_boxes} with coordinates between 0 and 1, which look relative to the image's "
+            "size, but must be in pixels"
         )
         return
     as_corners = known & (w >= x) & (h >= y) & (w <= width + SLACK) & (h <= height + SLACK)
     beyond = known & ((x + w > width + SLACK) | (y + h > height + SLACK))
     if as_corners.mean() >= MOST and beyond.mean() >= BEYOND:
         yield (
-            f"{beyond.sum():,} of {total:,} boxes reach beyond their image: they look like corners "
-            "[x1, y1, x2, y2], but must be [x, y, width, height]"
+            f"{beyond.sum():,} of {all_boxes} beyond the image, as if written as corners [x1, y1, x2, y2] "
+            "instead of [x, y, width, height]"
         )
         return
     exceeding = (areas > (np.abs(w * h) + SLACK) * 1.01) & ~records.objects.crowds
     if exceeding.any():
         yield (
-            f"{exceeding.sum():,} of {total:,} boxes have an 'area' larger than width × height: AP of small, "
-            "medium and large objects goes by it"
+            f"{exceeding.sum():,} of {all_boxes} with an 'area' larger than width × height: AP of small, medium and "
+            "large objects goes by it"
         )
 
 
@@ -50,11 +52,12 @@ def crowded_images(counts: np.ndarray, num_queries: int, max_detections: int) ->
     """Yield a line if images have more objects, [M], than the model can find, or than are kept of its detections."""
     if more := int((counts > num_queries).sum()):
         yield (
-            f"{more:,} images have more boxes than the model's {num_queries} queries can find: "
+            f"{counted(more, 'image has', 'images have')} more boxes than the model's "
+            f"{counted(num_queries, 'query')} can find: "
             f"pass --num_queries {counts.max()} or more"
         )
     if more := int((counts > max_detections).sum()):
         yield (
-            f"{more:,} images have more than {max_detections} boxes, up to {counts.max():,}, and that is the most "
-            "detections per image: raise --max_detections"
+            f"{counted(more, 'image has', 'images have')} more than {counted(max_detections, 'box')}, up to "
+            f"{counts.max():,}, and that is the most detections per image: raise --max_detections"
         )

@@ -17,6 +17,7 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.images import Picture
 from datasets.records import Objects
 from evaluation.pictures import annotate, side_by_side
+from util.text import counted
 
 MIN_SCORE = 0.5  # of a detection that counts
 MIN_IOU = 0.5  # of a detection with the object that it is right about
@@ -55,8 +56,8 @@ class Comparison:
         scored = zip(names[1], self.found[:, 1], self.false, strict=True)
         found = [f"{name} {score:.2f}{' false' * int(false)}" for name, score, false in scored]
         titles = [
-            f"ground truth: {_count(truth, 'object')}, {self.missed.sum()} missed",
-            f"model: {_count(found, 'detection')}, {self.false.sum()} false",
+            f"ground truth: {counted(len(truth), 'object')}, {self.missed.sum()} missed",
+            f"model: {counted(len(found), 'detection')}, {self.false.sum()} false",
         ]
         boxes = [_corners(of_panel) * scale for of_panel in (self.objects.boxes, self.found[:, 2:])]
         panels = [annotate(image, *panel) for panel in zip(boxes, labels, (truth, found), strict=True)]
@@ -132,7 +133,3 @@ def draw_examples(
 def _corners(boxes: np.ndarray) -> np.ndarray:
     """Boxes [N, 4] from (x, y, width, height) to xyxy."""
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-
-
-def _count(items: list[str], noun: str) -> str:
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"

@@ -19,6 +19,7 @@ from evaluation.results import coco_results, write_results
 from util.distributed import is_main_process
 from util.files import replacing, save_on_master
 from util.logger import log
+from util.text import counted
 
 WORST = 16  # images
 MOST_BARS = 30  # of classes; of more, the best and worst are shown
@@ -41,7 +42,7 @@ def write_report(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Clas
     with replacing(folder / "precision_recall.png") as file:
         precision_recall(evaluator, classes).savefig(file, dpi=110, format="png")
     drawn = write_worst_images(evaluator, dataset, classes, folder / "worst")
-    log(f"wrote detections.json, precision_recall.png and {drawn} pictures in worst/ to {folder}", "green")
+    log(f"wrote detections.json, precision_recall.png and {counted(drawn, 'picture')} in worst/ to {folder}", "green")
 
 
 def write_test_results(evaluator: CocoEvaluator, classes: Classes, folder: Path) -> None:

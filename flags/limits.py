@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from util.errors import InputError, reason
+from util.text import counted
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 COCO_NUM_CLASSES = 91  # ids run to 90
@@ -193,7 +194,7 @@ def check_device(name: str) -> None:
     if not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch sees no GPU here; pass --device cpu")
     if int(name.partition(":")[2] or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(f"--device {name}: torch sees {count} GPU{'s' * (count != 1)}, counted from 0")
+        raise InputError(f"--device {name}: torch sees {counted(count, 'GPU')}, counted from 0")
 
 
 def resolve_device(text: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from util.text import counted
+
 RECIPE_IMAGES = 16  # a step, which the published learning rates are meant for
 RECIPE_LR = 1e-4
 # Fewer steps teach a transformer from random weights next to nothing. The demo's three layers, on the easiest of data,
@@ -31,13 +33,13 @@ def advice(args: argparse.Namespace, images_a_step: int, steps: int, from_scratc
     needed = STEPS_A_LAYER * (args.enc_layers + args.dec_layers)
     if from_scratch and not args.overfit and steps < needed:
         lines.append(
-            f"{steps:,} steps are too few for a transformer from random weights (expect AP near 0 below {needed:,}): "
-            f"start from a trained model by --finetune {suggested_start(args)}, or raise --epochs"
+            f"{counted(steps, 'step is', 'steps are')} too few for a transformer from random weights (expect AP near 0 "
+            f"below {needed:,}): start from a trained model by --finetune {suggested_start(args)}, or raise --epochs"
         )
     if args.lr == RECIPE_LR and args.lr_scale == "none" and not 0.5 <= images_a_step / RECIPE_IMAGES <= 2:
         scaled = RECIPE_LR * (images_a_step / RECIPE_IMAGES) ** 0.5
         lines.append(
-            f"the learning rate {RECIPE_LR:g} is meant for {RECIPE_IMAGES} images a step, here are {images_a_step}: "
+            f"the learning rate {RECIPE_LR:g} is meant for {RECIPE_IMAGES} images a step, not {images_a_step}: "
             f"consider --lr_scale sqrt ({scaled:.2g})"
         )
     if (drops := (args.epochs - 1) // args.lr_drop) > MOST_DROPS:

@@ -13,6 +13,7 @@ from checkpoints.checkpoint import MODEL_FLAGS, changed_flags, check_finite, cla
 from datasets.classes import Classes, normalized
 from util.errors import InputError
 from util.logger import log, warn
+from util.text import counted
 
 HEADS = ("class_embed.", "bbox_embed.")
 CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
@@ -55,7 +56,7 @@ def start_from(
     wanted = [name for name in ours.keys() | theirs.keys() if name not in CLASS_HEAD and BATCH_COUNTER not in name]
     fresh = [name for name in ours if name.startswith(HEADS) and name not in theirs]
     left_out = sorted(set(wanted) - set(fitting) - set(fresh))
-    log(f"starting from {source}: {len(fitting)} tensors; {describe_classes(classes, rows)}")
+    log(f"starting from {source}: {counted(len(fitting), 'tensor')}; {describe_classes(classes, rows)}")
     if fresh:
         log(f"starting from random weights, which {source} lacks: {shortened(fresh)}")
     if left_out:
@@ -84,8 +85,8 @@ def describe_classes(classes: Classes, rows: Iterable[tuple[int, int]]) -> str:
     kept = {label for label, _ in rows}
     known = [name for label, name in classes.names.items() if label in kept]
     new = [name for label, name in classes.names.items() if label not in kept]
-    groups = (("classes known by name", known), ("new classes", new))
-    return ", ".join(f"{len(names)} {what} ({shortened(names)})" for what, names in groups if names)
+    groups = (("class known by name", "classes known by name", known), ("new class", "new classes", new))
+    return ", ".join(f"{counted(len(names), one, many)} ({shortened(names)})" for one, many, names in groups if names)
 
 
 def describe_misfits(names: list[str], ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:

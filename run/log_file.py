@@ -16,6 +16,7 @@ from util.distributed import is_main_process
 from util.errors import InputError, reason
 from util.files import check_folder, replacing, special_file
 from util.logger import warn
+from util.text import counted
 
 LONGEST_LINE = 2**20  # bytes; an epoch takes some thousands
 
@@ -79,8 +80,8 @@ def trim_log(path: str | Path, epoch: int) -> None:
     kept = [line for line, entry in lines if entry and entry["epoch"] < epoch]
     later = sum(entry is not None and entry["epoch"] >= epoch for _, entry in lines)
     others = len(lines) - len(kept) - later
-    dropped = [f"{_count(later)} of epoch {epoch} and later"] * bool(later)
-    dropped += [f"{_count(others)} without the numbers of an epoch"] * bool(others)
+    dropped = [f"{counted(later, 'line')} of epoch {epoch} and later"] * bool(later)
+    dropped += [f"{counted(others, 'line')} without the numbers of an epoch"] * bool(others)
     if dropped:
         warn(f"{path}: dropped {' and '.join(dropped)}")
     trimmed = b"".join(kept)
@@ -121,10 +122,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     if not isinstance(entry, dict) or type(entry.get("epoch")) is not int:
         return None
     return entry if 0 <= entry["epoch"] < 2**31 else None
-
-
-def _count(lines: int) -> str:
-    return f"{lines} line" + "s" * (lines != 1)
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -24,6 +24,7 @@ from run.log_file import read_log
 from util.distributed import all_gather_plain, is_main_process
 from util.errors import InputError
 from util.logger import log, warn
+from util.text import counted
 
 Checkpoint = dict[str, Any]
 
@@ -52,8 +53,8 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Checkpoint | None, str]:
         check_finite(checkpoint["model"], source)
     if not args.eval and (changed := changed_flags(args, checkpoint, TRAINING_FLAGS)):
         warn(f"going on from {source} with other flags: {'; '.join(changed)}")
-    epochs = f", {checkpoint['epoch'] + 1} epochs trained" if "epoch" in checkpoint else ""
-    steps = f" and {checkpoint['step']} steps" if checkpoint.get("step") else ""
+    epochs = f", {counted(checkpoint['epoch'] + 1, 'epoch')} trained" if "epoch" in checkpoint else ""
+    steps = f" and {counted(checkpoint['step'], 'step')}" if checkpoint.get("step") else ""
     log(f"loading {source}{epochs}{steps}")
     return checkpoint, source
 
@@ -149,5 +150,5 @@ def choose_num_classes(args: argparse.Namespace, checkpoint: Checkpoint | None, 
         return needed if args.num_classes is None else args.num_classes
     stored = num_classes_of(checkpoint, source)
     if args.num_classes not in (None, stored):
-        raise InputError(f"--num_classes {args.num_classes} contradicts the {stored} classes of {source}")
+        raise InputError(f"--num_classes {args.num_classes} contradicts the {counted(stored, 'class')} of {source}")
     return stored

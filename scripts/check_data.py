@@ -44,6 +44,7 @@ from util.command import run_command
 from util.errors import InputError
 from util.files import replacing
 from util.logger import log, warn
+from util.text import counted
 
 PICTURES, COLUMNS = 12, 4  # of the page
 FEW_BOXES = 10  # of a class, which are hardly enough to learn it
@@ -128,16 +129,16 @@ def describe(split: Split, args: argparse.Namespace) -> Iterator[str]:
     yield f"  images    {len(dataset):,}, {describe_sizes(split.sizes[split.sizes[:, 0] > 0])}"
     yield (
         f"  targets   {targets.sum():,}: {counts.min()} to {counts.max()} an image, median {np.median(counts):g}; "
-        f"{(counts == 0).sum():,} images without any"
+        f"{counted((counts == 0).sum(), 'image')} without any"
     )
     _, _, width, height = records.objects.boxes.T
     flat, crowds = (width <= 0) | (height <= 0), records.objects.crowds
     left_out = {
-        "crowd regions": crowds,
-        "boxes without width or height": ~visible & flat & ~crowds,
-        "boxes outside of their image": ~visible & ~flat & ~crowds,
+        ("crowd region",): crowds,
+        ("box without width or height", "boxes without width or height"): ~visible & flat & ~crowds,
+        ("box outside of its image", "boxes outside of their image"): ~visible & ~flat & ~crowds,
     }
-    parts = [f"{mask.sum():,} {what}" for what, mask in left_out.items() if mask.any()]
+    parts = [counted(mask.sum(), *nouns) for nouns, mask in left_out.items() if mask.any()]
     yield f"  left out  {', '.join(parts) or 'nothing'}"
     if targets.any():
         groups = np.bincount(np.digitize(records.objects.areas[targets], AREAS), minlength=3) / targets.sum()
@@ -197,7 +198,7 @@ def suspect(train: Split, val: Split, args: argparse.Namespace) -> Iterator[str]
     """What is wrong, or may be."""
     for split in (train, val):
         if bad := split.unreadable:
-            yield f"{len(bad)} {split.name} images cannot be used: {listed(bad)}"
+            yield f"{counted(len(bad), f'{split.name} image')} cannot be used: {listed(bad)}"
         for line in summarize_notes(split.notes):
             yield f"{split.name}: {line}"
         counts = np.bincount(split.dataset.records.image_of_object[split.targets], minlength=1)
@@ -206,20 +207,23 @@ def suspect(train: Split, val: Split, args: argparse.Namespace) -> Iterator[str]
     counts = {label: [split.boxes_of(label)[0] for split in (train, val)] for label in train.dataset.classes.names}
     named = train.dataset.classes.name_of
     if never := [named(label) for label, (n, _) in counts.items() if n == 0]:
-        yield f"{len(never)} classes have no box to learn from: {listed(never)}"
+        yield f"{counted(len(never), 'class has', 'classes have')} no box to learn from: {listed(never)}"
     if few := [f"{named(label)} ({n})" for label, (n, _) in counts.items() if 0 < n < FEW_BOXES]:
-        yield f"{len(few)} classes have less than {FEW_BOXES} boxes to learn from: {listed(few)}"
+        classes = counted(len(few), "class has", "classes have")
+        yield f"{classes} less than {FEW_BOXES} boxes to learn from: {listed(few)}"
     if unscored := [named(label) for label, (n, m) in counts.items() if n and not m]:
-        yield f"{len(unscored)} classes are not in the val split, so that AP says nothing of them: {listed(unscored)}"
+        yield f"AP says nothing of {counted(len(unscored), 'class')} without a box in the val split: {listed(unscored)}"
     unknown = val.dataset.classes.names.keys() - train.dataset.classes.names.keys()
     if unknown := [val.dataset.classes.name_of(label) for label in sorted(unknown) if val.boxes_of(label)[0]]:
-        yield f"{len(unknown)} classes of the val split are not in the training file: {listed(unknown)}"
+        classes = counted(len(unknown), "class of the val split is", "classes of the val split are")
+        yield f"{classes} not in the training file: {listed(unknown)}"
     if leaked := (set(train.digests) & set(val.digests)) - {None}:
         names = [train.dataset.records.file_name(i) for i, digest in enumerate(train.digests) if digest in leaked]
-        yield f"{len(leaked)} images are in both splits, so that AP is too high: {listed(names)}"
+        images = counted(len(leaked), "image is", "images are")
+        yield f"{images} in both splits, so that AP is too high: {listed(names)}"
     copies = Counter(digest for digest in train.digests if digest)
     if repeated := sum(number - 1 for number in copies.values()):
-        yield f"{repeated} training images are copies of others"
+        yield counted(repeated, "training image is a copy of another", "training images are copies of others")
 
 
 def listed(texts: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from util.command import run_command
 from util.errors import InputError
 from util.files import save_on_master
 from util.logger import log
+from util.text import counted
 
 SUFFIXES = {"transformers": "", "safetensors": ".safetensors", "checkpoint": ".pth"}
 FOR_INFERENCE = ("model", "args", "class_ids", "class_names")
@@ -54,11 +55,8 @@ def convert(source: str, target: Path, to: str) -> None:
         write_safetensors(target, checkpoint)
     else:
         save_on_master(checkpoint, target)
-    args = detector.args
-    log(
-        f"{target}: {args.backbone}{' dilated' if args.dilation else ''}, {len(detector.classes.names)} classes",
-        "green",
-    )
+    args, classes = detector.args, counted(len(detector.classes.names), "class")
+    log(f"{target}: {args.backbone}{' dilated' if args.dilation else ''}, {classes}", "green")
 
 
 def check_target(target: Path, to: str) -> None:

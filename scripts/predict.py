@@ -57,6 +57,7 @@ from scripts.prediction.video import Frame, VideoReader, write_video
 from util.command import run_command
 from util.errors import InputError
 from util.logger import log, warn
+from util.text import counted
 
 MOST_PIXELS = 128_000_000  # of images that wait to be looked at, are, or wait to be drawn: 10 photos of a phone each
 
@@ -144,7 +145,7 @@ class Prediction:
         scores = [found["scores"] for of_source in self.found.values() for _, found, _ in of_source]
         number = sum(int((of_image >= self.args.threshold).sum()) for of_image in scores)
         if number:
-            return f"{number:,} {'box scores' if number == 1 else 'boxes score'} {self.args.threshold:g} or more"
+            return f"{counted(number, 'box scores', 'boxes score')} {self.args.threshold:g} or more"
         highest = max(of_image.max().item() for of_image in scores)
         return f"no box scores {self.args.threshold:g} or more, the highest score is {highest:.2g}: lower --threshold"
 
@@ -243,14 +244,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if source.is_video:
                 prediction.video(source)
     if not prediction.found:
-        raise InputError(f"none of the {len(sources)} inputs could be read")
+        raise InputError(f"none of {counted(len(sources), 'input')} could be read")
     write_results(args.output / "detections.json", prediction.results(sources))
     entries = [prediction.entries[source] for source in sources if source in prediction.entries]
     write_gallery(args.output / "index.html", entries, detector.classes, args.threshold)
     for line in summarize_notes(prediction.notes):
         log(line)
     log(prediction.summary())
-    log(f"{len(entries)} of {len(sources)} inputs predicted; look at {args.output / 'index.html'}")
+    log(f"{len(entries)} of {counted(len(sources), 'input')} predicted; look at {args.output / 'index.html'}")
     if problems:
         log(f"not usable, or only in part: {len(problems)}, named in the warnings above")
     return 1 if problems else 0

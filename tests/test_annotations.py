@@ -103,7 +103,7 @@ def test_crowds_and_boxes_without_area_are_counted_and_left_out(load):
     assert len(dataset[1][1]["labels"]) == 1
     assert len(dataset.coco.anns) == 4
     assert str(dataset.summary()) == (
-        "2 images (1 without boxes), 1 boxes of 1 classes; left out: 1 crowd regions, 2 boxes without area"
+        "2 images (1 without boxes), 1 box of 1 class; left out: 1 crowd region, 2 boxes without area"
     )
 
 
@@ -202,7 +202,7 @@ def test_missing_files(folder, load, parse):
     with pytest.raises(InputError, match=r"no annotations of the train images; it holds annotations/instances_val2017"):
         build_dataset("train", parse("--coco_path", folder))
     (folder / "images" / "val2017" / "a.jpg").unlink()
-    with pytest.raises(InputError, match=r"val2017: 1 of the 2 images of .* are missing: a.jpg"):
+    with pytest.raises(InputError, match=r"val2017: 1 of 2 images of .* is missing: a.jpg"):
         load()
 
 

@@ -202,13 +202,13 @@ def test_skipping(damage, build, capsys):
     neighbour = build(damage if damage else b"", (30, 20), transforms=TRAIN)[1]
     dataset = build(damage, (30, 20), transforms=TRAIN, on_bad_image="skip")
     printed = capsys.readouterr().out
-    assert ("1 of the 3 images" in printed and "are missing: 1.jpg; they are skipped" in printed) == (damage is None)
+    assert ("1 of 3 images" in printed and "is missing: 1.jpg; skipped" in printed) == (damage is None)
     samples = list(dataset)
     assert [int(target["image_id"]) for _, target in samples] == [2, 2, 3]
     assert torch.equal(samples[0][0], neighbour[0])
     assert all(target.keys() == neighbour[1].keys() for _, target in samples)  # nothing that a criterion does not know
     assert (dataset.take_skipped(), dataset.take_skipped()) == ([0], [])
-    assert dataset.describe_skipped([0]) == "1 images could not be read and were skipped: 1.jpg (image id 1)"
+    assert dataset.describe_skipped([0]) == "1 image could not be read and was skipped: 1.jpg (image id 1)"
 
 
 def test_skipping_wraps_around(build):
@@ -225,9 +225,7 @@ def test_skipping_wraps_around(build):
 def test_all_images_missing(build, root, tmp_path):
     build(b"")
     annotations = root / "annotations" / "instances_val2017.json"
-    with pytest.raises(
-        InputError, match=r"3 of the 3 images .* are missing: 1.jpg, 2.png, 3.png; is it the right folder"
-    ):
+    with pytest.raises(InputError, match=r"3 of 3 images .* are missing: 1.jpg, 2.png, 3.png; is it the right folder"):
         CocoDetection(tmp_path, annotations, VAL, on_bad_image="skip")
 
 

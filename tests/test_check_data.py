@@ -51,7 +51,7 @@ def test_what_is_left_out_and_why(check):
         ]
 
     report, _ = check(change)
-    assert "1 crowd regions, 2 boxes without width or height, 1 boxes outside of their image" in report
+    assert "1 crowd region, 2 boxes without width or height, 1 box outside of its image" in report
 
 
 def test_padding(check):
@@ -80,12 +80,12 @@ def test_suspicions(check):
     assert code == 1
     assert "2 train images cannot be used" in report
     assert "(image id 1): cannot be decoded" in report
-    assert "images have more boxes than the model's 1 queries can find: pass --num_queries 2 or more" in report
-    assert "1 classes have no box to learn from: star" in report
+    assert "images have more boxes than the model's 1 query can find: pass --num_queries 2 or more" in report
+    assert "1 class has no box to learn from: star" in report
     assert "classes have less than 10 boxes to learn from: circle (" in report
-    assert "1 classes of the val split are not in the training file: moon" in report
-    assert "1 images are in both splits, so that AP is too high: 000003.jpg" in report
-    assert "1 training images are copies of others" in report
+    assert "1 class of the val split is not in the training file: moon" in report
+    assert "1 image is in both splits, so that AP is too high: 000003.jpg" in report
+    assert "1 training image is a copy of another" in report
 
 
 def test_what_files_were_taken_for(check):

@@ -263,7 +263,7 @@ def test_missing_test_files(shapes, data, tmp_path):
     listed = json.loads((data / "annotations" / "image_info_test-dev2017.json").read_text())
     val = tmp_path / "val.json"
     val.write_text(json.dumps(listed))  # only test images may come without annotations
-    with pytest.raises(InputError, match="it has no list 'annotations'"):
+    with pytest.raises(InputError, match="lists images without annotations"):
         run(data, tmp_path, "--val_annotations", val)
 
 

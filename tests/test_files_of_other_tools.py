@@ -131,9 +131,9 @@ def large_areas(data: dict) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (relative, "12 of 12 boxes have coordinates between 0 and 1: they look relative to the image's size"),
-        (corners, "12 of 12 boxes reach beyond their image: they look like corners [x1, y1, x2, y2]"),
-        (large_areas, "5 of 12 boxes have an 'area' larger than width × height"),
+        (relative, "12 of 12 boxes with coordinates between 0 and 1, which look relative to the image's size"),
+        (corners, "12 of 12 boxes beyond the image, as if written as corners [x1, y1, x2, y2]"),
+        (large_areas, "5 of 12 boxes with an 'area' larger than width × height"),
     ],
 )
 def test_boxes_in_another_format(change, message, load, capsys):
@@ -250,7 +250,7 @@ def test_files_under_a_slightly_different_name(written, stored, load, capsys):
     for entry in data["images"]:
         entry["file_name"] = written.format(entry["file_name"])
     dataset = load(data, rename=stored.format)
-    assert "4 of the 4 images are there under a slightly different name, such as" in capsys.readouterr().out
+    assert "4 of 4 images are there under a slightly different name, such as" in capsys.readouterr().out
     assert dataset[3][0].shape[0] == 3
 
 
@@ -265,14 +265,14 @@ def test_files_of_two_images_are_not_mixed_up(load, tmp_path):
     """A file that another image has, or that two could mean, stands for none of them."""
     data = cells()
     data["images"][0]["file_name"] = "other/train02.jpg"
-    with pytest.raises(InputError, match=r"1 of the 4 images of .* are missing: other/train02.jpg"):
+    with pytest.raises(InputError, match=r"1 of 4 images of .* is missing: other/train02.jpg"):
         load(data)
     (tmp_path / "train" / "a").mkdir()
     (tmp_path / "train" / "b").mkdir()
     for folder in "ab":
         Image.new("RGB", SIZE).save(tmp_path / "train" / folder / "x.jpg")
     data["images"][0]["file_name"] = "x.jpg"
-    with pytest.raises(InputError, match=r"1 of the 4 images of .* are missing: x.jpg"):
+    with pytest.raises(InputError, match=r"1 of 4 images of .* is missing: x.jpg"):
         load(data)
     data["images"][0]["file_name"] = "data/b/x.jpg"
     assert len(load(data)) == 4
@@ -285,7 +285,7 @@ def test_pictures_of_another_kind_are_not_taken_for_photos(folder, load, tmp_pat
     other = tmp_path / "train" / folder / "x.png"
     other.parent.mkdir(parents=True)
     Image.new("RGB", SIZE).save(other)
-    with pytest.raises(InputError, match=r"1 of the 4 images of .* are missing: x.png"):
+    with pytest.raises(InputError, match=r"1 of 4 images of .* is missing: x.png"):
         load(data)
     (tmp_path / "train" / "photos").mkdir()
     Image.new("RGB", SIZE).save(tmp_path / "train" / "photos" / "x.png")
@@ -325,8 +325,8 @@ def test_images_with_many_objects(load, tmp_path, capsys):
     load(cells("val"), "val")
     check_data.main(flags(tmp_path))
     printed = capsys.readouterr().out
-    assert "train: 1 images have more boxes than the model's 8 queries can find: pass --num_queries 130" in printed
-    assert "train: 1 images have more than 100 boxes, up to 130, and that is the most" in printed
+    assert "train: 1 image has more boxes than the model's 8 queries can find: pass --num_queries 130" in printed
+    assert "train: 1 image has more than 100 boxes, up to 130, and that is the most" in printed
 
 
 def test_more_than_100_detections_have_lines_of_their_own(load, capsys):

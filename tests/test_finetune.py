@@ -55,7 +55,7 @@ def test_rows_of_the_class_head_go_by_name(build, capsys):
         assert_close(new.class_embed.weight[label], old.class_embed.weight[coco[name]])
         assert_close(new.class_embed.bias[label], old.class_embed.bias[coco[name]])
     assert torch.equal(new.class_embed.weight[1], before[1])
-    assert "3 classes known by name (Dog, traffic_light, PERSON), 1 new classes (cell)" in capsys.readouterr().out
+    assert "3 classes known by name (Dog, traffic_light, PERSON), 1 new class (cell)" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_reported(build, capsys):
@@ -72,7 +72,7 @@ def test_another_width_and_another_model(build, capsys):
     old, args = build("--num_classes", 4)
     wider, _ = build("--num_classes", 4, "--hidden_dim", 64)
     assert start_from(wider, classes(_1="cat"), checkpoint(old, args, classes(_1="cat")), "old.pth", args)
-    assert "1 new classes (cat)" in capsys.readouterr().out
+    assert "1 new class (cat)" in capsys.readouterr().out
     foreign = {"model": {"class_embed.bias": torch.zeros(4), "class_embed.weight": torch.zeros(4, 32)}, "args": {}}
     with pytest.raises(InputError, match=r"old.pth: none of its weights fits"):
         start_from(wider, classes(_1="cat"), foreign, "old.pth", args)
@@ -116,7 +116,7 @@ def test_a_run_on_own_files_from_a_trained_model(shapes, tmp_path, run_main):
 
     own[own.index("--epochs") + 1] = 2
     again = run_main(*own, "--finetune", tmp_path / "a" / "checkpoint.pth", "--resume", "auto")
-    assert "1 epochs trained" in again.stdout
+    assert "1 epoch trained" in again.stdout
     assert "known by name" not in again.stdout
 
     scored = run_main(*own[:-2], "--eval", "--resume", tmp_path / "b" / "checkpoint.pth")
@@ -152,7 +152,7 @@ def test_the_optimizer_takes_the_scaled_rates(shapes, tmp_path, parse):
         (("--backbone", "resnet18"), 16, 500, True, ["--finetune CHECKPOINT,"]),
         ((), 16, 500, False, []),
         (("--overfit", 5), 16, 500, True, []),
-        ((), 2, 370_000, True, ["meant for 16 images a step, here are 2: consider --lr_scale sqrt (3.5e-05)"]),
+        ((), 2, 370_000, True, ["meant for 16 images a step, not 2: consider --lr_scale sqrt (3.5e-05)"]),
         (("--lr_scale", "sqrt"), 2, 370_000, True, []),
         (("--lr", 3e-5), 2, 370_000, True, []),
         (("--lr_drop", 5), 16, 370_000, True, ["--lr_drop 5 divides the learning rate by ten 9 times"]),

@@ -168,7 +168,7 @@ class TestLimit:
         (tmp_path / "a").write_bytes(encoded)
         width, height = (f"{side:,}" for side in size)
         assert refusal(tmp_path / "a", max_megapixels=1) == (
-            f"has {width}×{height} pixels, more than 1 megapixels: store it smaller, or raise --max_megapixels"
+            f"has {width}×{height} pixels, more than 1 megapixel: store it smaller, or raise --max_megapixels"
         )
 
     def test_what_is_as_large_is_decoded(self, tmp_path):
@@ -182,7 +182,7 @@ class TestLimit:
         picture = read_image(stored(tmp_path / "a.jpg", image, quality=95), max_megapixels=1)
         assert picture.size == size
         assert picture.decoded_size == tuple(-(-side // reduction) for side in size)
-        assert picture.notes == [f"more than 1 megapixels, decoded at 1/{reduction} of its size"]
+        assert picture.notes == [f"more than 1 megapixel, decoded at 1/{reduction} of its size"]
         small = image.convert("RGB").resize(picture.decoded_size, Image.Resampling.BOX)
         assert (picture.pixels.float() - pil_to_tensor(small)).abs().mean() < 3
 
@@ -202,7 +202,7 @@ class TestLimit:
             encoded = bytearray(path.read_bytes())
             encoded[encoded.index(b"\xff\xda") + 4] = 1  # channels in the first scan
             path.write_bytes(encoded)
-        assert "more than 1 megapixels" in refusal(path, max_megapixels=1)
+        assert "more than 1 megapixel" in refusal(path, max_megapixels=1)
 
     def test_boxes_follow_a_reduced_image(self, tmp_path):
         """Training and evaluation see the same as of an image that is decoded in full."""

@@ -122,7 +122,7 @@ def test_a_resumed_run_ends_like_one_never_interrupted(shapes, trained, tmp_path
     train(shapes, tmp_path, "--epochs", 1, *common)
     assert "starting anew" in capsys.readouterr().out
     train(shapes, tmp_path, "--epochs", 3, *common)
-    assert f"loading {tmp_path / 'checkpoint.pth'}, 1 epochs trained" in capsys.readouterr().out
+    assert f"loading {tmp_path / 'checkpoint.pth'}, 1 epoch trained" in capsys.readouterr().out
     ours, theirs = (torch.load(p / "checkpoint.pth", weights_only=True)["model"] for p in (tmp_path, trained))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert log_lines(tmp_path) == log_lines(trained)
@@ -258,8 +258,8 @@ def test_flags_with_which_nothing_would_be_trained(shapes, trained, tmp_path):
         (("--cls_loss_coef", 0, "--bbox_loss_coef", 0, "--giou_loss_coef", 0), "are all 0: nothing would be trained"),
         (("--set_cost_class", 0, "--set_cost_bbox", 0, "--set_cost_giou", 0), "cannot all be 0"),
         (("--accum_steps", 4), "--accum_steps 4: an epoch has only 3 batches; lower it"),
-        (("--start_epoch", 1), "--start_epoch 1: there are only 1 epochs, counted from 0"),
-        (("--start_epoch", 1, "--resume", tmp_path / "model.pth"), "--start_epoch 1: there are only 1 epochs"),
+        (("--start_epoch", 1), "--start_epoch 1: the run has only 1 epoch, counted from 0"),
+        (("--start_epoch", 1, "--resume", tmp_path / "model.pth"), "--start_epoch 1: the run has only 1 epoch"),
     ):
         with pytest.raises(InputError, match=message):
             train(shapes, tmp_path / "out", "--epochs", 1, *more)
@@ -317,9 +317,9 @@ def test_bad_images_are_skipped_on_request(shapes, tmp_path, capsys):
     (broken / "images" / "val2017" / "000005.jpg").unlink()
     train(broken, tmp_path / "out", "--epochs", 1, "--on_bad_image", "skip")
     printed = capsys.readouterr().out
-    assert "1 of the 7 images of" in printed
-    assert "warning: 1 images could not be read and were skipped: 000003.jpg (image id 3)" in printed
-    assert "warning: 1 images could not be read and were skipped: 000005.jpg (image id 5)" in printed
+    assert "1 of 7 images of" in printed
+    assert "warning: 1 image could not be read and was skipped: 000003.jpg (image id 3)" in printed
+    assert "warning: 1 image could not be read and was skipped: 000005.jpg (image id 5)" in printed
     assert len(torch.load(tmp_path / "out" / "eval" / "latest.pth", weights_only=True)["params"]["imgIds"]) == 6
 
 

@@ -213,7 +213,7 @@ def test_ids_of_an_annotation_file_as_people_have_them(tmp_path):
     ("flags", "message"),
     [
         (["{tmp}/none"], "nothing to predict on"),
-        (["{tmp}/text.jpg"], "none of the 1 inputs could be read"),
+        (["{tmp}/text.jpg"], "none of 1 input could be read"),
         (["{tmp}", "--threshold", "30"], "--threshold 30.0: must be between 0 and 1"),
         (["{tmp}", "--every", "0"], "--every 0: must be at least 1"),
         (["{tmp}", "--checkpoint", "{tmp}/none.pth"], "none.pth: no such checkpoint"),
@@ -282,8 +282,8 @@ def test_huge_images(run, tmp_path):
     _, whole, _ = run(tmp_path / "huge.jpg")
     code, reduced, printed = run(tmp_path, "--max_megapixels", 1)
     assert code == 1
-    assert "huge.png: has 1,600×1,200 pixels, more than 1 megapixels: store it smaller, or raise --max_mega" in printed
-    assert "1 image: more than 1 megapixels, decoded at 1/2 of its size (huge.jpg)" in printed
+    assert "huge.png: has 1,600×1,200 pixels, more than 1 megapixel: store it smaller, or raise --max_mega" in printed
+    assert "1 image: more than 1 megapixel, decoded at 1/2 of its size (huge.jpg)" in printed
     assert_same(reduced["huge.jpg"], whole["huge.jpg"], tolerance=20)
     assert Image.open(tmp_path / "out" / "pictures" / "huge.jpg").size == (800, 600)
     (entry,) = page_data(tmp_path / "out")["entries"]

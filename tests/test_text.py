@@ -59,4 +59,10 @@ def test_pictures_with_odd_names(tmp_path):
 
 def test_numbers_with_their_nouns():
     assert [counted(n, "image") for n in (0, 1, 2_000)] == ["0 images", "1 image", "2,000 images"]
+    assert [counted(2, noun) for noun in ("box", "class", "batch", "query")] == [
+        "2 boxes",
+        "2 classes",
+        "2 batches",
+        "2 queries",
+    ]
     assert [counted(n, "box has", "boxes have") for n in (1, 2)] == ["1 box has", "2 boxes have"]

@@ -19,8 +19,10 @@ def printable(text: object) -> str:
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """Return a number and its noun: "1 image", "2 images"; `many` is the plural if it is not `one` with an s."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+    """Return a number with its noun, "1 box" or "2 boxes"; `many` is for more than a noun, such as "boxes have"."""
+    ending = "es" if one.endswith(("s", "x", "ch")) else "s"
+    plural = f"{one[:-1]}ies" if one.endswith("y") else f"{one}{ending}"
+    return f"{number:,} {one if number == 1 else many or plural}"
 
 
 def _escaped(character: str) -> str:

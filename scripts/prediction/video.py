@@ -14,6 +14,7 @@ from PIL import Image
 
 from util.command import need
 from util.errors import InputError, reason
+from util.text import counted
 
 MISSING_SECONDS = 1  # by which a header may overstate the length of the pictures, for example by that of the sound
 MAX_DELAY = 10  # seconds; a video that begins later was cut from a longer recording, and begins at 0 here
@@ -113,7 +114,7 @@ class VideoReader:
     def _check_end(self, frames: int, end: Fraction, cause: str) -> None:
         """Raise InputError if more should follow the frames that were read, the last of which ends at `end`."""
         if self._frames:
-            missing, read = (self._frames - frames) / self._rate, f"{frames} of about {self._frames} frames"
+            missing, read = (self._frames - frames) / self._rate, f"{frames} of about {counted(self._frames, 'frame')}"
         else:
             missing = self._seconds - end
             read = f"{float(end):.1f} of about {float(self._seconds):.1f} seconds"
