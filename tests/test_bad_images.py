@@ -259,7 +259,7 @@ def test_every_pass_over_a_loader_tells_what_it_skipped(workers, overfit, build,
         for _, targets in loader:
             assert all(int(target["image_id"]) in (2, 3) for target in targets)
         report_skipped(loader)
-        assert capsys.readouterr().out.count("1 images could not be read and were skipped: 1.jpg (image id 1)\n") == 1
+        assert capsys.readouterr().out.count("1 image could not be read and was skipped: 1.jpg (image id 1)\n") == 1
     report_skipped(loader)
     assert capsys.readouterr().out == ""
 
