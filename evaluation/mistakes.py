@@ -46,9 +46,12 @@ class Comparison:
         """How many objects are missed and detections false."""
         return int(self.missed.sum() + self.false.sum())
 
-    def draw(self, picture: Picture, classes: Classes) -> Image.Image:
-        """The ground truth next to the detections, with names, scores, and which of them are missed or false."""
-        scale = np.clip(max(picture.size), *PANEL) / max(picture.size)
+    def draw(self, picture: Picture, classes: Classes, sides: tuple[int, int] = PANEL) -> Image.Image:
+        """The ground truth next to the detections, with names, scores, and which of them are missed or false.
+
+        `sides` are the least and the largest long side that either is drawn with.
+        """
+        scale = np.clip(max(picture.size), *sides) / max(picture.size)
         image = to_pil_image(picture.pixels).resize([max(1, round(side * scale)) for side in picture.size])
         labels = self.objects.labels.tolist(), self.found[:, 0].astype(int).tolist()
         names = [[classes.name_of(label) for label in of_panel] for of_panel in labels]

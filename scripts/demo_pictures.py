@@ -19,22 +19,23 @@ if __name__ == "__main__":  # the imports below take seconds
     check_early("demo_pictures")
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
-from matplotlib.figure import Figure
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_convert
 
 from datasets import build_dataset
-from evaluation.pictures import draw_boxes
+from evaluation.mistakes import compare
+from evaluation.pictures import contact_sheet
 from scripts.detector import load_detector
 from scripts.plot_logs import plot_logs
-from util.box_ops import box_cxcywh_to_xyxy
 from util.command import run_command
+from util.files import replacing
 
-ROWS, PAIRS = 4, 3  # of (ground truth, prediction) pairs on the page
+PICTURES, COLUMNS = 6, 2  # of the page, each the ground truth and the detections of an image
+SIDE = 320  # pixels, the long side of either
 
 
-@torch.no_grad()
 def draw_predictions(run: Path, threshold: float) -> Path:
     """Draws the first val images that have boxes with their ground truth, beside it the detections above a score.
 
@@ -43,29 +44,21 @@ def draw_predictions(run: Path, threshold: float) -> Path:
     """
     detector = load_detector(str(run / "checkpoint.pth"))
     dataset = build_dataset("val", detector.args)
-    names = dataset.classes.names
-
-    figure = Figure(figsize=(3.3 * PAIRS, 1.75 * ROWS), layout="constrained")
-    pairs = figure.subplots(ROWS, 2 * PAIRS).reshape(-1, 2)
-    for axes in pairs.flat:
-        axes.set_axis_off()
-    shown = [index for index in range(len(dataset)) if len(dataset.records.objects_of(index).labels)]
-    for (left, right), index in zip(pairs, shown, strict=False):
-        image, target = dataset[index]
-        size = target["size"]
-        pixels = image.permute(1, 2, 0).numpy()
-        truth = box_cxcywh_to_xyxy(target["boxes"]) * size.flip(0).repeat(2)
-        (found,) = detector.postprocess(detector.model([image]), size[None])
-        found = {key: value[found["scores"] > threshold] for key, value in found.items()}
-        best = batched_nms(found["boxes"], found["scores"], found["labels"], iou_threshold=0.5)
-        found = {key: value[best] for key, value in found.items()}
-        labels = target["labels"].tolist()
-        draw_boxes(left, pixels, truth.tolist(), labels, [names[i] for i in labels], "ground truth")
-        labels = found["labels"].tolist()
-        texts = [f"{names.get(i, i)} {s:.2f}" for i, s in zip(labels, found["scores"].tolist(), strict=True)]
-        draw_boxes(right, pixels, found["boxes"].tolist(), labels, texts, "prediction")
-    figure.savefig(run / "predictions.png", dpi=110)
-    return run / "predictions.png"
+    with_objects = (i for i in range(len(dataset)) if len(dataset.records.objects_of(i).labels))
+    pictures = []
+    for index in islice(with_objects, PICTURES):
+        picture = dataset.load_image(index)
+        (detections,) = detector([picture.pixels])
+        scores, labels, boxes = (detections[key] for key in ("scores", "labels", "boxes"))
+        best = batched_nms(boxes, scores, labels, iou_threshold=0.5)
+        rows = torch.cat([labels[:, None], scores[:, None], box_convert(boxes, "xyxy", "xywh")], dim=1)[best]
+        comparison = compare(rows.double().numpy(), dataset.records.objects_of(index), threshold)
+        pictures.append(comparison.draw(picture, dataset.classes, (SIDE, SIDE)))
+    path = run / "predictions.png"
+    largest = (max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))
+    with replacing(path) as file:
+        contact_sheet(pictures, COLUMNS, tuple(largest)).save(file, "PNG")
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -30,12 +30,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import nms
-from torchvision.transforms.v2.functional import rgb_to_grayscale
+from torchvision.transforms.v2.functional import rgb_to_grayscale, to_pil_image
 
 from datasets.classes import Classes
 from datasets.images import read_image
 from evaluation.attention_maps import AttentionMaps, View, view
-from evaluation.pictures import draw_boxes
+from evaluation.pictures import annotate
 from scripts.detector import load_detector
 from util.box_ops import box_cxcywh_to_xyxy
 from util.command import run_command
@@ -44,7 +44,8 @@ from util.files import replacing
 
 REFERENCE_POINT = {"marker": "P", "markersize": 9, "color": "white", "markeredgecolor": "black"}  # seen on any photo
 COLOURS = "inferno"  # equal steps of attention are equal steps to the eye
-MAP_WIDTH, MAP_HEIGHT = 1.3, 2.6  # at most; all lengths in inches, of 100 pixels
+DPI = 100  # pixels per inch
+MAP_WIDTH, MAP_HEIGHT = 1.3, 2.6  # at most; all lengths in inches
 GAP, LABELS, TITLE, FOOTER, MARGIN = 0.05, 0.85, 0.3, 0.4, 0.1
 LEAST_WIDTH = 6  # of the page: room for the footer
 
@@ -120,8 +121,9 @@ def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classe
     height, width = image.shape[1:]
     heads = len(seen.maps.spatial)
     layout = Layout(width, height, heads, len(queries))
-    page = Figure(figsize=(layout.page_width, layout.page_height), dpi=100)
-    photo = image.permute(1, 2, 0).numpy()
+    page = Figure(figsize=(layout.page_width, layout.page_height), dpi=DPI)
+    sides = [max(round(DPI * side), 1) for side in (layout.photo_width, layout.photo_height)]
+    photo, scale = to_pil_image(image).resize(sides), np.tile(np.divide(sides, (width, height)), 2)
     backdrop = rgb_to_grayscale(image)[0].numpy()
     points = seen.reference * torch.tensor([width, height])
     boxes = box_cxcywh_to_xyxy(seen.boxes) * torch.tensor([width, height, width, height])
@@ -129,7 +131,10 @@ def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classe
     for block, query in enumerate(queries):
         label, box = int(labels[query]), boxes[query].tolist()
         axes = page.add_axes(layout.photo(block))
-        draw_boxes(axes, photo, [box], [label], [f"{classes.name_of(label)} {scores[query]:.2f}"], f"query {query}")
+        drawn = annotate(photo, [box * scale], [label], [f"{classes.name_of(label)} {scores[query]:.2f}"])
+        axes.imshow(drawn, extent=(0, width, height, 0))
+        axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+        axes.set_title(f"query {query}", fontsize=9)
         axes.plot(*points[query].tolist(), **REFERENCE_POINT)
         for row, (name, maps) in enumerate(zip(seen.maps._fields, seen.maps, strict=True)):
             for head in range(heads):

@@ -11,6 +11,7 @@ from PIL import Image
 
 import main
 import training
+from scripts import demo_pictures
 from tests.conftest import TINY, log_lines
 from util.errors import InputError
 
@@ -29,6 +30,17 @@ def trained(shapes, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
     train(shapes, output, "--epochs", 3, "--lr_drop", 2, "--dropout", 0)
     return output
+
+
+def test_the_pictures_of_a_run(trained, tmp_path, capsys):
+    """Six images whose long side is 320, each with its ground truth next to the detections."""
+    for name in ("checkpoint.pth", "log.txt"):
+        shutil.copy(trained / name, tmp_path / name)
+    demo_pictures.main(["--output_dir", str(tmp_path), "--threshold", "0"])
+    assert f"wrote {tmp_path / 'predictions.png'}\n" in capsys.readouterr().out
+    width, height = Image.open(tmp_path / "predictions.png").size
+    assert 1000 < width <= 2 * (2 * 320 + 8) + 3 * 8
+    assert 600 < height <= 3 * (320 + 32) + 4 * 8
 
 
 def test_what_a_run_leaves(trained):

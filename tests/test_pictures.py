@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from evaluation.pictures import annotate, colour_of, text_colour
+from evaluation.pictures import annotate, colour_of, contact_sheet, place_texts, text_colour
 
 
 def shown(picture: Image.Image, label: int) -> np.ndarray:
@@ -55,10 +57,47 @@ def test_texts_of_one_place_lie_beside_each_other_and_the_first_on_top():
     box = (20, 40, 100, 80)
     picture = annotate(Image.new("RGB", (200, 200)), [box, box], [1, 2], ["first 0.9", "second 0.8"])
     first, second = (shown(picture, label) for label in (1, 2))
-    assert first[40, 20:101].sum() > 60  # the box of the first
+    assert first[80, 20:101].all()  # the box of the first
     assert first[:40].sum() > 200  # its text above,
     assert second[40:].sum() > 200  # the other's elsewhere
     assert not second[80, 90:101].any()
+
+
+sides = st.integers(1, 200)
+coordinates = st.floats(-50, 250)
+crowds = st.lists(st.tuples(st.tuples(sides, st.integers(1, 30)), st.tuples(*[coordinates] * 4)), max_size=40)
+
+
+@given(crowd=crowds, size=st.tuples(sides, sides))
+def test_no_text_lies_on_another(crowd, size):
+    """However boxes crowd; every text is of its extent and begins within the image, and the first one has a place."""
+    places = place_texts([extent for extent, _ in crowd], [box for _, box in crowd], size)
+    assert len(places) == len(crowd)
+    assert None not in places[:1]
+    covered = np.zeros((300, 500), dtype=int)
+    for place, (extent, _) in zip(places, crowd, strict=True):
+        if place:
+            left, top, right, bottom = place
+            assert (right - left, bottom - top) == extent
+            assert left == 0 or (left > 0 and right <= size[0])
+            assert top == 0 or (top > 0 and bottom <= size[1])
+            covered[top:bottom, left:right] += 1
+    assert covered.max(initial=0) <= 1
+
+
+def test_of_many_boxes_at_one_place_the_first_have_texts():
+    boxes, texts = [(150, 150, 180, 180)] * 100, [f"{label} 0.50" for label in range(100)]
+    picture = annotate(Image.new("RGB", (300, 300)), boxes, range(100), texts)
+    sizes = [int(shown(picture, label).sum()) for label in range(100)]
+    with_text = [label for label, size in enumerate(sizes) if size > 100]
+    assert with_text == list(range(len(with_text)))
+    assert 8 <= len(with_text) <= 20
+
+
+def test_a_sheet_has_cells_of_the_size_asked_for():
+    sheet = contact_sheet([Image.new("RGB", (100, 20), "red")] * 3, 2, (50, 30))
+    assert sheet.size == (2 * 50 + 3 * 8, 2 * 30 + 3 * 8)
+    assert (np.asarray(sheet) == (255, 0, 0)).all(2).sum() == 3 * 50 * 10
 
 
 def test_texts_can_be_read_on_every_colour():

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from datasets.classes import Classes
 from evaluation.attention_maps import AttentionMaps, View, attention_maps, recorded, view
+from evaluation.pictures import colour_of
 from flags.parser import get_args_parser
 from models.attention import merge_heads
 from scripts.plot_attention import best_queries, draw_map, draw_page, main
@@ -133,11 +134,25 @@ def test_a_page_keeps_the_shape_of_any_image(size, model):
         assert page.bbox.containsx(axes.bbox.x1)
         assert all(tuple(layer.get_extent()) == (0, width, height, 0) for layer in axes.images)
     cx, cy, w, h = (seen.boxes[5] * torch.tensor([width, height, width, height])).tolist()
-    for axes in pictures[: 1 + 3 * 8]:
+    for axes in pictures[1 : 1 + 3 * 8]:
         (box,) = (patch for patch in axes.patches if patch.get_width() > 0)
         assert box.get_bbox().bounds == pytest.approx((cx - w / 2, cy - h / 2, w, h), abs=1e-3)
     (point,) = pictures[0].lines
     assert point.get_xydata()[0] == pytest.approx((seen.reference[5] * torch.tensor([width, height])).numpy())
+
+
+def test_the_photo_of_a_query_has_its_box_and_class(model, image):
+    """Drawn on the photo at the size at which the page shows it."""
+    seen = view(model, image)._replace(
+        boxes=torch.full((7, 4), 0.5), logits=torch.tensor([-9.0, -9.0, 2.0]).expand(7, 3)
+    )
+    (photo,) = draw_page(image, seen, [5], CLASSES).axes[0].images
+    pixels = np.asarray(photo.get_array())
+    height, width = pixels.shape[:2]
+    coloured = (pixels == colour_of(2)).all(-1)
+    assert min(height, width) > 190
+    assert coloured[3 * height // 4, width // 4 : 3 * width // 4].all()  # the lower edge of the box
+    assert coloured[: height // 4].sum() > 200  # the text above it
 
 
 def test_an_object_that_two_queries_see_counts_once():

@@ -1,12 +1,10 @@
 """Text from files reaches terminals, pictures and pages without control characters."""
 
-import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from datasets.classes import Classes
-from evaluation.pictures import annotate, draw_boxes
+from evaluation.pictures import annotate, side_by_side
 from scripts import plot_logs
 from util.command import error_line
 from util.logger import log, warn
@@ -45,10 +43,8 @@ def test_class_names_of_a_checkpoint():
 def test_pictures_with_odd_names(tmp_path):
     """Neither a line break nor a formula that matplotlib cannot set breaks drawing."""
     name = Classes.from_checkpoint({"class_names": {0: HOSTILE}}, 1).name_of(0)
-    annotate(Image.new("RGB", (200, 100)), [[10, 10, 90, 90]], [0], [name])
-    figure = Figure()
-    draw_boxes(figure.subplots(), np.zeros((100, 200, 3)), [[10, 10, 90, 90]], [0], [name], title=name)
-    figure.savefig(tmp_path / "boxes.png")
+    picture = annotate(Image.new("RGB", (200, 100)), [[10, 10, 90, 90]], [0], [name])
+    side_by_side([picture], [name])
     runs = [tmp_path / "$a_{$", tmp_path / "$b_{$"]
     for run in runs:
         run.mkdir()
