@@ -27,7 +27,7 @@ AT_100 = 2  # their position among pycocotools' maxDets, 1, 10 and 100
 
 
 class Detections(NamedTuple):
-    """What was found in one image.
+    """The detections of one image.
 
     rows: [N, 9] float64: category id, score, x, y, width, height, and of the mask's run-length code (zeros without
         masks) the height, width and length in bytes.
@@ -41,7 +41,7 @@ class Detections(NamedTuple):
 class CocoEvaluator:
     """Scores exactly the images that `update` was given, each once, also those without a detection.
 
-    Call `update` for every batch, then `synchronize_between_processes`, `accumulate` and `summarize`; the results are
+    Call `update` for every batch, then `synchronize_between_processes`, `accumulate` and `summarize`; the scores are
     in `coco_eval[iou_type].stats` and `.eval`, as pycocotools leaves them; `.params` may be set before.
 
     Args:
@@ -92,10 +92,10 @@ class CocoEvaluator:
     def accumulate(self) -> None:
         """Matches detections with the ground truth and computes precision and recall."""
         for iou_type, coco_eval in self.coco_eval.items():
-            results = [result for image_id in sorted(self.detections) for result in self.results(image_id, iou_type)]
-            for number, result in enumerate(results, start=1):
-                result["id"] = number
-            coco_eval.cocoDt = index({"images": self.coco_gt.dataset["images"], "annotations": results})
+            found = [entry for image_id in sorted(self.detections) for entry in self.annotations_of(image_id, iou_type)]
+            for number, entry in enumerate(found, start=1):
+                entry["id"] = number
+            coco_eval.cocoDt = index({"images": self.coco_gt.dataset["images"], "annotations": found})
             coco_eval.params.imgIds = sorted(self.detections)
             scorer = COCOeval_faster(self.coco_gt, coco_eval.cocoDt, iou_type)
             vars(scorer.params).update(vars(coco_eval.params))
@@ -104,20 +104,20 @@ class CocoEvaluator:
             arrays = {key: scorer.eval[key] for key in ("precision", "recall", "scores", "counts", "date")}
             coco_eval.eval = {"params": coco_eval.params} | arrays
 
-    def results(self, image_id: int, iou_type: str) -> list[dict[str, Any]]:
-        """An image's detections as the annotations that pycocotools compares with the ground truth."""
-        results, byte = [], 0
+    def annotations_of(self, image_id: int, iou_type: str) -> list[dict[str, Any]]:
+        """An image's detections as annotations, which pycocotools compares with those of the ground truth."""
+        annotations, byte = [], 0
         rows, codes = self.detections[image_id]
         for category, score, x, y, width, height, mask_height, mask_width, length in rows.tolist():
-            result = {"image_id": image_id, "category_id": int(category), "score": score, "iscrowd": 0}
+            entry = {"image_id": image_id, "category_id": int(category), "score": score, "iscrowd": 0}
             if iou_type == "segm":
                 counts = codes[byte : (byte := byte + int(length))]
                 mask = {"size": [int(mask_height), int(mask_width)], "counts": counts}
-                result |= {"segmentation": mask, "area": float(mask_api.area(mask))}
+                entry |= {"segmentation": mask, "area": float(mask_api.area(mask))}
             else:
-                result |= {"bbox": [x, y, width, height], "area": width * height}
-            results.append(result)
-        return results
+                entry |= {"bbox": [x, y, width, height], "area": width * height}
+            annotations.append(entry)
+        return annotations
 
     def summarize(self) -> None:
         """Prints the 12 COCO numbers, and AP by class; leaves the numbers in `coco_eval[iou_type].stats`."""

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from datasets.classes import Classes
 from datasets.coco import CocoDetection
 from datasets.coco_eval import AT_100, CocoEvaluator, evaluation_as_plain_data
+from evaluation.coco_results import coco_results, write_coco_results
 from evaluation.mistakes import draw_image, worst_images
-from evaluation.results import coco_results, write_results
 from util.distributed import is_main_process
 from util.files import replacing, save_on_master
 from util.logger import log
@@ -38,7 +38,8 @@ def write_report(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Clas
     save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), folder / "eval.pth")
     if not is_main_process():
         return
-    write_results(folder / "detections.json", results(evaluator, classes, with_names=True, own_id=dataset.own_id))
+    all_results = results_of(evaluator, classes, with_names=True, own_id=dataset.own_id)
+    write_coco_results(folder / "detections.json", all_results)
     with replacing(folder / "precision_recall.png") as file:
         precision_recall(evaluator, classes).savefig(file, dpi=110, format="png")
     drawn = write_worst_images(evaluator, dataset, classes, folder / "worst")
@@ -49,20 +50,20 @@ def write_test_results(evaluator: CocoEvaluator, classes: Classes, folder: Path)
     """Writes, on the main process only, the detections of a test set, as COCO's evaluation server takes them."""
     if not is_main_process():
         return
-    write_results(folder / TEST_RESULTS, results(evaluator, classes))
+    write_coco_results(folder / TEST_RESULTS, results_of(evaluator, classes))
     log(f"wrote {folder / TEST_RESULTS}: zip it and upload it to COCO's evaluation server", "green")
 
 
-def results(
+def results_of(
     evaluator: CocoEvaluator,
     classes: Classes,
     with_names: bool = False,
     own_id: Callable[[int], int | str] = lambda image_id: image_id,
 ) -> Iterator[dict[str, Any]]:
-    """Yield all detections in COCO's result format, with the file's own id of each image."""
+    """Yield the COCO results of all detections, with the file's own id of each image."""
     for image_id in sorted(evaluator.detections):
-        found = evaluator.results(image_id, "bbox")
-        detections = ((result["category_id"], result["score"], result["bbox"]) for result in found)
+        rows = evaluator.detections[image_id].rows[:, :6].tolist()
+        detections = ((int(label), score, box) for label, score, *box in rows)
         yield from coco_results(own_id(image_id), detections, classes, with_names)
 
 

@@ -60,11 +60,11 @@ class Detector:
     def detect(self, resized: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """The same for images that `resize` has prepared; `sizes` are (height, width) before it."""
         outputs = self.model([image.to(self.device) for image in resized])
-        found = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
-        found = [{name: value.cpu() for name, value in image.items()} for image in found]
-        for detections in found:
+        of_images = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
+        of_images = [{name: value.cpu() for name, value in image.items()} for image in of_images]
+        for detections in of_images:
             check_detections(detections)
-        return found
+        return of_images
 
 
 def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:

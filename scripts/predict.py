@@ -47,12 +47,12 @@ from tqdm import tqdm
 from datasets.images import image_size, read_image, summarize_notes
 from datasets.samplers import same_shape_batches
 from datasets.transforms import resized_size
-from evaluation.results import coco_results, write_results
+from evaluation.coco_results import coco_results, write_coco_results
 from flags.limits import check_sizes
 from scripts.detector import Detector, load_detector
 from scripts.prediction.gallery import Entry, image_entry, video_entry, write_gallery
 from scripts.prediction.inputs import Report, Source, bounded_batches, find_sources, prefetch, with_annotated_ids
-from scripts.prediction.photo import GALLERY_SIDE, MAX_JPEG_SIDE, Found, Photo, file_name, save, weight_of
+from scripts.prediction.photo import GALLERY_SIDE, MAX_JPEG_SIDE, Detections, Photo, file_name, save, weight_of
 from scripts.prediction.video import Frame, VideoReader, write_video
 from util.command import run_command
 from util.errors import InputError
@@ -79,7 +79,7 @@ class Prediction:
         self.detector = detector
         self.pool = pool
         self.report = report
-        self.found: dict[Source, list[tuple[int | str, Found, Fraction | None]]] = {}  # id and, for frames, time
+        self.detections: dict[Source, list[tuple[int | str, Detections, Fraction | None]]] = {}  # id and frame's time
         self.notes: list[tuple[str, list[str]]] = []  # on images, by name
         self.entries: dict[Source, Entry] = {}  # of the gallery
 
@@ -96,7 +96,7 @@ class Prediction:
         detected = self._detect(islice(photos, len(batch)) for batch in batches)
         with tqdm(total=len(usable), desc="images", disable=None) as bar:
             for photo, entry in self._in_threads(self._draw, detected, weight_of):
-                self.found[photo.source] = [(photo.image_id, photo.found, None)]
+                self.detections[photo.source] = [(photo.image_id, photo.detections, None)]
                 self.notes.append((str(photo.source), photo.notes))
                 self.entries[photo.source] = entry
                 bar.update()
@@ -120,29 +120,29 @@ class Prediction:
         if first is None:
             return
         path = self.args.output / "pictures" / file_name(source, ".mp4")
-        self.found[source] = []
+        self.detections[source] = []
         with (
             tqdm(total=reader.length, desc=str(source), disable=None) as bar,
             write_video(path, reader.rate, reader.time_base, first[1].size) as write,
         ):
             for photo, image in chain([first], drawn):
                 write(image, *photo.frame)
-                self.found[source].append((photo.image_id, photo.found, photo.frame[0]))
+                self.detections[source].append((photo.image_id, photo.detections, photo.frame[0]))
                 bar.update()
         self.entries[source] = video_entry(str(source), path.relative_to(self.args.output))
 
-    def results(self, sources: Iterable[Source]) -> Iterator[dict[str, Any]]:
-        """All detections in COCO's result format, in the order of the sources."""
+    def coco_results(self, sources: Iterable[Source]) -> Iterator[dict[str, Any]]:
+        """The COCO results of all detections, in the order of the sources."""
         for source in sources:
-            for image_id, found, time in self.found.get(source, ()):
-                boxes = box_convert(found["boxes"], "xyxy", "xywh")
-                detections = zip(*(part.tolist() for part in (found["labels"], found["scores"], boxes)), strict=True)
-                for result in coco_results(image_id, detections, self.detector.classes):
+            for image_id, detections, time in self.detections.get(source, ()):
+                boxes = box_convert(detections["boxes"], "xyxy", "xywh")
+                columns = (part.tolist() for part in (detections["labels"], detections["scores"], boxes))
+                for result in coco_results(image_id, zip(*columns, strict=True), self.detector.classes):
                     yield result if time is None else result | {"time": round(float(time), 6)}
 
     def summary(self) -> str:
         """Say how many boxes are drawn or, if none is, how far the threshold is from the best."""
-        scores = [found["scores"] for of_source in self.found.values() for _, found, _ in of_source]
+        scores = [found["scores"] for of_source in self.detections.values() for _, found, _ in of_source]
         number = sum(int((of_image >= self.args.threshold).sum()) for of_image in scores)
         if number:
             return f"{counted(number, 'box scores', 'boxes score')} {self.args.threshold:g} or more"
@@ -163,9 +163,9 @@ class Prediction:
             photos = [photo for photo in batch if self._is_usable(photo)]
             if not photos:
                 continue
-            found = self.detector.detect([photo.resized for photo in photos], [photo.size[::-1] for photo in photos])
-            for of_photo in found:
-                photos[0].found = of_photo
+            sizes = [photo.size[::-1] for photo in photos]
+            for detections in self.detector.detect([photo.resized for photo in photos], sizes):
+                photos[0].detections = detections
                 yield photos.pop(0)  # to be held no longer than until it is drawn
 
     def _is_usable(self, item: Any) -> bool:
@@ -211,7 +211,7 @@ class Prediction:
             MAX_JPEG_SIDE,
         )
         save(to_pil_image(photo.pixels), self.args.output / "images" / name, GALLERY_SIDE)
-        return photo, image_entry(str(photo.source), Path("images", name), photo.size, photo.found)
+        return photo, image_entry(str(photo.source), Path("images", name), photo.size, photo.detections)
 
     def _annotated(self, photo: Photo) -> Image.Image:
         return photo.annotated(self.args.threshold, self.detector.classes)
@@ -243,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for source in sources:
             if source.is_video:
                 prediction.video(source)
-    if not prediction.found:
+    if not prediction.detections:
         raise InputError(f"none of {counted(len(sources), 'input')} could be read")
-    write_results(args.output / "detections.json", prediction.results(sources))
+    write_coco_results(args.output / "detections.json", prediction.coco_results(sources))
     entries = [prediction.entries[source] for source in sources if source in prediction.entries]
     write_gallery(args.output / "index.html", entries, detector.classes, args.threshold)
     for line in summarize_notes(prediction.notes):

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts import benchmark, benchmark_data, benchmark_peer
+from scripts import benchmark
+from scripts.benchmarking import data, peer
 from util.errors import InputError
 
 
@@ -35,30 +36,30 @@ def test_a_small_run(part, tmp_path, monkeypatch, capsys):
 
 
 def test_the_hosts_parts(tmp_path):
-    benchmark_data.write_photos(tmp_path, np.random.default_rng(0), images=1)
+    data.write_photos(tmp_path, np.random.default_rng(0), images=1)
     for split in ("train", "val"):
-        for run in benchmark_data.loading_runs(tmp_path, 1, split).values():
+        for run in data.loading_runs(tmp_path, 1, split).values():
             run()
-    for run in benchmark_data.scoring_runs(np.random.default_rng(0), images=2).values():
+    for run in data.scoring_runs(np.random.default_rng(0), images=2).values():
         run()
 
 
-def make_runs(flags: argparse.Namespace, file: Path) -> benchmark_peer.Runs:
+def make_runs(flags: argparse.Namespace, file: Path) -> peer.Runs:
     return {"none": lambda: file.write_text(str(os.getpid())), "bf16": lambda: os._exit(1)}
 
 
 def test_the_competitor_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark_peer, "find_spec", lambda name: name)
+    monkeypatch.setattr(peer, "find_spec", lambda name: name)
     flags = argparse.Namespace(no_peer=False, device="cpu", amp=["none", "bf16"])
     written = tmp_path / "pid"
-    with benchmark_peer.peer_runs("r50", make_runs, flags, written) as runs:
+    with peer.peer_runs("r50", make_runs, flags, written) as runs:
         runs["none"]()
         assert int(written.read_text()) != os.getpid()
         assert runs["none"].peak_mib() is None
         with pytest.raises(InputError, match="--no_peer"):
             runs["bf16"]()
     for flags.no_peer, variant in ((True, "r50"), (False, "r101")):
-        with benchmark_peer.peer_runs(variant, make_runs, flags) as runs:
+        with peer.peer_runs(variant, make_runs, flags) as runs:
             assert runs == {}
 
 
@@ -67,4 +68,4 @@ def test_transformers_computes_what_is_measured(make):
     pytest.importorskip("transformers")
     flags = argparse.Namespace(device="cpu", size=(64, 64), amp=["none"])
     batch = {"training_of_peer": [1]}.get(make, [])
-    getattr(benchmark_peer, make)(flags, *batch)["none"]()
+    getattr(peer, make)(flags, *batch)["none"]()

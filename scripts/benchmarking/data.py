@@ -112,30 +112,30 @@ def scoring_runs(rng: np.random.Generator, images: int) -> dict[str, Callable[[]
     boxes = torch.cat([corners, corners + torch.from_numpy(rng.uniform(20, 180, (images, DETECTIONS, 2)))], dim=-1)
     labels = torch.from_numpy(rng.integers(1, NUM_CATEGORIES + 1, (images, DETECTIONS)))
     scores = torch.from_numpy(rng.uniform(0, 1, (images, DETECTIONS)))
-    found = {i + 1: {"boxes": boxes[i], "labels": labels[i], "scores": scores[i]} for i in range(images)}
+    detections_of = {i + 1: {"boxes": boxes[i], "labels": labels[i], "scores": scores[i]} for i in range(images)}
 
     def ours() -> None:
         evaluator = CocoEvaluator(truth, ("bbox",))
-        evaluator.update(found)
+        evaluator.update(detections_of)
         evaluator.synchronize_between_processes()
         evaluator.accumulate()
 
     def image_by_image() -> None:
         matches = []  # [images, classes · areas]
-        for image_id, detections in found.items():
+        for image_id, detections in detections_of.items():
             x1, y1, x2, y2 = detections["boxes"].unbind(-1)
             columns = torch.stack([x1, y1, x2 - x1, y2 - y1, detections["scores"]], dim=-1).tolist()
-            results = [
+            coco_results = [
                 {"image_id": image_id, "category_id": label, "bbox": column[:4], "score": column[4]}
                 for label, column in zip(detections["labels"].tolist(), columns, strict=True)
             ]
             with contextlib.redirect_stdout(io.StringIO()):
-                evaluator = COCOeval(truth, truth.loadRes(results), "bbox")
+                evaluator = COCOeval(truth, truth.loadRes(coco_results), "bbox")
                 evaluator.params.imgIds = [image_id]
                 evaluator.evaluate()
             matches.append(evaluator.evalImgs)
         total = COCOeval(truth, iouType="bbox")
-        total.params.imgIds = list(found)
+        total.params.imgIds = list(detections_of)
         total._paramsEval = total.params
         total.evalImgs = [of_image for of_class in zip(*matches, strict=True) for of_image in of_class]
         with contextlib.redirect_stdout(io.StringIO()):

@@ -28,19 +28,19 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 Entry = dict[str, Any]
 
 
-def image_entry(name: str, file: Path, size: tuple[int, int], found: dict[str, Tensor]) -> Entry:
+def image_entry(name: str, file: Path, size: tuple[int, int], detections: dict[str, Tensor]) -> Entry:
     """An image of the page.
 
     Args:
         name: what it is called.
         file: where it is, from the page's folder.
         size: its (width, height), that boxes are measured by.
-        found: what `PostProcess` returns.
+        detections: what `PostProcess` returns.
     """
-    shown = found["scores"] >= LOWEST_SCORE
+    shown = detections["scores"] >= LOWEST_SCORE
     width, height = size
-    corners = found["boxes"][shown].reshape(-1, 2, 2).clamp(min=0).minimum(found["boxes"].new_tensor(size))
-    labels, scores = found["labels"][shown].tolist(), found["scores"][shown].tolist()
+    corners = detections["boxes"][shown].reshape(-1, 2, 2).clamp(min=0).minimum(detections["boxes"].new_tensor(size))
+    labels, scores = detections["labels"][shown].tolist(), detections["scores"][shown].tolist()
     boxes = [
         [label, round(score, 3), *(round(value, 1) for value in box)]
         for label, score, box in zip(labels, scores, corners.flatten(1).tolist(), strict=True)

@@ -31,9 +31,9 @@ class Source:
 
     Attributes:
         path: where it is.
-        name: what it is called in results, and where its picture goes; no two files share one. Relative to the folder
+        name: what it is called in messages, and where its picture goes; no two files share one. Relative to the folder
             given, with more of the path where files of several folders would have the same.
-        image_id: its id in results: the name, or what an annotation file says.
+        image_id: its id in `detections.json`: the name, or what an annotation file says.
     """
 
     path: Path
@@ -54,7 +54,7 @@ def find_sources(patterns: Iterable[str], report: Report, leave_out: Path | None
     Args:
         patterns: as given on the command line. In folders only files with the suffixes of images and videos count.
         report: is told in a line about every pattern without a file.
-        leave_out: a folder that is not searched, since results go there.
+        leave_out: a folder that is not searched, since the tool's output goes there.
     """
     found: dict[Path, tuple[str, ...]] = {}  # file: the parts of its name
     for pattern in patterns:

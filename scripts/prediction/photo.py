@@ -18,7 +18,7 @@ from util.errors import InputError, reason
 GALLERY_SIDE = 1280  # pixels: enough for a screen, a tenth of a photo's bytes
 MAX_JPEG_SIDE = 65_500  # pixels; what the format holds
 
-Found = dict[str, Tensor]  # as `PostProcess` gives it
+Detections = dict[str, Tensor]  # of an image, as `PostProcess` gives it
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Photo:
 
     Attributes:
         source: the file that it comes from.
-        image_id: its id in results.
+        image_id: its id in `detections.json`.
         pixels: uint8 [3, h, w].
         size: the (width, height) of the file, which boxes are relative to; `pixels` of huge images are fewer.
         resized: `pixels` at the model's size.
         frame: (time, duration) of a video's frame, in seconds.
         notes: what a user should know about how the file was read.
-        found: what the model found; empty before.
+        detections: what the model found; empty before.
     """
 
     source: Source
@@ -43,12 +43,12 @@ class Photo:
     resized: Tensor
     frame: tuple[Fraction, Fraction] | None = None
     notes: list[str] = field(default_factory=list)
-    found: Found = field(default_factory=dict)
+    detections: Detections = field(default_factory=dict)
 
     def annotated(self, threshold: float, classes: Classes) -> Image.Image:
         """Return the image with the boxes that score `threshold` or more, with names and scores."""
-        shown = self.found["scores"] >= threshold
-        boxes, labels, scores = (self.found[key][shown].tolist() for key in ("boxes", "labels", "scores"))
+        shown = self.detections["scores"] >= threshold
+        boxes, labels, scores = (self.detections[key][shown].tolist() for key in ("boxes", "labels", "scores"))
         image = to_pil_image(self.pixels)
         x, y = image.width / self.size[0], image.height / self.size[1]
         boxes = [(x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in boxes]

@@ -1,4 +1,4 @@
-"""Detections as COCO's result files have them."""
+"""COCO results: detections as COCO's result files have them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def coco_results(
             }
 
 
-def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
+def write_coco_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
     """Writes a JSON list with a line for each detection, without holding all of them in memory."""
     with replacing(path) as file:
         file.write(b"[")
