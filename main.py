@@ -35,6 +35,7 @@ from checkpoints.checkpoint import classes_of, load_checkpoint, load_model_weigh
 from datasets import build_dataset, build_loader
 from datasets.classes import Classes
 from datasets.coco import CocoDetection
+from datasets.coco_eval import CocoEvaluator
 from datasets.odd_boxes import crowded_images
 from engine import detect, evaluate
 from evaluation.mistakes import draw_examples
@@ -131,13 +132,14 @@ def train_or_evaluate(args: argparse.Namespace, device: torch.device, output_dir
         compile_model(model)
     parallel_model = distribute(model, device, args.distributed, args.backbone_norm == "batch", trains=not args.eval)
 
-    base_ds = dataset_val.coco_boxes
     arrays_dir = "" if args.eval else args.output_dir  # eval/ is the training run's, which may use the folder, too
-    evaluate_val = partial(
-        evaluate, parallel_model, criterion, postprocessors, loader_val, base_ds, device, arrays_dir, args.amp
-    )
+
+    def evaluate_val() -> tuple[dict[str, Any], CocoEvaluator]:
+        base_ds = dataset_val.ground_truth()
+        return evaluate(parallel_model, criterion, postprocessors, loader_val, base_ds, device, arrays_dir, args.amp)
+
     if args.eval and args.image_set == "test":
-        found = detect(parallel_model, postprocessors, loader_val, base_ds, device, args.amp)
+        found = detect(parallel_model, postprocessors, loader_val, dataset_val.ground_truth(), device, args.amp)
         write_test_results(found, all_classes, output_dir)
         return
     if args.eval:

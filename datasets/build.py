@@ -87,7 +87,11 @@ def coco_folder(path: str | None, image_set: str) -> Path:
 
 
 def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
-    """The ground truth of a data set (or of a Subset of one) as the evaluator takes it."""
+    """The ground truth of a data set (or of a Subset of one) as the evaluator takes it, read from the file again.
+
+    Its category ids are labels, which models predict and the evaluator scores. Where the file has other ids (texts,
+    numbers above 1,999, or another numbering than the model's), `dataset.classes.ids` has them by label.
+    """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return dataset.coco

@@ -117,9 +117,11 @@ class CocoDetection(Dataset):
         """Pycocotools' index over the annotations, with labels in the place of category ids; read on the first use."""
         return self.load().index()
 
-    @cached_property
-    def coco_boxes(self) -> COCO:
-        """The same index without segmentations, which is made from the arrays: all that box AP needs."""
+    def ground_truth(self) -> COCO:
+        """Return the same index without segmentations, which is all that box AP needs.
+
+        It takes ten times the memory of the arrays that it is made from, so it is made for each evaluation.
+        """
         categories = [{"id": label, "name": name} for label, name in self.classes.names.items()]
         once = np.unique(self.records.ids, return_index=True)[1].tolist()  # --overfit repeats images
         records = self.records if len(once) == len(self) else self.records.select(once)

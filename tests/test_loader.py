@@ -1,8 +1,10 @@
 """Workers that stay, what they share with the main process, and evaluation that does not depend on the batch size."""
 
+import gc
 import json
 import multiprocessing
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch.utils.data import DistributedSampler
 
 import datasets.coco
 from datasets import build_dataset, build_loader, get_coco_api_from_dataset
+from datasets.coco_eval import CocoEvaluator
 from datasets.samplers import same_shape_batches
 from datasets.shapes import write_dataset
 from engine import evaluate
@@ -73,11 +76,34 @@ def test_workers_have_one_thread(shapes, parse):
     assert all(target["threads"] == 1 for _, targets in batches for target in targets)
 
 
+def test_a_data_set_keeps_no_ground_truth_but_its_arrays(shapes, parse):
+    """Each evaluation makes its own, which scores like the one that is read from the file."""
+    dataset = build_dataset("val", parse("--coco_path", shapes, *SMALL))
+    found = {}
+    for i, image_id in enumerate(dataset.ids):
+        objects = dataset.records.objects_of(i)
+        boxes = torch.from_numpy(objects.boxes.copy())
+        boxes[:, 2:] += boxes[:, :2]
+        found[image_id] = {"scores": torch.ones(len(boxes)), "labels": torch.from_numpy(objects.labels), "boxes": boxes}
+    stats = []
+    for make in (dataset.ground_truth, lambda: get_coco_api_from_dataset(dataset)):
+        evaluator = CocoEvaluator(make(), ["bbox"])
+        evaluator.update(found)
+        evaluator.accumulate()
+        evaluator.summarize()
+        stats.append(evaluator.coco_eval["bbox"].stats.tolist())
+    assert stats[0] == stats[1]
+    assert stats[0][0] == pytest.approx(1)
+    reference = weakref.ref(dataset.ground_truth())
+    gc.collect()
+    assert reference() is None
+
+
 def test_samples_come_from_arrays_alone(shapes, parse):
     """To read a Python object is to write its reference count, and in a worker to copy memory that it shares."""
     dataset = build_dataset("train", parse("--coco_path", shapes, *SMALL))
     expected = dataset[3]
-    dataset.coco = dataset.coco_boxes = None
+    dataset.coco = None
     image, target = dataset[3]
     assert torch.equal(image, expected[0])
     assert all(torch.equal(target[key], value) for key, value in expected[1].items())
@@ -209,7 +235,12 @@ def read_together(rank: int, port: int, root: Path, file: str) -> None:
         datasets.coco.load_annotations = int  # fails if it is called with a file
     try:
         dataset = build_dataset("val", args, share=True)
-        result = dataset.records.to_arrays(), dataset.classes, dataset.image_ids, list(dataset.coco_boxes.anns.values())
+        result = (
+            dataset.records.to_arrays(),
+            dataset.classes,
+            dataset.image_ids,
+            list(dataset.ground_truth().anns.values()),
+        )
     except InputError as error:
         result = str(error)
     torch.save(result, root / f"process{rank}.pth")
