@@ -9,6 +9,7 @@ file without an underscore are what `torch.hub.list` shows.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import pathlib
 import sys
@@ -18,10 +19,10 @@ import typing
 if typing.TYPE_CHECKING:
     from collections.abc import Iterator as _Iterator
 
-    from models.conditional_detr import ConditionalDETR as _ConditionalDETR
+    from models.detector import Detector as _Detector
     from models.postprocess import PostProcess as _PostProcess
 
-    _Entry = _ConditionalDETR | tuple[_ConditionalDETR, _PostProcess]
+    _Entry = _Detector | tuple[_Detector, _PostProcess]
 
 dependencies = ["torch", "torchvision", "scipy"]
 
@@ -68,25 +69,16 @@ def _build(
         raise ValueError(f"num_classes={num_classes}: the pretrained weights have {_NUM_CLASSES} classes")
     with _own_packages():
         from checkpoints.checkpoint import check_finite, load_checkpoint, load_model_weights
-        from models.backbone import Backbone, BackboneWithPosition
-        from models.conditional_detr import ConditionalDETR
-        from models.position_encoding import PositionEmbeddingSine
-        from models.postprocess import PostProcess
-        from models.transformer import Transformer
+        from models import build_model
 
-        model = ConditionalDETR(
-            BackboneWithPosition(Backbone(backbone, dilation), PositionEmbeddingSine(256)),
-            Transformer(dim=256),
-            dim=256,
-            num_classes=num_classes,
-            num_queries=300,
-        )
+        flags = argparse.Namespace(backbone=backbone, dilation=dilation, aux_loss=False)
+        model, _, postprocessors = build_model(flags, num_classes)
         if pretrained:
             checkpoint = load_checkpoint(name)
             check_finite(checkpoint["model"], name)
             load_model_weights(model, checkpoint, name)
         model.eval()
-        return (model, PostProcess()) if return_postprocessor else model
+        return (model, postprocessors["bbox"]) if return_postprocessor else model
 
 
 @contextlib.contextmanager

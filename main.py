@@ -1,4 +1,4 @@
-"""Trains and evaluates Conditional DETR: the story of a run.
+"""Train and evaluate detectors: the story of a run.
 
 Usage:
     python main.py --coco_path /path/to/coco --output_dir output/run
@@ -7,7 +7,7 @@ Usage:
 
 from __future__ import annotations
 
-from flags.parser import Flags, check_args, check_command_line, command_line, get_args_parser
+from flags.parser import ParsedFlags, check_args, check_command_line, command_line, get_args_parser
 from util.command import answer_early
 from util.orphans import end_with_launcher
 from util.preemption import EXIT_CODE, Stopped, end_now, ignore_signals, kill_workers, stop_request
@@ -19,45 +19,29 @@ if __name__ == "__main__":  # the imports below take seconds
 
 import argparse
 import sys
-import time
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils.data import DataLoader
 
-from checkpoints.backbone_weights import load_backbone_weights
-from checkpoints.checkpoint import classes_of, load_checkpoint, load_model_weights
-from datasets import build_dataset, build_loader
-from datasets.classes import Classes
-from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
 from datasets.odd_boxes import crowded_images
 from engine import detect, evaluate
 from evaluation.mistakes import draw_examples
 from evaluation.report import write_report, write_test_results
 from flags.limits import check_device
+from flags.resolve import Flags, resolve
 from models import build_model
+from models.detector import Detector
 from run.advice import advice, lr_factor
-from run.finetune import start_from
+from run.data import Data, load_data
 from run.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
-from run.log_file import trim_log
 from run.output_folder import claim_output_dir
-from run.resume import (
-    choose_num_classes,
-    first_epoch,
-    holds_training,
-    how_to_resume,
-    read_checkpoint,
-    unlogged_epoch,
-)
-from run.summary import summary
+from run.start import Start, find_start, how_to_resume
 from run.tensorboard import TensorBoard
-from training import TrainingRun, count_parameters, images_a_step
+from training import TrainingRun, count_parameters, images_per_step
 from util.command import error_line, ignore_image_warnings, need, replace_unprintable_characters
 from util.distributed import (
     distribute,
@@ -67,7 +51,7 @@ from util.distributed import (
     is_main_process,
     leave_process_group,
 )
-from util.errors import InputError, is_lost_peer, what_to_do
+from util.errors import is_lost_peer, what_to_do
 from util.logger import log, warn
 from util.rng import seed_everything
 from util.text import counted
@@ -82,173 +66,107 @@ def main(args: argparse.Namespace) -> None:
     flags that the command line sets and, in a namespace that Python code made, those that differ from their default.
 
     Raises:
-        InputError: for flags, files and annotations that are not usable; before any long work where that can be known.
-        Stopped: where a signal asked the run to stop.
+        InputError: for flags, files and annotations that are not usable; before any long work if that can be known.
+        Stopped: if a signal asked the run to stop.
     """
-    device = set_up(args)
-    with claim_output_dir(args) as output_dir:
-        train_or_evaluate(args, device, output_dir)
+    flags = resolve(args)
+    device = set_up(flags)
+    with claim_output_dir(flags) as output_dir:
+        start = find_start(flags, output_dir)
+        if start.finished:
+            epochs = counted(flags.epochs, "epoch")
+            log(f"finished: {start.source} has the {epochs} asked for; raise --epochs to train on", "green")
+        else:
+            train_or_evaluate(start, device, output_dir)
 
 
-def train_or_evaluate(args: argparse.Namespace, device: torch.device, output_dir: Path | None) -> None:
-    """Do what `main` says, in an output folder that no other run uses."""
-    checkpoint, source = read_checkpoint(args)
-    unlogged = unlogged_epoch(checkpoint, source, output_dir)
-    if checkpoint and not args.eval:
-        args.start_epoch = first_epoch(checkpoint, source, args)
-        if args.start_epoch >= args.epochs and holds_training(checkpoint) and not unlogged:
-            log(
-                f"finished: {source} has the {counted(args.epochs, 'epoch')} asked for; raise --epochs to train on",
-                "green",
-            )
-            return
-    if not args.eval and args.start_epoch >= args.epochs and not unlogged:
-        raise InputError(
-            f"--start_epoch {args.start_epoch}: the run has only {counted(args.epochs, 'epoch')}, counted from 0"
-        )
-    start = load_checkpoint(args.finetune) if args.finetune and not checkpoint else None
-
-    dataset_train, dataset_val, classes = load_data(args, checkpoint, source)
-    loader_train = dataset_train and build_loader(dataset_train, args, train=True)
-    loader_val = build_loader(dataset_val, args, train=False)
-    if not args.eval:
-        check_trains(args, loader_train)
-    all_classes = classes | dataset_val.classes  # the model may know others than this data has, and the other way round
-
-    model, criterion, postprocessors = build_model(args)
-    if checkpoint:
-        load_model_weights(model, checkpoint, source)
-    elif args.eval:
-        warn("evaluating random weights: name a checkpoint with --resume")
-    elif is_main_process():  # the other processes are sent the model's weights
-        has_backbone = start and start_from(model, classes, start, args.finetune, args)
-        if args.backbone_weights != "none" and not has_backbone:
-            load_backbone_weights(model.backbone[0], args.backbone, args.backbone_weights)
-    print_summary(args, model, dataset_train, dataset_val)
-    if not args.eval:
-        print_training(args, loader_train, from_scratch=not (checkpoint or start))
-    model.to(device)
-    if args.compile:
-        compile_model(model)
-    parallel_model = distribute(model, device, args.distributed, args.backbone_norm == "batch", trains=not args.eval)
-
-    arrays_dir = "" if args.eval else args.output_dir  # eval/ is the training run's, which may use the folder, too
-
-    def evaluate_val() -> tuple[dict[str, Any], CocoEvaluator]:
-        base_ds = dataset_val.ground_truth()
-        return evaluate(parallel_model, criterion, postprocessors, loader_val, base_ds, device, arrays_dir, args.amp)
-
-    if args.eval and args.image_set == "test":
-        found = detect(parallel_model, postprocessors, loader_val, dataset_val.ground_truth(), device, args.amp)
-        write_test_results(found, all_classes, output_dir)
-        return
-    if args.eval:
-        _, evaluator = evaluate_val()
-        if output_dir:
-            write_report(evaluator, dataset_val, all_classes, output_dir)
-        return
-
-    start_time = time.time()
-    board_dir = output_dir / "tensorboard" if args.tensorboard and is_main_process() else None
-    board = TensorBoard(board_dir, partial(draw_examples, dataset_val, all_classes))
-    with stop_request.deferred(), board:
-        run = TrainingRun(
-            args, model, parallel_model, criterion, loader_train, evaluate_val, output_dir, stop_request, board
-        )
-        if checkpoint and holds_training(checkpoint):
-            run.restore(checkpoint, source)
-        if output_dir:
-            trim_log(output_dir / "log.txt", args.start_epoch)
-        board.begin(args.start_epoch - unlogged, run.steps_done(args.start_epoch))
-        if unlogged:
-            run.finish_epoch(checkpoint["epoch"], checkpoint["train_stats"])
-        for epoch in range(args.start_epoch, args.epochs):
-            run.train_epoch(epoch)
-    log(f"training took {timedelta(seconds=int(time.time() - start_time))}", "green")
-    if output_dir:
-        log("\n".join(summary(args, vars(get_args_parser().parse_args([])), output_dir)))
-
-
-def set_up(args: argparse.Namespace) -> torch.device:
-    """Checks the flags, joins the other processes, seeds, and chooses kernels; returns the device."""
-    check_args(args)
-    check_device(args.device)
-    if args.tensorboard:
+def set_up(flags: Flags) -> torch.device:
+    """Check the flags, join the other processes, seed, choose kernels, and return the device."""
+    check_args(flags)
+    check_device(flags.device)
+    if flags.tensorboard:
         need("torch.utils.tensorboard", "tensorboard", "--tensorboard")
-    init_distributed_mode(args)
-    device = torch.device(args.device)
-    seed_everything(args.seed + get_rank())
+    init_distributed_mode(argparse.Namespace(**vars(flags)))
+    device = torch.device(flags.device)
+    seed_everything(flags.seed + get_rank())
     use_fast_kernels(device)
-    if args.deterministic:
+    if flags.deterministic:
         use_deterministic_kernels()
     return device
 
 
-def load_data(
-    args: argparse.Namespace, checkpoint: dict[str, Any] | None, source: str
-) -> tuple[CocoDetection | None, CocoDetection, Classes]:
-    """The training data (None to evaluate), those to evaluate on, and the model's classes.
+def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | None) -> None:
+    """Do what `main` says, in an output folder that no other run uses."""
+    flags = start.flags
+    data = load_data(start)
+    model, criterion, postprocessors = build_model(flags, data.num_classes)
+    start.fill(model, data.classes)
+    print_summary(flags, data, model)
+    model.to(device)
+    if flags.compile:
+        compile_model(model)
+    parallel_model = distribute(model, device, flags.backbone_norm == "batch", trains=not flags.eval)
 
-    The classes are those of the checkpoint, else those of the first of the two data sets. Sets `args.num_classes`.
-    """
-    known = checkpoint and classes_of(checkpoint, source)
-    train = None if args.eval else build_dataset("train", args, known, share=True)
-    val = build_dataset(args.image_set, args, known or (train and train.classes), share=True)
-    classes = known or (train or val).classes
-    args.num_classes = choose_num_classes(args, checkpoint, source, classes.num_labels)
-    for dataset in filter(None, (train, val)):
-        dataset.check_classes(args.num_classes)
-    return train, val, classes
+    dataset_val = data.val.dataset
+    if flags.eval and flags.image_set == "test":
+        found, *_ = detect(parallel_model, postprocessors, data.val, dataset_val.ground_truth(), device, flags.amp)
+        write_test_results(found, data.all_classes, output_dir)
+        return
+    arrays_dir = "" if flags.eval else flags.output_dir  # eval/ is the training run's, which may use the folder, too
+
+    def evaluate_val() -> tuple[dict[str, Any], CocoEvaluator]:
+        base_ds = dataset_val.ground_truth()
+        return evaluate(parallel_model, criterion, postprocessors, data.val, base_ds, device, arrays_dir, flags.amp)
+
+    if flags.eval:
+        _, evaluator = evaluate_val()
+        if output_dir:
+            write_report(evaluator, dataset_val, data.all_classes, output_dir)
+        return
+
+    print_training(start, data)
+    board_dir = output_dir / "tensorboard" if flags.tensorboard and is_main_process() else None
+    board = TensorBoard(board_dir, partial(draw_examples, dataset_val, data.all_classes))
+    with stop_request.deferred(), board:
+        TrainingRun(
+            start, data, model, parallel_model, criterion, device, evaluate_val, output_dir, stop_request, board
+        ).train()
 
 
-def check_trains(args: argparse.Namespace, loader: DataLoader) -> None:
-    """Raise InputError for data from which nothing would be learned, and warn about too few for one batch."""
-    dataset = loader.dataset
-    dataset.check_trains()
-    if args.accum_steps > len(loader):
-        raise InputError(
-            f"--accum_steps {args.accum_steps}: an epoch has only {counted(len(loader), 'batch')}; lower it"
-        )
-    if (images := len(set(dataset.ids))) < args.batch_size * get_world_size():
-        warn(
-            f"--overfit {args.overfit}: a batch of {counted(args.batch_size, 'image')} repeats the {images} with boxes"
-        )
-
-
-def print_summary(
-    args: argparse.Namespace, model: nn.Module, dataset_train: CocoDetection | None, dataset_val: CocoDetection
-) -> None:
-    """What is about to happen to what."""
-    for name, dataset in (("train", dataset_train), (args.image_set, dataset_val)):
-        if dataset is not None:
-            log(f"{name + ':':<7}{dataset.summary()}")
-            for line in crowded_images(dataset.objects_per_image(), args.num_queries, args.max_detections):
-                warn(f"{name}: {line}")
-    if args.image_set == "val" and not dataset_val.summary().boxes:
-        warn(f"{dataset_val.annotation_file} has no boxes: AP cannot be measured, and no best checkpoint is kept")
+def print_summary(flags: Flags, data: Data, model: Detector) -> None:
+    """Print the data and the model."""
+    names = (flags.image_set,) if flags.eval else ("train", flags.image_set)
+    for name, dataset in zip(names, data.datasets, strict=True):
+        log(f"{name + ':':<7}{dataset.summary()}")
+        for line in crowded_images(dataset.objects_per_image(), flags.num_queries, flags.max_detections):
+            warn(f"{name}: {line}")
+    val = data.val.dataset
+    if flags.image_set == "val" and not val.summary().boxes:
+        warn(f"{val.annotation_file} has no boxes: AP cannot be measured, and no best checkpoint is kept")
     total, trained = count_parameters(model)
     log(
-        f"model: {total:,} parameters, {0 if args.eval else trained:,} of them trained; {args.backbone}"
-        f"{' dilated' if args.dilation else ''}, {counted(args.num_queries, 'query')}, "
-        f"class ids 0 to {args.num_classes - 1}"
+        f"model: {total:,} parameters, {0 if flags.eval else trained:,} of them trained; {flags.backbone}"
+        f"{' dilated' if flags.dilation else ''}, {counted(flags.num_queries, 'query')}, "
+        f"class ids 0 to {data.num_classes - 1}"
     )
 
 
-def print_training(args: argparse.Namespace, loader: DataLoader, from_scratch: bool) -> None:
-    """How much is about to be learnt from, and what can be said against it."""
-    accumulated = f" × {args.accum_steps} batches" if args.accum_steps > 1 else ""
-    images = images_a_step(args)
-    steps = len(loader) // args.accum_steps * args.epochs
+def print_training(start: Start, data: Data) -> None:
+    """Print the size of the training, and warnings about its settings."""
+    flags = start.flags
+    accumulated = f" × {flags.accum_steps} batches" if flags.accum_steps > 1 else ""
+    images = images_per_step(flags)
+    steps = len(data.train) // flags.accum_steps * flags.epochs
     log(
-        f"training: {counted(args.batch_size, 'image')} × {counted(get_world_size(), 'process')}{accumulated} = "
-        f"{images} a step; {counted(args.epochs, 'epoch')}, {counted(steps, 'step')}; "
-        f"learning rate {args.lr * lr_factor(args, images):.3g}"
+        f"training: {counted(flags.batch_size, 'image')} × {counted(get_world_size(), 'process')}{accumulated} = "
+        f"{images} per step; {counted(flags.epochs, 'epoch')}, {counted(steps, 'step')}; "
+        f"learning rate {flags.lr * lr_factor(flags, images):.3g}"
     )
-    if args.overfit:
-        log(f"overfitting: {counted(args.overfit, 'image')}, each many times an epoch, without augmentation")
-    if not args.output_dir:
+    if flags.overfit:
+        log(f"overfitting: {counted(flags.overfit, 'image')}, each many times per epoch, without augmentation")
+    if not flags.output_dir:
         warn("nothing will be saved, and the run cannot be resumed: name a folder by --output_dir")
-    for line in advice(args, images, steps, from_scratch):
+    for line in advice(flags, images, steps, from_scratch=not (start.checkpoint or start.other_model)):
         warn(line)
 
 
@@ -258,7 +176,7 @@ def run() -> None:
     stop_request.install(EXIT_CODE)
     replace_unprintable_characters()
     ignore_image_warnings()
-    args = command_line(Flags())
+    args = command_line(ParsedFlags())
     try:
         status = run_main(args)
     except Stopped as stopped:

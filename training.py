@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,15 +11,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from datasets.coco_eval import CocoEvaluator
-from engine import PRINT_FREQ, train_one_epoch
+from engine import PRINT_FREQ, take_steps
+from flags.resolve import Flags, stored
+from models.detector import Detector
 from run.advice import lr_factor
-from run.log_file import append_log, best_ap
+from run.data import Data
+from run.log_file import append_log, best_ap, trim_log
 from run.optim import build_optimizer, build_schedule, restore_optimizer
 from run.progress import Progress
+from run.start import Start
+from run.step import Step
 from run.step_guard import StepGuard
+from run.summary import summary
 from run.tensorboard import TensorBoard
 from util.distributed import all_gather_plain, get_rank, get_world_size, is_main_process
 from util.errors import InputError
@@ -34,9 +38,11 @@ class TrainingRun:
     """The epochs of a run, its checkpoints and its log.
 
     Args:
-        args: the flags.
+        start: where it begins.
+        data: what it learns from.
         model, parallel_model: the model, and the same as it trains on several processes.
-        loader: the training batches.
+        criterion: the losses.
+        device: of the model.
         evaluate_val: evaluates the model; returns the statistics for the log first.
         output_dir: where checkpoints and the log go; None: nowhere.
         stop_request: true once this process is asked to stop.
@@ -45,64 +51,88 @@ class TrainingRun:
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        model: nn.Module,
+        start: Start,
+        data: Data,
+        model: Detector,
         parallel_model: nn.Module,
         criterion: nn.Module,
-        loader: DataLoader,
+        device: torch.device,
         evaluate_val: Callable[[], tuple[dict[str, Any], CocoEvaluator]],
         output_dir: Path | None,
         stop_request: StopRequest,
         board: TensorBoard,
     ) -> None:
-        self.args = args
+        self.start = start
+        self.flags = flags = start.flags
+        self.loader = data.train
         self.model = model
-        self.parallel_model = parallel_model
-        self.criterion = criterion
-        self.loader = loader
+        self.device = device
         self.evaluate_val = evaluate_val
         self.output_dir = output_dir
         self.stop_request = stop_request
         self.board = board
-        self.device = torch.device(args.device)
-        self.images_a_step = args.batch_size * args.accum_steps  # of this process
-        self.steps_per_epoch = len(loader) // args.accum_steps
-        factor = lr_factor(args, images_a_step(args))
-        self.optimizer = build_optimizer(model, args.lr * factor, args.lr_backbone * factor, args.weight_decay)
-        self.lr_scheduler = build_schedule(self.optimizer, args.lr_drop, args.start_epoch)
-        self.progress = Progress(torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16"))
-        self.guard = StepGuard(model, args.skip_nonfinite, output_dir, {"args": vars(args)}, stop_request)
-        seed_everything(args.seed + get_rank())  # what was drawn before depends on where the weights come from
+        self.stored_flags = stored(flags) | {"num_classes": data.num_classes}
+        self.images_per_step = flags.batch_size * flags.accum_steps  # of this process
+        self.steps_per_epoch = len(self.loader) // flags.accum_steps
+        factor = lr_factor(flags, images_per_step(flags))
+        optimizer = build_optimizer(model, flags.lr * factor, flags.lr_backbone * factor, flags.weight_decay)
+        self.lr_scheduler = build_schedule(optimizer, flags.lr_drop, start.epoch)
+        guard = StepGuard(model, flags.skip_nonfinite, output_dir, {"args": self.stored_flags})
+        self.step = Step(
+            parallel_model,
+            criterion,
+            optimizer,
+            flags.clip_max_norm,
+            flags.amp,
+            flags.accum_steps,
+            guard,
+            stop_request,
+        )
+        self.progress = Progress()
+        seed_everything(flags.seed + get_rank())  # what was drawn before depends on where the weights come from
 
-    def restore(self, checkpoint: dict[str, Any], source: str) -> None:
-        """Goes on where a checkpoint of this run, or a published one, was written."""
-        restore_optimizer(self.optimizer, checkpoint["optimizer"], source)
-        self.progress.restore(checkpoint, self.images_a_step, source)
+    def train(self) -> None:
+        """Train all epochs that are left, and print how to use the model."""
+        begin = time.time()
+        start = self.start
+        if start.resumes:
+            self.restore()
+        if self.output_dir:
+            trim_log(self.output_dir / "log.txt", start.epoch)
+        self.board.begin(start.epoch - start.unlogged, self.steps_done(start.epoch))
+        if start.unlogged:
+            self.finish_epoch(start.epoch - 1, start.checkpoint["train_stats"])
+        for epoch in range(start.epoch, self.flags.epochs):
+            self.train_epoch(epoch)
+        log(f"training took {timedelta(seconds=int(time.time() - begin))}", "green")
+        if self.output_dir:
+            log("\n".join(summary(self.flags, self.output_dir)))
+
+    def restore(self) -> None:
+        """Continue where a checkpoint of this run, or a published one, was written."""
+        checkpoint, source = self.start.checkpoint, self.start.source
+        restore_optimizer(self.step.optimizer, checkpoint["optimizer"], source)
+        self.progress.restore(checkpoint, self.images_per_step, source)
+        self.step.restore(checkpoint)
         own = self.output_dir and Path(source).parent.resolve() == self.output_dir.resolve()
         if own and (numbered := self.numbered(checkpoint)) and not numbered.exists():
             save_on_master(checkpoint, numbered)  # the run was interrupted before it could
 
     def train_epoch(self, epoch: int) -> None:
         """Train an epoch, or the rest of an interrupted one, write its checkpoint, evaluate, and log."""
-        start, is_whole = time.time(), self.progress.step == 0
+        begin, is_whole = time.time(), self.progress.step == 0
         self.loader.dataset.set_epoch(epoch)
-        self.loader.sampler.set_epoch(epoch, start=self.progress.step * self.images_a_step)
-        stats = train_one_epoch(
-            self.parallel_model,
-            self.criterion,
+        self.loader.sampler.set_epoch(epoch, start=self.progress.step * self.images_per_step)
+        stats = take_steps(
+            self.step,
             self.loader,
-            self.optimizer,
             self.device,
             epoch,
-            self.args.clip_max_norm,
-            self.args.amp,
-            self.args.accum_steps,
             self.progress,
-            self.guard,
             partial(self.after_step, epoch),
-            later_steps=(self.args.epochs - epoch - 1) * self.steps_per_epoch,
+            later_steps=(self.flags.epochs - epoch - 1) * self.steps_per_epoch,
         )
-        if self.progress.skipped and not self.progress.logger.meters["loss"].count:
+        if self.step.guard.skipped and not self.progress.logger.meters["loss"].count:
             raise InputError(f"all steps of epoch {epoch} were skipped, for none was finite: lower --lr")
         entry = {f"train_{name}": value for name, value in stats.items()}
         self.lr_scheduler.step()
@@ -110,44 +140,45 @@ class TrainingRun:
         self.save(epoch, train_stats=entry)
         self.end_if_asked()
         self.finish_epoch(epoch, entry)
-        if is_whole and (left := self.args.epochs - epoch - 1):
-            seconds = time.time() - start
+        if is_whole and (left := self.flags.epochs - epoch - 1):
+            seconds = time.time() - begin
             spent, remaining = (timedelta(seconds=int(value)) for value in (seconds, seconds * left))
             log(f"epoch {epoch} took {spent} with evaluation; epochs left: {left}, about {remaining}")
 
     def steps_done(self, epoch: int) -> int:
-        """The steps of the run so far, within an epoch."""
+        """Return the number of steps of the run so far, within an epoch."""
         return epoch * self.steps_per_epoch + self.progress.step
 
     def after_step(self, epoch: int) -> None:
-        """A checkpoint every `--save_every` steps, and where a signal asks for the end; curves as lines are printed."""
+        """Write a checkpoint every `--save_every` steps and before a requested end, and curves as lines are printed."""
         if (self.progress.step - 1) % PRINT_FREQ == 0:
             self.board.write_step(self.steps_done(epoch), self.progress.logger)
-        every = self.args.save_every
+        every = self.flags.save_every
         within = self.progress.step < self.steps_per_epoch
-        if self.guard.stopping or (every and within and self.progress.step % every == 0):
-            self.guard.settle(self.progress)
+        if self.step.stopping or (every and within and self.progress.step % every == 0):
+            self.step.settle()
             self.save(epoch - 1)
         self.end_if_asked()
 
     def end_if_asked(self) -> None:
         """End the run on all processes, after a checkpoint."""
-        if self.guard.stopping:
+        if self.step.stopping:
             # Wait for the process that still writes: the first one to end may take the others with it.
             raise Stopped(max(all_gather_plain(self.stop_request.exit_code)))
 
     def save(self, epoch: int, **more: Any) -> None:
-        """Writes what it takes to go on; `epoch` is the last finished one."""
+        """Write what it takes to resume; `epoch` is the last finished one."""
         if not self.output_dir:
             return
         checkpoint = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "epoch": epoch,
-            "args": vars(self.args),
+            "args": self.stored_flags,
             **self.loader.dataset.classes.state_dict(),
             **self.progress.state_dict(),
+            **self.step.state_dict(),
             **more,
         }
         latest, previous = (self.output_dir / f"checkpoint{name}.pth" for name in ("", "_previous"))
@@ -158,15 +189,15 @@ class TrainingRun:
     def numbered(self, checkpoint: dict[str, Any]) -> Path | None:
         """Return where a checkpoint stays for good: before each drop of the learning rate, and every 10 epochs."""
         epochs = checkpoint["epoch"] + 1
-        stays = epochs % self.args.lr_drop == 0 or epochs % 10 == 0
+        stays = epochs % self.flags.lr_drop == 0 or epochs % 10 == 0
         if checkpoint.get("step") or not stays:
             return None
         return self.output_dir / f"checkpoint{checkpoint['epoch']:04}.pth"
 
     def finish_epoch(self, epoch: int, entry: dict[str, Any]) -> None:
-        """Evaluates if it is time to, and writes the epoch's line, of which `entry` is the training's part."""
+        """Evaluate if it is time to, and log the epoch; `entry` is what training has to say."""
         evaluator = None
-        if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
+        if (epoch + 1) % self.flags.eval_every == 0 or epoch + 1 == self.flags.epochs:
             with self.stop_request.at_once():
                 stats, evaluator = self.evaluate_val()
             entry = entry | {f"test_{name}": value for name, value in stats.items()}
@@ -179,17 +210,17 @@ class TrainingRun:
     def save_if_best(self, epoch: int, ap: float) -> None:
         """Keep the model for inference if its AP on val is the highest in the log; -1 means val without boxes."""
         if self.output_dir and is_main_process() and ap >= 0 and ap > best_ap(self.output_dir / "log.txt"):
-            best = {"model": self.model.state_dict(), "epoch": epoch, "ap": ap, "args": vars(self.args)}
+            best = {"model": self.model.state_dict(), "epoch": epoch, "ap": ap, "args": self.stored_flags}
             classes = self.loader.dataset.classes.state_dict()
             save_on_master(best | classes, self.output_dir / "checkpoint_best.pth")
 
 
-def images_a_step(args: argparse.Namespace) -> int:
-    """The images that all processes together learn from in a step."""
-    return args.batch_size * args.accum_steps * get_world_size()
+def images_per_step(flags: Flags) -> int:
+    """Return the number of images that all processes together learn from in a step."""
+    return flags.batch_size * flags.accum_steps * get_world_size()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters and the trained ones."""
+    """Return the number of all parameters and of the trained ones."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

@@ -22,41 +22,12 @@ from checkpoints.torch_file import load_file
 from checkpoints.weight_flags import flags_of
 from datasets.classes import Classes
 from flags.limits import check_model, check_numbers
+from flags.resolve import IMAGE_SIZES, MODEL_FLAGS
 from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError
 from util.files import download
 from util.text import counted
 
-# The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
-MODEL_FLAGS = (
-    "backbone",
-    "dilation",
-    "backbone_norm",
-    "position_embedding",
-    "hidden_dim",
-    "nheads",
-    "enc_layers",
-    "dec_layers",
-    "dim_feedforward",
-    "num_queries",
-)
-IMAGE_SIZES = ("min_size", "max_size")
-# Those that decide how it trains on: they may change, but rarely by intent.
-TRAINING_FLAGS = (
-    "lr",
-    "lr_backbone",
-    "lr_scale",
-    "lr_drop",
-    "weight_decay",
-    "batch_size",
-    "accum_steps",
-    "clip_max_norm",
-    "dropout",
-    "focal_alpha",
-    "min_size",
-    "max_size",
-    "seed",
-)
 PUBLISHED = {
     f"conditional_detr_{model}": "https://github.com/DeppMeng/ConditionalDETR/releases/download/v1.0/"
     f"ConditionalDETR_{name}_epoch50.pth"

@@ -21,7 +21,7 @@ from checkpoints.schema import either, from_json, integer, label, shown, table_o
 from checkpoints.torch_file import load_file
 from datasets.classes import Classes
 from models.backbone import CHANNELS, DEPTHS
-from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
+from models.detector import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import InputError, reason
 from util.files import check_is_file, replacing
 

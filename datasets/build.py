@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from datasets.classes import Classes
 from datasets.coco import CocoDetection
-from datasets.images import MAX_MEGAPIXELS
 from datasets.layouts import find_split
 from datasets.samplers import EpochSampler, same_shape_batches
 from datasets.transforms import make_coco_transforms, resized_size
+from flags.resolve import Flags, resolve
 from util.command import ignore_image_warnings
 from util.distributed import get_rank, get_world_size
 from util.errors import InputError
@@ -48,31 +48,32 @@ def build_dataset(
     Raises:
         InputError: where the data set is of another kind, files are missing or annotations are not usable.
     """
-    if args.dataset_file != "coco":
-        raise InputError(f"--dataset_file {args.dataset_file}: only coco is supported so far")
-    overfit = getattr(args, "overfit", 0)
+    flags = resolve(args)
+    if flags.dataset_file != "coco":
+        raise InputError(f"--dataset_file {flags.dataset_file}: only coco is supported so far")
+    overfit = flags.overfit
     split = "train" if overfit else image_set
-    images, annotations = (getattr(args, f"{split}_{part}", None) for part in ("images", "annotations"))
+    images, annotations = (getattr(flags, f"{split}_{part}", None) for part in ("images", "annotations"))
     if not (images and annotations):
         other = getattr(args, f"{'val' if split == 'train' else 'train'}_annotations", None)
         alone = bool(overfit or getattr(args, "eval", False) or other)
-        annotations, images = find_split(coco_folder(args.coco_path, split), split, annotations, images, alone)
-    sizes = getattr(args, "min_size", 800), getattr(args, "max_size", 1333)
+        annotations, images = find_split(coco_folder(flags.coco_path, split), split, annotations, images, alone)
+    sizes = flags.min_size, flags.max_size
     dataset = CocoDetection(
         images,
         annotations,
         make_coco_transforms("val" if overfit else image_set, *sizes),
-        seed=args.seed,
-        remove_difficult=args.remove_difficult,
-        on_bad_image=getattr(args, "on_bad_image", "error"),
+        seed=flags.seed,
+        remove_difficult=flags.remove_difficult,
+        on_bad_image=flags.on_bad_image,
         classes=classes,
         labelled=split != "test",
-        max_megapixels=getattr(args, "max_megapixels", MAX_MEGAPIXELS),
+        max_megapixels=flags.max_megapixels,
         share=share,
     )
     if overfit:
-        images_a_step = args.batch_size * args.accum_steps * get_world_size()
-        dataset.keep_first(overfit, at_least=OVERFIT_STEPS * images_a_step if image_set == "train" else 0)
+        images_per_step = flags.batch_size * flags.accum_steps * get_world_size()
+        dataset.keep_first(overfit, at_least=OVERFIT_STEPS * images_per_step if image_set == "train" else 0)
     return dataset
 
 
@@ -87,9 +88,9 @@ def coco_folder(path: str | None, image_set: str) -> Path:
 
 
 def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
-    """The ground truth of a data set (or of a Subset of one) as the evaluator takes it, read from the file again.
+    """Read the ground truth of a data set (or of a Subset of one) from the file again, as the evaluator takes it.
 
-    Its category ids are labels, which models predict and the evaluator scores. Where the file has other ids (texts,
+    Its category ids are labels, which models predict and the evaluator scores. If the file has other ids (texts,
     numbers above 1,999, or another numbering than the model's), `dataset.classes.ids` has them by label.
     """
     while isinstance(dataset, Subset):
@@ -97,7 +98,7 @@ def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
     return dataset.coco
 
 
-def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) -> DataLoader:
+def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> DataLoader:
     """This process's batches: in training shuffled by (seed, epoch), without a partial last one.
 
     In evaluation, the images of a batch have one shape, so that nothing is padded; every image is in a batch of one of
@@ -108,33 +109,33 @@ def build_loader(dataset: CocoDetection, args: argparse.Namespace, train: bool) 
     Raises InputError where the data does not fill a batch in training.
     """
     if train:
-        sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=args.seed)
+        sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=flags.seed)
         sampler.set_epoch(0)
-        batches = {"sampler": sampler, "batch_size": args.batch_size, "drop_last": True}
+        batches = {"sampler": sampler, "batch_size": flags.batch_size, "drop_last": True}
     else:
         sizes = dataset.records.sizes.tolist()
-        shapes = [resized_size(*size, args.min_size, args.max_size) if all(size) else None for size in sizes]
-        of_all = same_shape_batches(shapes, args.batch_size)
+        shapes = [resized_size(*size, flags.min_size, flags.max_size) if all(size) else None for size in sizes]
+        of_all = same_shape_batches(shapes, flags.batch_size)
         mine = DistributedSampler(of_all, get_world_size(), get_rank(), shuffle=False)
         batches = {"batch_sampler": [of_all[i] for i in mine]}
-    if args.num_workers:
+    if flags.num_workers:
         kill_workers_at_exit()
     loader = DataLoader(
         dataset,
         **batches,
         collate_fn=collate_fn,
-        num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,
+        num_workers=flags.num_workers,
+        persistent_workers=flags.num_workers > 0,
         # Forked workers share the annotations with this process, and end when it is killed.
-        multiprocessing_context="fork" if args.num_workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if flags.num_workers and sys.platform == "linux" else None,
         worker_init_fn=start_worker,
-        pin_memory=torch.device(args.device).type == "cuda",
+        pin_memory=torch.device(flags.device).type == "cuda",
         generator=torch.Generator(),  # of its own, so that loading draws nothing from the model's random numbers
     )
     if len(loader) == 0:
         raise InputError(
             f"{dataset.annotation_file}: {counted(len(dataset), 'image is', 'images are')} fewer than a batch of "
-            f"{args.batch_size} per process, with {counted(get_world_size(), 'process')}; lower --batch_size"
+            f"{flags.batch_size} per process, with {counted(get_world_size(), 'process')}; lower --batch_size"
         )
     return loader
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from flags.limits import COCO_NUM_CLASSES
+from flags.resolve import COCO_NUM_CLASSES
 from util.errors import InputError
 from util.text import counted, printable
 

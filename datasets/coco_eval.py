@@ -131,6 +131,11 @@ class CocoEvaluator:
                 log(more_detections(coco_eval))
             log(self.class_table(iou_type))
 
+    @property
+    def stats(self) -> dict[str, list[float]]:
+        """The 12 COCO numbers of each kind, as `coco_eval_bbox` and `coco_eval_segm`."""
+        return {f"coco_eval_{kind}": list(map(float, result.stats)) for kind, result in self.coco_eval.items()}
+
     def average_precision(self, iou_type: str) -> dict[int, float]:
         """AP (all areas, 100 detections) by category id; NaN for a class without ground truth."""
         coco_eval = self.coco_eval[iou_type]

@@ -82,5 +82,5 @@ def view(model: ConditionalDETR, image: Tensor, layer: int = -1) -> View:
     cells = calls[model.input_proj][1].shape[-2:]
     (query, key, *_), _ = calls[attention]
     maps = AttentionMaps(*(x.unflatten(-1, cells).cpu() for x in attention_maps(query[0], key[0])))
-    _, reference = calls[model.transformer][1]
+    _, reference, _ = calls[model.transformer][1]
     return View(maps, reference.cpu(), outputs["pred_logits"][0].cpu(), outputs["pred_boxes"][0].cpu())

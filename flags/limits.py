@@ -17,7 +17,6 @@ from util.errors import InputError, reason
 from util.text import counted
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
-COCO_NUM_CLASSES = 91  # ids run to 90
 MOST_WEIGHTS = 1e9  # of a transformer: training them takes 16 GB
 
 

@@ -213,8 +213,8 @@ def check_command_line(flags: argparse.Namespace) -> None:
     check_args(command_line(flags))
 
 
-class Flags(argparse.Namespace):
-    """The flags of a run; `given` are the names of those that the command line sets."""
+class ParsedFlags(argparse.Namespace):
+    """Flags of a command line; `given` are the names of those that it sets."""
 
     __slots__ = ("given",)  # outside `vars`, which checkpoints keep
 
@@ -228,14 +228,3 @@ def parse_flags(
     probe = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags), unset)))
     flags.given = frozenset(name for name, value in vars(probe).items() if value is not unset)
     return flags
-
-
-def given_flags(args: argparse.Namespace) -> frozenset[str]:
-    """Return the names of the flags that were set on purpose.
-
-    They are those that the command line sets, even to their default; in a namespace that Python code made, those whose
-    value is not the default.
-    """
-    defaults = vars(get_args_parser().parse_args([], argparse.Namespace(device="")))
-    changed = {name for name, value in vars(args).items() if name not in defaults or value != defaults[name]}
-    return getattr(args, "given", frozenset()) | changed

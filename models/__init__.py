@@ -1,4 +1,4 @@
-"""The models and how a namespace of flags becomes one."""
+"""The models by name, and how flags become one."""
 
 from __future__ import annotations
 
@@ -6,64 +6,66 @@ import argparse
 
 from torch import nn
 
-from flags.limits import COCO_NUM_CLASSES, check_model
+from flags.limits import check_model, check_numbers
+from flags.resolve import COCO_NUM_CLASSES, MODEL_FLAGS, resolve
 from models.backbone import Backbone, BackboneWithPosition
-from models.conditional_detr import ConditionalDETR
-from models.criterion import SetCriterion
+from models.classification import FocalSigmoid
+from models.conditional_detr import build_conditional_detr
+from models.criterion import BoxLoss, CardinalityError, ClassError, ClassLoss, SetCriterion
+from models.detector import Detector
 from models.matcher import HungarianMatcher
 from models.position_encoding import build_position_embedding
 from models.postprocess import PostProcess
-from models.transformer import Transformer
+
+MODELS = {"conditional_detr": build_conditional_detr}
 
 
-def build_model(args: argparse.Namespace) -> tuple[ConditionalDETR, SetCriterion, dict[str, nn.Module]]:
-    """The randomly initialised model, its criterion and its postprocessors, from the flags of `main.get_args_parser`.
+def build_model(
+    args: argparse.Namespace, num_classes: int | None = None
+) -> tuple[Detector, SetCriterion, dict[str, nn.Module]]:
+    """Return the randomly initialised model, its criterion and its postprocessors, from the flags of `main.py`.
 
     Reads and downloads nothing: pretrained weights are loaded by the caller. Namespaces of the published code work too;
-    what they lack takes its default (91 classes, frozen norms, no activation checkpointing).
+    what they lack takes its default.
+
+    Args:
+        args: the flags.
+        num_classes: those that the model tells apart; by default `--num_classes`, else COCO's 91.
 
     Raises:
         InputError: for a flag that is not supported or that contradicts another.
     """
-    check_model(args)
-    backbone = Backbone(
-        args.backbone,
-        dilation=args.dilation,
-        norm=getattr(args, "backbone_norm", "frozen"),
-        train=trained_part(args),
+    flags = resolve(args)
+    check_numbers(flags, flags=MODEL_FLAGS)
+    check_model(flags)
+    backbone = Backbone(flags.backbone, dilation=flags.dilation, norm=flags.backbone_norm, train=trained_part(flags))
+    model = MODELS["conditional_detr"](
+        BackboneWithPosition(backbone, build_position_embedding(flags.position_embedding, flags.hidden_dim)),
+        num_classes=num_classes or flags.num_classes or COCO_NUM_CLASSES,
+        num_queries=flags.num_queries,
+        dim=flags.hidden_dim,
+        num_heads=flags.nheads,
+        enc_layers=flags.enc_layers,
+        dec_layers=flags.dec_layers,
+        dim_feedforward=flags.dim_feedforward,
+        dropout=flags.dropout,
+        aux_loss=flags.aux_loss,
+        checkpoint_activations=flags.checkpoint_activations,
     )
-    model = ConditionalDETR(
-        BackboneWithPosition(backbone, build_position_embedding(args.position_embedding, args.hidden_dim)),
-        Transformer(
-            dim=args.hidden_dim,
-            num_heads=args.nheads,
-            num_encoder_layers=args.enc_layers,
-            num_decoder_layers=args.dec_layers,
-            dim_feedforward=args.dim_feedforward,
-            dropout=args.dropout,
-            checkpoint_activations=getattr(args, "checkpoint_activations", False),
-        ),
-        dim=args.hidden_dim,
-        num_classes=getattr(args, "num_classes", None) or COCO_NUM_CLASSES,
-        num_queries=args.num_queries,
-        aux_loss=args.aux_loss,
-    )
-    matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou, args.focal_alpha)
-    criterion = SetCriterion(
-        matcher,
-        loss_weights={
-            "loss_ce": args.cls_loss_coef,
-            "loss_bbox": args.bbox_loss_coef,
-            "loss_giou": args.giou_loss_coef,
-        },
-        num_layers=args.dec_layers if args.aux_loss else 1,
-        focal_alpha=args.focal_alpha,
-    )
-    return model, criterion, {"bbox": PostProcess(getattr(args, "max_detections", 100))}
+    classification = FocalSigmoid(flags.focal_alpha)
+    matcher = HungarianMatcher(flags.set_cost_class, flags.set_cost_bbox, flags.set_cost_giou, classification)
+    terms = [
+        ClassLoss(classification, flags.cls_loss_coef),
+        BoxLoss(flags.bbox_loss_coef, flags.giou_loss_coef),
+        CardinalityError(),
+        ClassError(),
+    ]
+    criterion = SetCriterion(matcher, terms, num_layers=flags.dec_layers if flags.aux_loss else 1)
+    return model, criterion, {"bbox": PostProcess(flags.max_detections, classification)}
 
 
-def trained_part(args: argparse.Namespace) -> str:
-    """Which part of the backbone learns: nothing at `--lr_backbone 0`, all of it where no weights are given."""
-    if args.lr_backbone <= 0:
+def trained_part(flags: argparse.Namespace) -> str:
+    """Return which part of the backbone learns: nothing at `--lr_backbone 0`, all of it if no weights are given."""
+    if flags.lr_backbone <= 0:
         return "none"
-    return "all" if getattr(args, "backbone_weights", "imagenet") == "none" else "late"
+    return "all" if flags.backbone_weights == "none" else "late"

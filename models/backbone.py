@@ -1,6 +1,6 @@
-"""The ResNet that turns images into a feature map, and the positions of its cells.
+"""The ResNet that turns images into feature maps, and the positions of their cells.
 
-Shapes: B images H×W, feature map H'×W' (1/32 of the image; 1/16 with dilation), C' channels.
+Shapes: B images H×W, feature map H'×W' of the last stage (1/32 of the image; 1/16 with dilation), C' channels.
 """
 
 from __future__ import annotations
@@ -12,17 +12,28 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.frozen_norm import FoldedBasicBlock, FoldedBody, FoldedBottleneck, channels_last, fold_norms
+from models.folded_norms import channels_last, fold_norms
 from util.errors import InputError
 from util.nested_tensor import NestedTensor
 
-CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}
+CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048}  # of the last stage
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
-# The norm, and the blocks of shallow and of deep networks.
-KINDS = {
-    "frozen": (FrozenBatchNorm2d, FoldedBasicBlock, FoldedBottleneck),
-    "batch": (nn.BatchNorm2d, BasicBlock, Bottleneck),
-}
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+LEARNS = {"none": (), "late": STAGES[1:], "all": ("conv1", "bn1", *STAGES)}
+
+
+class Body(nn.Sequential):
+    """A ResNet up to its last stage."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features [B, .., .., ..] of each of `STAGES`, of images [B, 3, H, W]."""
+        x, features = images, {}
+        for name, module in self.named_children():
+            x = module(x)
+            if name in STAGES:
+                features[name] = x
+        return features
 
 
 class Backbone(nn.Module):
@@ -44,38 +55,42 @@ class Backbone(nn.Module):
             raise InputError(f"--backbone {name}: choose one of {', '.join(CHANNELS)}")
         if dilation and CHANNELS[name] == 512:
             raise InputError(f"--dilation does not work with --backbone {name}: choose resnet50 or resnet101")
-        if norm not in KINDS:
-            raise InputError(f"--backbone_norm {norm}: choose one of {', '.join(KINDS)}")
-        norm_layer, basic_block, bottleneck = KINDS[norm]
+        if norm not in NORMS:
+            raise InputError(f"--backbone_norm {norm}: choose one of {', '.join(NORMS)}")
         resnet = ResNet(
-            basic_block if CHANNELS[name] == 512 else bottleneck,
+            BasicBlock if CHANNELS[name] == 512 else Bottleneck,
             DEPTHS[name],
             replace_stride_with_dilation=[False, False, dilation],
-            norm_layer=norm_layer,
+            norm_layer=NORMS[norm],
         )
-        if norm == "frozen":
-            fold_norms(resnet)
         # ReLU comes after the pooling, which gives the same from a quarter of the values.
-        order = ("conv1", "bn1", "maxpool", "relu", "layer1", "layer2", "layer3", "layer4")
-        stages = [(key, getattr(resnet, key)) for key in order]
-        body = FoldedBody if norm == "frozen" else nn.Sequential
-        self.body = body(OrderedDict(stages))
+        order = ("conv1", "bn1", "maxpool", "relu", *STAGES)
+        self.body = Body(OrderedDict((key, getattr(resnet, key)) for key in order))
         self.num_channels = CHANNELS[name]
-        learns = {"none": (), "late": ("layer2", "layer3", "layer4"), "all": tuple(key for key, _ in stages)}[train]
-        for key, module in stages:
-            module.requires_grad_(key in learns)
+        self.folded = norm == "frozen"
+        for key, module in self.body.named_children():
+            module.requires_grad_(key in LEARNS[train])
+        if self.folded:
+            fold_norms(self.body)  # computes the same in less time
 
     def forward(self, images: Tensor, padding: Tensor) -> dict[str, NestedTensor]:
-        """Return features [B, C', H', W'] and their mask [B, H', W'] of images [B, 3, H, W] and their mask [B, H, W].
+        """Return the features of each stage with their mask, of images [B, 3, H, W] and their mask [B, H, W].
 
-        They come under the name "0", as in the published code, whose users read them by hooks.
+        They are called layer1, layer2, layer3 and, as in the published code, whose users read it by hooks, "0": the
+        last stage, [B, C', H', W'].
         """
         # With trained norms and channels last, the gradients of plain 1×1 convolutions would come in strides that
         # DistributedDataParallel warns about.
-        images = channels_last(images) if isinstance(self.body, FoldedBody) else images.contiguous()
-        features = self.body(images)
-        padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:], mode="nearest")
-        return {"0": NestedTensor(features, padding[:, 0].bool())}
+        images = channels_last(images) if self.folded else images.contiguous()
+        return {
+            "0" if name == STAGES[-1] else name: NestedTensor(features, resized(padding, features))
+            for name, features in self.body(images).items()
+        }
+
+
+def resized(padding: Tensor, features: Tensor) -> Tensor:
+    """Return a mask [B, H, W] at the size of features [B, .., H', W']."""
+    return F.interpolate(padding[:, None].float(), size=features.shape[-2:], mode="nearest")[:, 0].bool()
 
 
 class BackboneWithPosition(nn.Sequential):
@@ -85,7 +100,7 @@ class BackboneWithPosition(nn.Sequential):
         super().__init__(backbone, position_embedding)
         self.num_channels = backbone.num_channels
 
-    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features [B, C', H', W'], their mask [B, H', W'], and positions [B, H', W', C]."""
-        features, padding = self[0](images, padding)["0"].decompose()
-        return features, padding, self[1](padding)
+    def forward(self, images: Tensor, padding: Tensor) -> tuple[dict[str, NestedTensor], Tensor]:
+        """Return the stages as `Backbone` does, and the positions [B, H', W', C] of the cells of the last."""
+        stages = self[0](images, padding)
+        return stages, self[1](stages["0"].mask)

@@ -1,113 +1,184 @@
-"""Conditional DETR: images in, class logits and boxes of a fixed number of queries out.
+"""Conditional DETR: a decoder that looks for content and for places separately, and boxes as offsets from points.
 
-Shapes: B images H×W, feature map H'×W', S = H'·W', Q queries, C width, K classes, L decoder layers.
+Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021; the sections named below are the paper's.
+
+Shapes: B images, S = H·W cells of the feature map, Q queries, C width, h heads, L decoder layers; `visible`
+[B, 1, 1, S] is False on padding, or None if there is none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import Attention, split_heads
 from models.backbone import BackboneWithPosition
-from models.inputs import as_batch
-from models.transformer import MLP, Transformer
+from models.detector import Detector
+from models.dropout import Dropout
+from models.position_encoding import point_embedding
+from models.transformer import MLP, Encoder, Transformer, run_layer, share_initial_vectors
 from util.box_ops import inverse_sigmoid
-from util.nested_tensor import NestedTensor
 from util.precision import at_least_float32, without_autocast
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 PRIOR_PROBABILITY = 0.01  # of every class at the start of training (focal loss, section 3.3)
 
 
-class ConditionalDETR(nn.Module):
-    """Meng et al., ICCV 2021.
+class ConditionalDecoderLayer(nn.Module):
+    """Self-attention among the queries, conditional cross-attention to the image, feed-forward network.
+
+    In the cross-attention (section 3.3) every head's query is the concatenation of a content part c_q and a spatial
+    part p_q, every key that of c_k and p_k, so that the logit is the sum c_qᵀc_k + p_qᵀp_k. The first layer, whose
+    queries hold no content yet, also adds the positions to the content parts.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, first: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.sa_qcontent_proj = nn.Linear(dim, dim)
+        self.sa_qpos_proj = nn.Linear(dim, dim)
+        self.sa_kcontent_proj = nn.Linear(dim, dim)
+        self.sa_kpos_proj = nn.Linear(dim, dim)
+        self.sa_v_proj = nn.Linear(dim, dim)
+        self.self_attn = Attention(dim, num_heads, dropout)
+        self.ca_qcontent_proj = nn.Linear(dim, dim)
+        self.ca_qpos_proj = nn.Linear(dim, dim) if first else None
+        self.ca_kcontent_proj = nn.Linear(dim, dim)
+        self.ca_kpos_proj = nn.Linear(dim, dim)
+        self.ca_v_proj = nn.Linear(dim, dim)
+        self.ca_qpos_sine_proj = nn.Linear(dim, dim)
+        self.cross_attn = Attention(dim, num_heads, dropout)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, query_pos: Tensor, spatial: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        """Refine the decoder embeddings.
+
+        Args:
+            x: [B, Q, C], the embeddings.
+            query_pos: [Q, C], the object queries.
+            spatial: [Q, C] or [B, Q, C], the spatial queries λ_q ⊙ p_s.
+            memory, position: [B, S, C], the encoder's output and the positions of its cells.
+            visible: as above.
+
+        Returns [B, Q, C].
+        """
+        x = self.norm1(x + self.dropout(self.attend_to_queries(x, query_pos)))
+        x = self.norm2(x + self.dropout(self.attend_to_image(x, query_pos, spatial, memory, position, visible)))
+        ffn = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        return self.norm3(x + self.dropout(ffn))
+
+    def attend_to_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:
+        """Return what each query takes from the others, [B, Q, C]."""
+        q = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
+        k = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
+        v = self.sa_v_proj(x)
+        return self.self_attn(*(split_heads(t, self.num_heads) for t in (q, k, v)))[0]
+
+    def attend_to_image(
+        self, x: Tensor, query_pos: Tensor, spatial: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        """Return what each query takes from the image, [B, Q, C]."""
+        c_q = self.ca_qcontent_proj(x)
+        c_k = self.ca_kcontent_proj(memory)
+        p_q = self.ca_qpos_sine_proj(spatial).expand_as(c_q)
+        p_k = self.ca_kpos_proj(position)
+        if self.ca_qpos_proj is not None:
+            c_q = c_q + self.ca_qpos_proj(query_pos)
+            c_k = c_k + p_k
+        q = torch.cat([split_heads(c_q, self.num_heads), split_heads(p_q, self.num_heads)], dim=-1)  # [B, h, Q, 2C / h]
+        k = torch.cat([split_heads(c_k, self.num_heads), split_heads(p_k, self.num_heads)], dim=-1)  # [B, h, S, 2C / h]
+        v = split_heads(self.ca_v_proj(memory), self.num_heads)  # [B, h, S, C / h]
+        return self.cross_attn(q, k, v, visible)[0]
+
+
+class ConditionalDecoder(nn.Module):
+    """Decoder layers that share one reference point per query.
 
     Args:
-        backbone: image to feature map and positions.
-        transformer: feature map and queries to decoder outputs.
-        dim: the width C of the transformer.
-        num_classes: K; class ids are 0..K-1, there is no background class.
-        num_queries: Q, the most objects that an image can be given.
-        aux_loss: also return the predictions of the decoder layers before the last.
+        num_layers: L.
+        dim: the width C.
+        num_heads, dim_feedforward, dropout: of each layer.
+        checkpoint_activations: compute activations again in the backward pass instead of keeping them.
     """
 
     def __init__(
         self,
-        backbone: BackboneWithPosition,
-        transformer: Transformer,
+        num_layers: int,
         dim: int,
-        num_classes: int,
-        num_queries: int,
-        aux_loss: bool = False,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        self.transformer = transformer
-        self.class_embed = nn.Linear(dim, num_classes)
-        self.bbox_embed = MLP(dim, dim, 4, 3)
-        self.query_embed = nn.Embedding(num_queries, dim)
-        self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
-        self.backbone = backbone
-        self.aux_loss = aux_loss
+        self.checkpoint_activations = checkpoint_activations
+        self.layers = nn.ModuleList(
+            ConditionalDecoderLayer(dim, num_heads, dim_feedforward, dropout, first=i == 0) for i in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        # λ_q of section 3.3, read from the embeddings of the layer before: a single layer has none.
+        self.query_scale = MLP(dim, dim, dim, 2) if num_layers > 1 else None
+        self.ref_point_head = MLP(dim, dim, 2, 2)
+        share_initial_vectors(self.layers)
+
+    def forward(
+        self, query_pos: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return outputs [L, B, Q, C] and reference points [Q, 2].
+
+        query_pos: [Q, C]; memory and position: [B, S, C]; visible: as above.
+        """
+        with without_autocast(query_pos.device):  # points keep at least float32
+            reference = at_least_float32(self.ref_point_head(query_pos)).sigmoid()
+        p_s = point_embedding(*reference.unbind(-1), dim=query_pos.shape[-1]).to(query_pos.dtype)  # [Q, C]
+        x = memory.new_zeros(memory.shape[0], *query_pos.shape)
+        outputs = []
+        for i, layer in enumerate(self.layers):
+            spatial = p_s if i == 0 else self.query_scale(x) * p_s  # equation (5): λ_q ⊙ p_s
+            x = run_layer(layer, self.checkpoint_activations, x, query_pos, spatial, memory, position, visible)
+            outputs.append(self.norm(x))
+        return torch.stack(outputs), reference
+
+
+class ConditionalDETR(Detector):
+    """Meng et al., ICCV 2021: one logit per class, and boxes that are offsets from reference points."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
         nn.init.constant_(self.class_embed.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
         nn.init.zeros_(self.bbox_embed.layers[-1].weight)
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)
 
-    def forward(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> dict[str, Tensor | list[dict[str, Tensor]]]:
-        """Predictions for a NestedTensor, a list of [3, h, w] images of any sizes, or one [B, 3, H, W] tensor.
+    def boxes(self, hs: Tensor, reference: Tensor) -> Tensor:
+        """Return boxes [L, B, Q, 4] whose centres are offsets from the reference points [Q, 2] (section 3.2)."""
+        offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]
+        return (self.bbox_embed(hs) + offset).sigmoid()
 
-        Images are uint8, or float and normalised by ImageNet's mean and deviation.
 
-        Returns a dict of `pred_logits` [B, Q, K], `pred_boxes` [B, Q, 4] as cxcywh relative to the unpadded image, and,
-        with `aux_loss`, `aux_outputs`: the same two of every decoder layer before the last.
-
-        Raises TypeError or ValueError for anything else than such samples (`as_batch`).
-        """
-        samples = as_batch(samples)
-        images, padding = samples.decompose()
-        if images.dtype == torch.uint8:
-            images = self.normalize(images, padding)
-
-        features, padding, position = self.backbone(images, padding)  # [B, C', H', W'], [B, H', W'], [B, H', W', C]
-        x = self.input_proj(features).flatten(2).transpose(1, 2)  # [B, S, C]
-        query_pos = self.query_embed.weight  # [Q, C]
-        position = position.flatten(1, 2).to(query_pos.dtype)  # [B, S, C]
-        padding = padding.flatten(1) if samples.has_padding else None  # [B, S]
-        hs, reference = self.transformer(x, position, padding, query_pos)  # [L, B, Q, C], [Q, 2]
-
-        with without_autocast(hs.device):  # predictions keep at least float32
-            hs = hs.to(query_pos.dtype)
-            logits = at_least_float32(self.class_embed(hs))  # [L, B, Q, K]
-            offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]: boxes are offsets from the reference points
-            boxes = (self.bbox_embed(hs) + offset).sigmoid()  # [L, B, Q, 4]
-
-        layers = [{"pred_logits": layer[0], "pred_boxes": layer[1]} for layer in zip(logits, boxes, strict=True)]
-        return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
-
-    @property
-    def pixel_mean(self) -> Tensor:
-        """ImageNet's mean [3, 1, 1], where the weights are and in their precision."""
-        return self.per_channel(IMAGENET_MEAN)
-
-    @property
-    def pixel_std(self) -> Tensor:
-        """ImageNet's standard deviation [3, 1, 1], likewise."""
-        return self.per_channel(IMAGENET_STD)
-
-    def per_channel(self, values: Sequence[float]) -> Tensor:
-        """Return three constants as [3, 1, 1].
-
-        Made at each call, since no state dict would restore them after `to_empty`; by filling, since a copy from the
-        host would wait for the GPU.
-        """
-        return torch.stack([self.query_embed.weight.new_full((1, 1), value) for value in values])
-
-    def normalize(self, images: Tensor, padding: Tensor) -> Tensor:
-        """uint8 images to normalised floats, zero on padding."""
-        mean, std = self.pixel_mean, self.pixel_std
-        images = (images.to(mean.dtype) / 255 - mean) / std
-        return images.masked_fill_(padding[:, None], 0)
+def build_conditional_detr(
+    backbone: BackboneWithPosition,
+    *,
+    num_classes: int,
+    num_queries: int,
+    dim: int,
+    num_heads: int,
+    enc_layers: int,
+    dec_layers: int,
+    dim_feedforward: int,
+    dropout: float,
+    aux_loss: bool,
+    checkpoint_activations: bool,
+) -> ConditionalDETR:
+    """Return a randomly initialised model; class ids are 0 to `num_classes` - 1, without a background class."""
+    sizes = dim, num_heads, dim_feedforward, dropout, checkpoint_activations
+    transformer = Transformer(Encoder(enc_layers, *sizes), ConditionalDecoder(dec_layers, *sizes))
+    return ConditionalDETR(backbone, transformer, dim, num_classes, num_queries, aux_loss)

@@ -1,129 +1,171 @@
-"""The training losses (DETR, section 3.1, with the focal loss of Conditional DETR, section 4.1).
+"""The training losses (DETR, section 3.1): one matching, and terms that measure how well the matched pairs agree.
 
-Shapes: L decoder layers, B images, Q queries, K classes, M matched pairs of a batch (the same number in every layer).
+Shapes: L decoder layers, B images, Q queries, K logits, T targets of all images, M matched pairs per layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Protocol
+
 import torch
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 
-from models.matcher import GAMMA, HungarianMatcher, copy_to_device
+from models.classification import FocalSigmoid
+from models.matcher import HungarianMatcher, Matches, copy_to_device
 from util.box_ops import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from util.distributed import get_world_size, reduce_sum
 
 
+@dataclass
+class Matched:
+    """Predictions and targets of a batch, and which belong together.
+
+    logits: [L, B, Q, K]; boxes: [L, B, Q, 4]; layer 0 is the decoder's last.
+    outputs: the same of the last layer as the model returns them, with what further heads add.
+    targets: of the B images.
+    matches: the pairs.
+    num_boxes: the number of targets that losses are divided by.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    outputs: dict[str, Tensor]
+    targets: list[dict[str, Tensor]]
+    matches: Matches
+    num_boxes: Tensor
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The index of the matched predictions in those of all layers, images and queries."""
+        return self.matches.layer, self.matches.image, self.matches.query
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The classes of the matched targets, [L, M]."""
+        return torch.cat([target["labels"] for target in self.targets])[self.matches.target]
+
+
+class Term(Protocol):
+    """A part of the criterion: losses by name, [L] where every layer has one, or [] if only the last layer has.
+
+    `weights` are those of its losses in the total; what has no weight is for the log only.
+    """
+
+    weights: dict[str, float]
+
+    def __call__(self, matched: Matched) -> dict[str, Tensor]: ...
+
+
+class ClassLoss:
+    """`loss_ce`, as the classification defines it."""
+
+    def __init__(self, classification: FocalSigmoid, weight: float) -> None:
+        self.classification = classification
+        self.weights = {"loss_ce": weight}
+
+    def __call__(self, matched: Matched) -> dict[str, Tensor]:
+        return {"loss_ce": self.classification.loss(matched.logits, matched.pairs, matched.labels, matched.num_boxes)}
+
+
+class BoxLoss:
+    """`loss_bbox`, the L1 distance of cxcywh, and `loss_giou`, 1 - GIoU, of the matched pairs."""
+
+    def __init__(self, bbox_weight: float, giou_weight: float) -> None:
+        self.weights = {"loss_bbox": bbox_weight, "loss_giou": giou_weight}
+
+    def __call__(self, matched: Matched) -> dict[str, Tensor]:
+        boxes = matched.boxes[matched.pairs]  # [L, M, 4]
+        target_boxes = torch.cat([target["boxes"] for target in matched.targets])[matched.matches.target]  # [L, M, 4]
+        giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
+        return {
+            "loss_bbox": (boxes - target_boxes).abs().sum((1, 2)) / matched.num_boxes,
+            "loss_giou": (1 - giou).sum(1) / matched.num_boxes,
+        }
+
+
+class CardinalityError:
+    """`cardinality_error`: the mean difference between the numbers of targets and of predicted objects.
+
+    DETR counts as objects the queries whose highest logit is not the last. With sigmoid classes, which have no
+    background, that says little.
+    """
+
+    weights: ClassVar[dict[str, float]] = {}
+
+    @torch.no_grad()
+    def __call__(self, matched: Matched) -> dict[str, Tensor]:
+        logits = matched.logits
+        counts = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # [L, B]
+        num_targets = torch.tensor([len(target["labels"]) for target in matched.targets])  # [B]
+        num_targets = copy_to_device(num_targets, logits.device)
+        return {"cardinality_error": (counts - num_targets).abs().float().mean(-1)}
+
+
+class ClassError:
+    """`class_error`: per cent of the last layer's pairs whose highest class is wrong; 100 if there is no pair."""
+
+    weights: ClassVar[dict[str, float]] = {}
+
+    @torch.no_grad()
+    def __call__(self, matched: Matched) -> dict[str, Tensor]:
+        logits, labels = matched.logits[matched.pairs][0], matched.labels[0]  # [M, K], [M]
+        if len(labels) == 0:
+            return {"class_error": logits.new_full((), 100.0)}
+        return {"class_error": 100 * (logits.argmax(-1) != labels).float().mean()}
+
+
 class SetCriterion(nn.Module):
-    """Matches every decoder layer's predictions with the targets and measures how well they agree.
+    """Matches every decoder layer's predictions with the targets, and applies terms to the pairs.
 
     Args:
         matcher: assigns targets to queries.
-        loss_weights: the weights of `loss_ce`, `loss_bbox` and `loss_giou` in the total loss.
-        num_layers: how many decoder layers the outputs hold; 1 without auxiliary outputs.
-        focal_alpha: the focal loss's weight of positives.
+        terms: the losses, and what is only logged.
+        num_layers: the decoder layers in the outputs; 1 without auxiliary outputs.
 
-    `weight_dict` holds the weight of every loss by name. The last layer's losses have the plain names, those of the
+    `weight_dict` has the weight of every loss by name. The last layer's losses have the plain names, those of the
     earlier layers i the suffix `_i`. The host waits for the device once, for the costs of the matching.
     """
 
-    def __init__(
-        self, matcher: HungarianMatcher, loss_weights: dict[str, float], num_layers: int = 1, focal_alpha: float = 0.25
-    ) -> None:
+    def __init__(self, matcher: HungarianMatcher, terms: Sequence[Term], num_layers: int = 1) -> None:
         super().__init__()
         self.matcher = matcher
-        self.focal_alpha = focal_alpha
-        self.weight_dict = {
-            name + s: weight for s in layer_suffixes(num_layers) for name, weight in loss_weights.items()
-        }
+        self.terms = terms
+        weights = {name: weight for term in terms for name, weight in term.weights.items()}
+        self.weight_dict = {name + suffix: w for suffix in layer_suffixes(num_layers) for name, w in weights.items()}
 
     def forward(
         self, outputs: dict, targets: list[dict[str, Tensor]], num_boxes: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Outputs of the model and B targets (`labels` [T_b], `boxes` [T_b, 4] normalised cxcywh) to scalars by name.
+        """Return scalars by name, of the model's outputs and B targets.
 
-        `num_boxes` divides the losses: `mean_num_boxes` of all batches of a step, by default that of this one.
-        `loss_*` are unweighted; `class_error` and `cardinality_error` are for the log only.
+        Targets have `labels` [T_b] and `boxes` [T_b, 4], normalised cxcywh. `num_boxes` divides the losses:
+        `mean_num_boxes` of all batches of a step, by default that of this one. `loss_*` are unweighted; `class_error`
+        and `cardinality_error` are for the log only.
         """
         layers = [outputs, *outputs.get("aux_outputs", [])]  # the last decoder layer first
-        logits = torch.stack([layer["pred_logits"] for layer in layers])  # [L, B, Q, K]
-        boxes = torch.stack([layer["pred_boxes"] for layer in layers])  # [L, B, Q, 4]
-        matches = self.matcher(logits, boxes, targets)
-        pairs, rows = self.matched_index(matches, targets, logits.device)
-        matched_boxes = boxes[pairs]  # [L, M, 4]
-        labels = torch.cat([t["labels"] for t in targets])[rows]  # [L, M]
-        target_boxes = torch.cat([t["boxes"] for t in targets])[rows]  # [L, M, 4]
+        logits = torch.stack([layer["pred_logits"] for layer in layers])
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers])
         num_boxes = self.mean_num_boxes(targets, logits.device) if num_boxes is None else num_boxes
-
-        by_layer = {
-            "loss_ce": self.loss_labels(logits, pairs, labels) / num_boxes,
-            "loss_bbox": (matched_boxes - target_boxes).abs().sum((1, 2)) / num_boxes,
-            "loss_giou": self.loss_giou(matched_boxes, target_boxes) / num_boxes,
-            "cardinality_error": self.cardinality_error(logits.detach(), targets),
-        }
+        matched = Matched(logits, boxes, outputs, targets, self.matcher(logits, boxes, targets), num_boxes)
+        values = {name: value for term in self.terms for name, value in term(matched).items()}
         losses = {
-            name + suffix: values[i]
+            name + suffix: value[i]
             for i, suffix in enumerate(layer_suffixes(len(layers)))
-            for name, values in by_layer.items()
+            for name, value in values.items()
+            if value.dim()
         }
-        losses["class_error"] = self.class_error(logits.detach()[pairs][0], labels[0])
-        return losses
-
-    @staticmethod
-    def matched_index(
-        matches: list[tuple[Tensor, Tensor]], targets: list[dict[str, Tensor]], device: torch.device
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """The matches of B images as (layer, image, query), which indexes [L, B, Q, ..], and as rows of all targets.
-
-        Each index is [L, M]; all travel to the device in one copy.
-        """
-        queries, rows, images, offset = [], [], [], 0
-        for image, ((query, row), target) in enumerate(zip(matches, targets, strict=True)):
-            queries.append(query)
-            rows.append(row + offset)
-            images.append(torch.full_like(query, image))
-            offset += len(target["labels"])
-        index = torch.stack([torch.cat(parts, dim=1) for parts in (images, queries, rows)])  # [3, L, M]
-        image, query, row = copy_to_device(index, device)
-        layer = torch.arange(len(query), device=device)[:, None].expand_as(query)
-        return (layer, image, query), row
-
-    def loss_labels(self, logits: Tensor, pairs: tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
-        """Sigmoid focal loss over all queries and classes, [L]."""
-        one_hot = torch.zeros_like(logits)
-        one_hot.index_put_((*pairs, labels), one_hot.new_ones(()))  # of a plain 1, the host would wait for the copy
-        return sigmoid_focal_loss(logits, one_hot, alpha=self.focal_alpha, gamma=GAMMA).sum((1, 2, 3))
-
-    @staticmethod
-    def loss_giou(boxes: Tensor, target_boxes: Tensor) -> Tensor:
-        """1 - GIoU summed over the matched pairs, [L]."""
-        giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
-        return (1 - giou).sum(1)
-
-    @staticmethod
-    def class_error(matched_logits: Tensor, labels: Tensor) -> Tensor:
-        """Per cent of the matched pairs [M, K], [M] whose highest class is wrong; 100 where there is no pair."""
-        if len(labels) == 0:
-            return matched_logits.new_full((), 100.0)
-        return 100 * (matched_logits.argmax(-1) != labels).float().mean()
-
-    @staticmethod
-    def cardinality_error(logits: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        """Mean difference between the number of targets and of queries whose highest class is not the last, [L].
-
-        DETR's count of predicted objects; with sigmoid classes, which have no background, it says little.
-        """
-        counts = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # [L, B]
-        num_targets = copy_to_device(torch.tensor([len(t["labels"]) for t in targets]), logits.device)  # [B]
-        return (counts - num_targets).abs().float().mean(-1)
+        return losses | {name: value for name, value in values.items() if not value.dim()}
 
     @staticmethod
     def mean_num_boxes(targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """The targets of the batch, averaged over the processes; at least 1."""
-        num_boxes = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)
+        """Return the number of targets, averaged over the processes; at least 1."""
+        num_boxes = torch.full((), float(sum(len(target["labels"]) for target in targets)), device=device)
         return (reduce_sum(num_boxes) / get_world_size()).clamp(min=1)
 
 
 def layer_suffixes(num_layers: int) -> list[str]:
-    """The suffixes of loss names: none for the last decoder layer, then `_0`, `_1`, .. for those before it."""
+    """Return the suffixes of loss names: none for the last decoder layer, then `_0`, `_1`, .. for those before it."""
     return ["", *(f"_{i}" for i in range(num_layers - 1))]

@@ -1,73 +1,93 @@
-"""The assignment of targets to queries (DETR, section 3.1; costs as in Conditional DETR, section 4.1).
+"""The assignment of targets to queries (DETR, section 3.1).
 
-Shapes: L decoder layers, B images, Q queries, K classes, T_b targets of image b, T targets of all images.
+Shapes: L decoder layers, B images, Q queries, K logits, T_b targets of image b, T targets of all images,
+M = sum of min(Q, T_b) matched pairs per layer.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from models.classification import FocalSigmoid
 from util.box_ops import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from util.errors import InputError
 
-GAMMA = 2  # of the focal loss
+
+class Matches(NamedTuple):
+    """The matched pairs of a batch, [L, M] each: layer, image and query index predictions [L, B, Q, ..]; target is a
+    row of the concatenated targets of all images."""
+
+    layer: Tensor
+    image: Tensor
+    query: Tensor
+    target: Tensor
 
 
 class HungarianMatcher:
     """Finds, for every decoder layer and image, the pairs of query and target with the least total cost.
 
     Args:
-        cost_class, cost_bbox, cost_giou: weights of the focal cost, of the L1 distance between normalised cxcywh boxes,
-            and of the negative generalised IoU.
-        focal_alpha: the focal loss's weight of positives.
+        cost_class, cost_bbox, cost_giou: weights of the cost of the class, of the L1 distance between normalised cxcywh
+            boxes, and of the negative generalised IoU.
+        classification: the cost of the class.
     """
 
     def __init__(
-        self, cost_class: float = 2, cost_bbox: float = 5, cost_giou: float = 2, focal_alpha: float = 0.25
+        self,
+        cost_class: float = 2,
+        cost_bbox: float = 5,
+        cost_giou: float = 2,
+        classification: FocalSigmoid | None = None,
     ) -> None:
         if cost_class == cost_bbox == cost_giou == 0:
             raise InputError("--set_cost_class, --set_cost_bbox and --set_cost_giou cannot all be 0")
         self.cost_class = cost_class
         self.cost_bbox = cost_bbox
         self.cost_giou = cost_giou
-        self.focal_alpha = focal_alpha
+        self.classification = classification or FocalSigmoid()
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Logits [L, B, Q, K], boxes [L, B, Q, 4] and B targets (`labels` [T_b], `boxes` [T_b, 4]) to B index pairs.
+    def __call__(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
+        """Return the matches of logits [L, B, Q, K] and boxes [L, B, Q, 4] with the `labels` and `boxes` of B targets.
 
-        Each pair is (queries [L, min(Q, T_b)], targets [L, min(Q, T_b)]), int64 on the CPU, queries ascending. The
-        costs of all layers and images leave the device in one transfer, each image's only for its own targets.
+        The queries of an image are in ascending order. The host waits for the device once, for the costs of all layers
+        and images, each image's for its own targets only.
         """
         sizes = [len(target["labels"]) for target in targets]
-        image = copy_to_device(torch.arange(len(targets)).repeat_interleave(torch.tensor(sizes)), logits.device)  # [T]
-        labels, target_boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
-        cost = self.cost(logits[:, image, :, labels], boxes[:, image].transpose(0, 1), target_boxes).cpu()  # [T, L, Q]
+        cost = self.cost(logits, boxes, targets, sizes).cpu()  # [T, L, Q]
         cost = cost.nan_to_num(nan=torch.finfo(cost.dtype).max)  # a diverged model still has an assignment
-        matches = []
-        for of_image in cost.split(sizes):
-            pairs = [linear_sum_assignment(layer) for layer in of_image.permute(1, 2, 0).numpy()]  # of [Q, T_b] each
-            query, target = torch.from_numpy(np.array(pairs)).unbind(1)
-            matches.append((query, target))
-        return matches
+        image, query, target = [], [], []
+        first = 0  # row of the image's targets among those of all
+        for i, cost_of_image in enumerate(cost.split(sizes)):
+            pairs = [linear_sum_assignment(layer) for layer in cost_of_image.permute(1, 2, 0).numpy()]  # of [Q, T_b]
+            queries, rows = torch.from_numpy(np.array(pairs)).unbind(1)  # [L, min(Q, T_b)]
+            image.append(torch.full_like(queries, i))
+            query.append(queries)
+            target.append(rows + first)
+            first += sizes[i]
+        index = torch.stack([torch.cat(parts, dim=1) for parts in (image, query, target)])  # [3, L, M]
+        index = copy_to_device(index, logits.device)
+        layer = torch.arange(len(logits), device=logits.device)[:, None].expand_as(index[0])
+        return Matches(layer, *index)
 
-    def cost(self, logits: Tensor, boxes: Tensor, target_boxes: Tensor) -> Tensor:
-        """The cost of giving a target to a query, for the pairs of an image's T targets and queries, [T, L, Q].
-
-        logits: [T, L, Q] of the target's class; boxes: [T, L, Q, 4]; target_boxes: [T, 4].
-        """
-        p = logits.sigmoid()
-        negative = (1 - self.focal_alpha) * p**GAMMA * -(1 - p + 1e-8).log()
-        positive = self.focal_alpha * (1 - p) ** GAMMA * -(p + 1e-8).log()
+    def cost(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], sizes: list[int]) -> Tensor:
+        """Return the cost of giving each target to each query of its image, [T, L, Q]; `sizes` are the T_b."""
+        labels, target_boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
+        image = torch.arange(len(targets)).repeat_interleave(torch.tensor(sizes))  # [T], that of each target
+        image = copy_to_device(image, logits.device)
+        boxes = boxes.transpose(0, 1)[image]  # [T, L, Q, 4]
         target_boxes = target_boxes[:, None, None].expand_as(boxes)
         l1 = (boxes - target_boxes).abs().sum(-1)
         giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
-        return self.cost_class * (positive - negative) + self.cost_bbox * l1 - self.cost_giou * giou
+        cost_class = self.classification.cost(logits, image, labels)
+        return self.cost_class * cost_class + self.cost_bbox * l1 - self.cost_giou * giou
 
 
 def copy_to_device(host: Tensor, device: torch.device) -> Tensor:
-    """The copy of a CPU tensor on a device; the host does not wait for a GPU, which reads from pinned memory."""
+    """Return the copy of a CPU tensor on a device; the host does not wait for a GPU, which reads pinned memory."""
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

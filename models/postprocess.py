@@ -1,29 +1,38 @@
 """From the model's outputs to detections in pixels.
 
-Shapes: B images, Q queries, K classes, N detections an image.
+Shapes: B images, Q queries, K logits, N detections per image.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from models.classification import FocalSigmoid
 from models.inputs import check_target_sizes
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import InputError
 
 
 class PostProcess(nn.Module):
-    """The highest scores over all queries and classes, at most `num_detections` per image (COCO scores 100)."""
+    """The detections with the highest scores, at most `num_detections` per image (COCO scores 100).
 
-    def __init__(self, num_detections: int = 100) -> None:
+    Args:
+        num_detections: the largest number per image.
+        classification: how logits become scores.
+    """
+
+    def __init__(self, num_detections: int = 100, classification: FocalSigmoid | None = None) -> None:
         super().__init__()
         self.num_detections = num_detections
+        self.classification = classification or FocalSigmoid()
 
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Outputs of the model and target_sizes [B, 2], (height, width) in pixels, to B dicts.
+        """Return a dict per image, of the model's outputs and target_sizes [B, 2], (height, width) in pixels.
 
-        Each holds `scores` [N] in descending order, `labels` [N] and `boxes` [N, 4]: xyxy in pixels, not clipped.
+        Each has `scores` [N] in descending order, `labels` [N] and `boxes` [N, 4]: xyxy in pixels, not clipped.
         """
         return [
             {"scores": image[0], "labels": image[1], "boxes": image[2]}
@@ -32,16 +41,20 @@ class PostProcess(nn.Module):
 
     @torch.no_grad()
     def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of all images in one: scores [B, N], labels [B, N] and boxes [B, N, 4]."""
+        """Return the same of all images together: scores [B, N], labels [B, N] and boxes [B, N, 4]."""
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         check_target_sizes(target_sizes, len(logits))
-        scores = logits.sigmoid().flatten(1)  # [B, Q·K]
-        scores, index = scores.topk(min(self.num_detections, scores.shape[1]), dim=1)
-        labels = index % logits.shape[2]
-        queries = index // logits.shape[2]
+        scores, labels, queries = self.classification.scores(logits, self.num_detections)
         boxes = box_cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
         height, width = target_sizes.to(boxes).unbind(1)
         return scores, labels, boxes * torch.stack([width, height, width, height], dim=1)[:, None]
+
+    def extend(
+        self, detections: list[dict[str, Any]], outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]
+    ) -> list[dict[str, Any]]:
+        """Return the detections of earlier postprocessors with those of this one, for the targets' original sizes."""
+        found = self(outputs, torch.stack([target["orig_size"] for target in targets]))
+        return [{**earlier, **own} for earlier, own in zip(detections, found, strict=True)]
 
 
 def check_detections(detections: dict[str, Tensor], image: str = "an image") -> None:

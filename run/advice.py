@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-
+from flags.resolve import Flags
 from util.text import counted
 
-RECIPE_IMAGES = 16  # a step, which the published learning rates are meant for
+RECIPE_IMAGES = 16  # per step, which the published learning rates are meant for
 RECIPE_LR = 1e-4
 # Fewer steps teach a transformer from random weights next to nothing. The demo's three layers, on the easiest of data,
 # take as many; COCO's recipe takes 370,000 for twelve.
@@ -14,45 +13,45 @@ STEPS_A_LAYER = 600
 MOST_DROPS = 6  # of the learning rate to a tenth; float32 holds seven digits
 
 
-def lr_factor(args: argparse.Namespace, images_a_step: int) -> float:
-    """What `--lr_scale` multiplies the learning rates by, for so many images a step instead of the recipe's 16."""
-    exponent = {"none": 0, "sqrt": 0.5, "linear": 1}[args.lr_scale]
-    return (images_a_step / RECIPE_IMAGES) ** exponent
+def lr_factor(flags: Flags, images: int) -> float:
+    """Return what `--lr_scale` multiplies the learning rates by, for N images per step instead of the recipe's 16."""
+    exponent = {"none": 0, "sqrt": 0.5, "linear": 1}[flags.lr_scale]
+    return (images / RECIPE_IMAGES) ** exponent
 
 
-def advice(args: argparse.Namespace, images_a_step: int, steps: int, from_scratch: bool) -> list[str]:
-    """Warnings about a training, each a line that says what to do instead.
+def advice(flags: Flags, images: int, steps: int, from_scratch: bool) -> list[str]:
+    """Return warnings about a training, each a line that says what to do instead.
 
     Args:
-        args: the flags.
-        images_a_step: on all processes.
+        flags: those of the run.
+        images: per step, on all processes.
         steps: of the whole training.
         from_scratch: the transformer starts from random weights.
     """
     lines = []
-    needed = STEPS_A_LAYER * (args.enc_layers + args.dec_layers)
-    if from_scratch and not args.overfit and steps < needed:
+    needed = STEPS_A_LAYER * (flags.enc_layers + flags.dec_layers)
+    if from_scratch and not flags.overfit and steps < needed:
         lines.append(
             f"{counted(steps, 'step is', 'steps are')} too few for a transformer from random weights (expect AP near 0 "
-            f"below {needed:,}): start from a trained model by --finetune {suggested_start(args)}, or raise --epochs"
+            f"below {needed:,}): start from a trained model by --finetune {suggested_start(flags)}, or raise --epochs"
         )
-    if args.lr == RECIPE_LR and args.lr_scale == "none" and not 0.5 <= images_a_step / RECIPE_IMAGES <= 2:
-        scaled = RECIPE_LR * (images_a_step / RECIPE_IMAGES) ** 0.5
+    if flags.lr == RECIPE_LR and flags.lr_scale == "none" and not 0.5 <= images / RECIPE_IMAGES <= 2:
+        scaled = RECIPE_LR * (images / RECIPE_IMAGES) ** 0.5
         lines.append(
-            f"the learning rate {RECIPE_LR:g} is meant for {RECIPE_IMAGES} images a step, not {images_a_step}: "
+            f"the learning rate {RECIPE_LR:g} is meant for {RECIPE_IMAGES} images per step, not {images}: "
             f"consider --lr_scale sqrt ({scaled:.2g})"
         )
-    if (drops := (args.epochs - 1) // args.lr_drop) > MOST_DROPS:
+    if (drops := (flags.epochs - 1) // flags.lr_drop) > MOST_DROPS:
         lines.append(
-            f"--lr_drop {args.lr_drop} divides the learning rate by ten {drops} times: the last epochs do nothing"
+            f"--lr_drop {flags.lr_drop} divides the learning rate by ten {drops} times: the last epochs do nothing"
         )
-    if args.backbone_weights == "none" and args.backbone_norm == "frozen" and from_scratch:
+    if flags.backbone_weights == "none" and flags.backbone_norm == "frozen" and from_scratch:
         lines.append("a backbone without pretrained weights hardly learns with frozen norms: add --backbone_norm batch")
     return lines
 
 
-def suggested_start(args: argparse.Namespace) -> str:
-    """The published model with this backbone, else any file."""
-    if args.backbone not in ("resnet50", "resnet101"):
+def suggested_start(flags: Flags) -> str:
+    """Return the published model with this backbone, else any file."""
+    if flags.backbone not in ("resnet50", "resnet101"):
         return "CHECKPOINT"
-    return f"conditional_detr_{args.backbone}{'_dc5' if args.dilation else ''}"
+    return f"conditional_detr_{flags.backbone}{'_dc5' if flags.dilation else ''}"

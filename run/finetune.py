@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import MODEL_FLAGS, changed_flags, check_finite, classes_of, fits, shape_text
+from checkpoints.checkpoint import changed_flags, check_finite, classes_of, fits, shape_text
 from datasets.classes import Classes, normalized
+from flags.resolve import MODEL_FLAGS
 from util.errors import InputError
 from util.logger import log, warn
 from util.text import counted

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from pathlib import Path
-from typing import Any
 
+from flags.resolve import Flags, defaults
 from run.log_file import best_epoch
 
 EVALUATION_FLAGS = (
@@ -14,12 +13,11 @@ EVALUATION_FLAGS = (
 )
 
 
-def summary(args: argparse.Namespace, defaults: dict[str, Any], output_dir: Path) -> list[str]:
+def summary(flags: Flags, output_dir: Path) -> list[str]:
     """Return the lines that end a run.
 
     Args:
-        args: the flags of the run.
-        defaults: the default of every flag.
+        flags: those of the run.
         output_dir: the folder of its files.
     """
     latest, log = output_dir / "checkpoint.pth", output_dir / "log.txt"
@@ -29,15 +27,16 @@ def summary(args: argparse.Namespace, defaults: dict[str, Any], output_dir: Path
     if ap >= 0:
         lines.append(f"best AP on val: {ap:.3f}, in epoch {epoch}: {model}")
     lines.append(f"last epoch: {latest}; log: {log}")
-    if not args.overfit:
+    if not flags.overfit:
         lines.append(
-            f"evaluate: {shlex.join(['python', 'main.py', '--eval', '--resume', str(model), *changed(args, defaults)])}"
+            f"evaluate: {shlex.join(['python', 'main.py', '--eval', '--resume', str(model), *changed(flags)])}"
         )
     predict = ["python", "-m", "scripts.predict", "--checkpoint", str(model), "--output", "predictions"]
     return [*lines, f"predict: {shlex.join(predict)} IMAGES"]
 
 
-def changed(args: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
+def changed(flags: Flags) -> list[str]:
     """Return the flags that an evaluation on the same data needs, as on a command line."""
-    values = {flag: getattr(args, flag) for flag in EVALUATION_FLAGS if getattr(args, flag) != defaults[flag]}
-    return [part for flag, value in values.items() for part in ([f"--{flag}"] + [str(value)] * (value is not True))]
+    default = defaults()
+    values = {name: getattr(flags, name) for name in EVALUATION_FLAGS if getattr(flags, name) != default[name]}
+    return [part for name, value in values.items() for part in ([f"--{name}"] + [str(value)] * (value is not True))]

@@ -161,7 +161,7 @@ def measure_step(
     steps = {"": TrainingStep(*build(variant, device), batch_size, amp, flags)}
     if flags.compile:
         steps[" compiled"] = TrainingStep(*build(variant, device), batch_size, amp, flags)
-        compile_model(steps[" compiled"].model)
+        compile_model(steps[" compiled"].step.model)
     runs = steps | ({" transformers": peer} if peer else {})
     return [
         {

@@ -19,7 +19,6 @@ from scripts.flags import check_early, parse_flags
 if __name__ == "__main__":  # the imports below take seconds
     check_early("check_data")
 
-import argparse
 import hashlib
 import os
 import random
@@ -40,6 +39,7 @@ from datasets.images import summarize_notes
 from datasets.odd_boxes import crowded_images
 from datasets.transforms import resized_size
 from evaluation.pictures import CELL, annotate, contact_sheet
+from flags.resolve import Flags, resolve
 from util.command import run_command
 from util.errors import InputError
 from util.files import replacing
@@ -84,8 +84,7 @@ class Split:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    args = parse_flags("check_data", argv)
-    args.on_bad_image = "skip"  # all of them are to be named
+    args = resolve(parse_flags("check_data", argv), on_bad_image="skip")  # all of them are to be named
     train = look_through("train", build_dataset("train", args))
     val = look_through("val", build_dataset("val", args, train.dataset.classes))
     for split in (train, val):
@@ -121,7 +120,7 @@ def look_through(name: str, dataset: CocoDetection) -> Split:
     return Split(name, dataset, np.array(sizes), list(digests), list(filter(None, problems)), list(notes))
 
 
-def describe(split: Split, args: argparse.Namespace) -> Iterator[str]:
+def describe(split: Split, args: Flags) -> Iterator[str]:
     """The lines on one split: images, boxes, what is left out, sizes, padding."""
     dataset, records = split.dataset, split.dataset.records
     visible, targets = dataset.visible_objects()
@@ -162,7 +161,7 @@ def describe_sizes(sizes: np.ndarray) -> str:
     return f"of {len(by_area):,} sizes from {w1}×{h1} to {w2}×{h2}"
 
 
-def padding(split: Split, args: argparse.Namespace) -> tuple[float, float]:
+def padding(split: Split, args: Flags) -> tuple[float, float]:
     """The shares of images that get padding, and of pixels that are, in batches drawn at random.
 
     Images are at the evaluation's size, without augmentation.
@@ -194,7 +193,7 @@ def class_table(train: Split, val: Split) -> Iterator[str]:
         yield f"  {ids[label]:>{id_width}}  {name:<{width}}  {cells}"
 
 
-def suspect(train: Split, val: Split, args: argparse.Namespace) -> Iterator[str]:
+def suspect(train: Split, val: Split, args: Flags) -> Iterator[str]:
     """What is wrong, or may be."""
     for split in (train, val):
         if bad := split.unreadable:

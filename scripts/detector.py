@@ -22,9 +22,8 @@ from checkpoints.checkpoint import (
 from datasets.classes import Classes
 from datasets.transforms import resized_size
 from flags.limits import check_device
-from flags.parser import get_args_parser
-from models import build_model
-from models.conditional_detr import ConditionalDETR
+from flags.resolve import Flags, resolve
+from models import build_model, detector
 from models.postprocess import PostProcess, check_detections
 from util.errors import InputError, reason
 
@@ -38,10 +37,10 @@ class Detector:
         args: the flags of its training, completed by today's defaults.
     """
 
-    model: ConditionalDETR
+    model: detector.Detector
     postprocess: PostProcess
     classes: Classes
-    args: argparse.Namespace
+    args: Flags
 
     @property
     def device(self) -> torch.device:
@@ -88,10 +87,8 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
 def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.device = "cpu") -> Detector:
     """As `load_detector`, of a checkpoint that is loaded; `source` names it in errors."""
     check_finite(checkpoint["model"], source)
-    args = get_args_parser().parse_args([], argparse.Namespace(**checkpoint["args"]))
+    args = resolve(argparse.Namespace(**checkpoint["args"]), aux_loss=False)
     check_stored_flags(args, source)
-    args.num_classes = num_classes_of(checkpoint, source)
-    args.aux_loss = False
-    model, _, postprocessors = build_model(args)
+    model, _, postprocessors = build_model(args, num_classes_of(checkpoint, source))
     load_model_weights(model, checkpoint, source)
     return Detector(model.to(device).eval(), postprocessors["bbox"], classes_of(checkpoint, source), args)

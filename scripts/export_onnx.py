@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.conditional_detr import ConditionalDETR
-from models.frozen_norm import FoldedBody, FoldedConv2d, norm_terms
+from models import detector
+from models.folded_norms import FoldedBody, FoldedConv2d, norm_terms
 from models.postprocess import PostProcess
 from scripts.detector import Detector, load_detector
 from util.command import need, run_command
@@ -62,7 +62,7 @@ DOCUMENTATION = {
 class ExportedModel(nn.Module):
     """A model as the file computes it: tensors in, tensors out, and the mask always looked at."""
 
-    def __init__(self, model: ConditionalDETR, postprocess: PostProcess | None) -> None:
+    def __init__(self, model: detector.Detector, postprocess: PostProcess | None) -> None:
         super().__init__()
         self.model = model
         self.postprocess = postprocess

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # the imports below take seconds
     check_early("replay")
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import load_model_weights
-from engine import compute_gradients, to_device
+from engine import to_device
 from flags.limits import check_device
-from flags.parser import get_args_parser
+from flags.resolve import Flags, resolve
 from models import build_model
 from run.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
+from run.step import Step
 from run.step_dump import load_dump
 from util.command import run_command
 from util.distributed import tensors_of
@@ -89,7 +89,7 @@ def repeat(dump: Dump, device: torch.device, source: str) -> tuple[dict[str, Ten
     Returns the weighted losses with the norm of the gradients, which is left out for several processes, since it is
     that of their mean; and a sentence about the first module or gradient that is not finite.
     """
-    args = get_args_parser().parse_args([], argparse.Namespace(**dump["args"]))
+    args = resolve(argparse.Namespace(**dump["args"]))
     torch.set_num_threads(dump["threads"])
     use_fast_kernels(device)
     if args.deterministic:
@@ -100,9 +100,7 @@ def repeat(dump: Dump, device: torch.device, source: str) -> tuple[dict[str, Ten
     return losses, fault
 
 
-def take_step(
-    dump: Dump, args: argparse.Namespace, device: torch.device, source: str, look: bool
-) -> tuple[dict[str, Tensor], str]:
+def take_step(dump: Dump, args: Flags, device: torch.device, source: str, look: bool) -> tuple[dict[str, Tensor], str]:
     """Take the step up to its gradients, as described by `repeat`: watched if `look`, else compiled."""
     model, criterion, _ = build_model(args)
     load_model_weights(model, dump, source)
@@ -110,13 +108,15 @@ def take_step(
     outputs, gradients = watch(model) if look else ([], [])
     if not look:
         compile_model(model)
-    scaler = torch.amp.GradScaler(device.type, init_scale=dump["scale"].item(), enabled=args.amp == "fp16")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0)
+    step = Step(model, criterion, optimizer, amp=args.amp)
+    if step.scaler.is_enabled():
+        step.scaler = torch.amp.GradScaler(device.type, init_scale=dump["scale"].item())
     batches = [to_device(NestedTensor(images, mask), targets, device) for images, mask, targets in dump["batches"]]
     set_torch_rng_states(dump["random"])
-    losses = compute_gradients(model, criterion, batches, dump["num_boxes"].to(device), device, args.amp, scaler)
-    scaler.unscale_(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0))
+    losses = step.compute_gradients(batches, dump["num_boxes"].to(device))
+    norm = step.clip_gradients()
     losses = {name: value.detach() for name, value in losses.items() if name in ("loss", *criterion.weight_dict)}
-    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     if outputs:
         fault = f"the first output that is not finite is that of {outputs[0]}"
     elif not losses["loss"].isfinite():

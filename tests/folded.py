@@ -36,6 +36,10 @@ def unfolded(body: nn.Module, image: Tensor = IMAGE) -> Tensor:
         return resnet(image).view(1, 512, 2, 3)
 
 
+def features(body: nn.Module, image: Tensor = IMAGE) -> Tensor:
+    return body(image)["layer4"]
+
+
 def assert_same(values: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     """Equal up to a part of the largest value."""
     assert_close(values, expected, rtol=0, atol=tolerance * expected.abs().max().item())
@@ -43,10 +47,10 @@ def assert_same(values: Tensor, expected: Tensor, tolerance: float = 1e-4) -> No
 
 def predict(body: nn.Module, mode: Callable = torch.no_grad) -> Tensor:
     with mode():
-        return body.eval()(IMAGE.to(body.conv1.weight.dtype))
+        return features(body.eval(), IMAGE.to(body.conv1.weight.dtype))
 
 
 def take_step(body: nn.Module, fused: bool = False) -> None:
     optimizer = torch.optim.AdamW(body.parameters(), lr=1e-2, fused=fused)
-    body(IMAGE).square().mean().backward()
+    features(body).square().mean().backward()
     optimizer.step()

@@ -12,17 +12,18 @@ from util.distributed import get_rank
 
 
 def recording(function, moment: str):
-    """Return a function that saves the state of its first argument, a parallel model, before it is called."""
+    """Return a function that saves the state of its first argument, a parallel model or a step, before it is called."""
 
-    def recorded(parallel_model, *args, **kwargs):
+    def recorded(first, *args, **kwargs):
+        parallel_model = first if hasattr(first, "module") else first.model
         output_dir = Path(sys.argv[sys.argv.index("--output_dir") + 1])
         torch.save(parallel_model.module.state_dict(), output_dir / f"{moment}-{get_rank()}.pt")
-        return function(parallel_model, *args, **kwargs)
+        return function(first, *args, **kwargs)
 
     return recorded
 
 
 if __name__ == "__main__":
-    training.train_one_epoch = recording(training.train_one_epoch, "start")
+    training.take_steps = recording(training.take_steps, "start")
     main.evaluate = recording(main.evaluate, "evaluated")
     main.run()

@@ -7,9 +7,8 @@ from torch.testing import assert_close
 
 from models.attention import attend
 from models.dropout import Dropout, dropout
-from models.transformer import Transformer
 from tests.operators import Recorder
-from tests.small import build_small
+from tests.small import build_small, small_transformer
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"
@@ -65,10 +64,10 @@ def test_dropout_of_weights_keeps_the_input_precision():
 
 def test_without_dropout_no_table_of_weights_is_held():
     cells, queries = 400, 10
-    transformer = Transformer(16, 2, 1, 2, 32, dropout=0.0)
+    transformer = small_transformer()
     x, position = torch.randn(2, 1, cells, 16)
     with Recorder() as recorder:
-        hs, _ = transformer(x, position, torch.zeros(1, cells, dtype=torch.bool), torch.randn(queries, 16))
+        hs, *_ = transformer(x, position, torch.zeros(1, cells, dtype=torch.bool), torch.randn(queries, 16))
         hs.sum().backward()
     assert recorder.largest == cells * 32  # the feed-forward network's; one head's table would be 400²
 

@@ -4,6 +4,7 @@ import copy
 import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.backbone import Backbone
-from tests.folded import IMAGE, assert_same, make_body, predict, random_norms, take_step, unfolded
+from tests.folded import IMAGE, assert_same, features, make_body, predict, random_norms, take_step, unfolded
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_evaluation_between_steps(body, fused):
     assert_same(predict(body), unfolded(body))
     take_step(body.eval(), fused)
     with torch.no_grad():  # not even a call of eval() between step and prediction
-        assert_same(body(IMAGE), unfolded(body))
+        assert_same(features(body), unfolded(body))
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -35,7 +36,7 @@ def test_loading_after_evaluation(body, assign):
     other = random_norms(Backbone("resnet18")).body.state_dict()
     with torch.no_grad():
         body.load_state_dict(other, assign=assign)
-        after = body(IMAGE)
+        after = features(body)
     assert not torch.allclose(before, after)
     assert_same(after, unfolded(body))
 
@@ -91,7 +92,7 @@ def test_weights_that_change_between_predictions(body, change, mode):
     with torch.no_grad():
         change(body)
     with mode():  # without a call of eval() that could tell
-        after = body(IMAGE)
+        after = features(body)
     assert not torch.allclose(before, after)
     assert_same(after, unfolded(body))
 
@@ -100,7 +101,7 @@ def test_weights_that_change_between_predictions(body, change, mode):
 def test_weights_of_another_model_by_functional_call(body):
     before = predict(body)
     other = {key: value * 1.1 for key, value in body.state_dict().items()}
-    found = torch.func.functional_call(body, other, (IMAGE,))
+    found = torch.func.functional_call(body, other, (IMAGE,))["layer4"]
     assert torch.equal(predict(body), before)
     body.load_state_dict(other)
     assert_same(found, unfolded(body))
@@ -116,7 +117,7 @@ def test_replicas_have_weights_of_their_own(body):
             setattr(replica, name, replicas[child])
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             setattr(replica, name, None if tensor is None else tensor * 1.1)
-    found = replicas[body](IMAGE)
+    found = features(replicas[body])
     assert torch.equal(predict(body), before)
     body.load_state_dict({key: value * 1.1 for key, value in body.state_dict().items()})
     assert_same(found, unfolded(body))
@@ -137,9 +138,9 @@ def test_threads_that_predict_with_models_that_change(body):
 def test_fake_and_meta_tensors_leave_nothing_behind(body):
     before = predict(body)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        assert body(torch.empty(1, 3, 64, 96)).shape == before.shape
+        assert features(body, torch.empty(1, 3, 64, 96)).shape == before.shape
     meta = copy.deepcopy(body).to("meta")
-    assert meta(IMAGE.to("meta")).shape == before.shape
+    assert features(meta, IMAGE.to("meta")).shape == before.shape
     assert torch.equal(predict(body), before)
 
 
@@ -147,21 +148,21 @@ def test_transforms_of_functions(body):
     """Forward and reverse derivatives, and a batch of models, agree with finite differences and with single calls."""
     body.double().requires_grad_(False).eval()
     image, direction = IMAGE.double(), torch.ones_like(IMAGE).double()
-    numeric = (body(image + 1e-6 * direction) - body(image - 1e-6 * direction)) / 2e-6
+    numeric = (features(body, image + 1e-6 * direction) - features(body, image - 1e-6 * direction)) / 2e-6
     with torch.no_grad():
-        assert_same(torch.func.jvp(body, (image,), (direction,))[1], numeric, 1e-5)
+        assert_same(torch.func.jvp(partial(features, body), (image,), (direction,))[1], numeric, 1e-5)
         body.float()
-        assert_same(torch.func.jvp(body, (IMAGE,), (direction.float(),))[1].double(), numeric, 1e-2)
-    gradient = torch.func.grad(lambda x: body(x).sum())(IMAGE)
+        assert_same(torch.func.jvp(partial(features, body), (IMAGE,), (direction.float(),))[1].double(), numeric, 1e-2)
+    gradient = torch.func.grad(lambda x: features(body, x).sum())(IMAGE)
     assert (gradient * direction).sum().item() == pytest.approx(numeric.sum().item(), rel=1e-2)
 
     states = {key: torch.stack([value, value * 1.1]) for key, value in body.state_dict().items()}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")  # of operators without a rule for batches
-        both = torch.func.vmap(lambda state: torch.func.functional_call(body, state, (IMAGE,)))(states)
+        both = torch.func.vmap(lambda state: torch.func.functional_call(body, state, (IMAGE,))["layer4"])(states)
         for i in range(2):
             state = {key: value[i] for key, value in states.items()}
-            assert_same(both[i], torch.func.functional_call(body, state, (IMAGE,)))
+            assert_same(both[i], torch.func.functional_call(body, state, (IMAGE,))["layer4"])
 
 
 def test_conversion_after_evaluation(body):
@@ -193,9 +194,9 @@ def test_copies_files_and_state_after_evaluation(body, mode):
 def test_gradients_after_inference_mode(body):
     before = predict(body, torch.inference_mode)
     with torch.no_grad():
-        assert torch.equal(body(IMAGE), before)
+        assert torch.equal(features(body), before)
     image = IMAGE.clone().requires_grad_()
-    body.requires_grad_(False)(image).sum().backward()
+    features(body.requires_grad_(False), image).sum().backward()
     assert image.grad.any()
     take_step(body.requires_grad_(True).train())
 
@@ -203,6 +204,6 @@ def test_gradients_after_inference_mode(body):
 def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         body = random_norms(Backbone("resnet18")).eval().body
-        before = body(IMAGE)
+        before = features(body)
         body.conv1.weight.mul_(2)
-        assert not torch.equal(body(IMAGE), before)
+        assert not torch.equal(features(body), before)

@@ -18,10 +18,11 @@ from checkpoints.checkpoint import (
     load_model_weights,
     num_classes_of,
 )
+from flags.resolve import resolve
 from models import build_model
 from run.log_file import append_log, read_log, trim_log
 from run.optim import build_optimizer, build_schedule, restore_optimizer
-from run.resume import take_model_flags
+from run.start import with_model_flags
 from util.errors import InputError
 from util.files import download, save_on_master
 
@@ -185,11 +186,11 @@ def test_contradicting_flags_are_named_with_both_values(parse):
     with pytest.raises(
         InputError, match="--dilation is True now, False in the checkpoint; --nheads is 4 now, 8 in the checkpoint"
     ):
-        take_model_flags(args, stored, "c.pth")
-    take_model_flags(parse(), stored, "c.pth")
-    take_model_flags(args, {"args": {}}, "c.pth")
+        with_model_flags(resolve(args), stored, "c.pth")
+    with_model_flags(resolve(parse()), stored, "c.pth")
+    with_model_flags(resolve(args), {"args": {}}, "c.pth")
     with pytest.raises(InputError, match="--backbone_norm is batch now, frozen in the checkpoint"):
-        take_model_flags(parse("--backbone_norm", "batch"), stored, "published.pth")
+        with_model_flags(resolve(parse("--backbone_norm", "batch")), stored, "published.pth")
     assert changed_flags(parse("--lr", 1), {"args": {"lr": 0.1}}, ["lr"]) == ["--lr is 1.0 now, 0.1 in the checkpoint"]
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from datasets.classes import COCO_NAMES, Classes
 from datasets.coco import CocoDetection
 from datasets.transforms import make_coco_transforms
-from flags.limits import COCO_NUM_CLASSES
+from flags.resolve import COCO_NUM_CLASSES
 from util.errors import InputError
 
 

@@ -5,11 +5,10 @@ import torch
 from torch.testing import assert_close
 from torchvision.ops import generalized_box_iou
 
-from models.criterion import SetCriterion
+from models.classification import FocalSigmoid
+from models.criterion import BoxLoss, CardinalityError, ClassError, ClassLoss, SetCriterion
 from models.matcher import HungarianMatcher
 from util.box_ops import box_cxcywh_to_xyxy, inverse_sigmoid, paired_generalized_box_iou
-
-WEIGHTS = {"loss_ce": 2, "loss_bbox": 5, "loss_giou": 2}
 
 
 def make_outputs(batch: int, queries: int = 6, classes: int = 4, aux_layers: int = 1) -> dict:
@@ -29,8 +28,10 @@ def make_target(*labels: int) -> dict:
     return {"labels": torch.tensor(labels, dtype=torch.int64), "boxes": boxes}
 
 
-def make_criterion(**kwargs) -> SetCriterion:
-    return SetCriterion(HungarianMatcher(**kwargs), WEIGHTS, num_layers=2)
+def make_criterion(num_layers: int = 2, alpha: float = 0.25) -> SetCriterion:
+    classification = FocalSigmoid(alpha)
+    terms = [ClassLoss(classification, 2), BoxLoss(5, 2), CardinalityError(), ClassError()]
+    return SetCriterion(HungarianMatcher(classification=classification), terms, num_layers)
 
 
 def test_a_batch_without_boxes_still_has_gradients():
@@ -57,9 +58,9 @@ def test_an_empty_image_beside_a_full_one_counts_by_boxes():
 
 def test_more_targets_than_queries():
     outputs, target = make_outputs(1, queries=3), make_target(1, 2, 3, 1, 2)
-    (pairs,) = HungarianMatcher()(outputs["pred_logits"][None], outputs["pred_boxes"][None], [target])
-    assert pairs[0].tolist() == [[0, 1, 2]]
-    assert len(set(pairs[1][0].tolist())) == 3
+    matches = HungarianMatcher()(outputs["pred_logits"][None], outputs["pred_boxes"][None], [target])
+    assert matches.query.tolist() == [[0, 1, 2]]
+    assert len(set(matches.target[0].tolist())) == 3
     assert torch.isfinite(make_criterion()(outputs, [target])["loss_bbox"])
 
 
@@ -69,15 +70,29 @@ def test_matching_finds_the_planted_pairs():
     for query, row in ((4, 0), (2, 1)):
         boxes[0, 0, query] = target["boxes"][row]
         logits[0, 0, query, target["labels"][row]] = 4
-    ((queries, rows),) = HungarianMatcher()(logits, boxes, [target])
-    assert queries.tolist() == [[2, 4]]
-    assert rows.tolist() == [[1, 0]]
+    matches = HungarianMatcher()(logits, boxes, [target])
+    assert matches.query.tolist() == [[2, 4]]
+    assert matches.target.tolist() == [[1, 0]]
+
+
+def test_matches_index_the_predictions_and_targets_of_all_images():
+    targets = [make_target(1), make_target(), make_target(2, 0)]
+    outputs = make_outputs(3)
+    layers = [outputs, *outputs["aux_outputs"]]
+    logits, boxes = (torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes"))
+    together = HungarianMatcher()(logits, boxes, targets)
+    assert together.layer.tolist() == [[0] * 3, [1] * 3]
+    assert together.image.tolist() == [[0, 2, 2]] * 2
+    for image, rows in ((0, slice(0, 1)), (2, slice(1, 3))):
+        alone = HungarianMatcher()(logits[:, image, None], boxes[:, image, None], [targets[image]])
+        assert torch.equal(together.query[:, rows], alone.query)
+        assert torch.equal(together.target[:, rows], alone.target + rows.start)
 
 
 def test_losses_of_one_pair_by_hand():
     logits = torch.tensor([[[0.3, -1.2]]])
     box, target_box = torch.tensor([[[0.5, 0.5, 0.2, 0.4]]]), torch.tensor([[0.4, 0.6, 0.2, 0.2]])
-    losses = SetCriterion(HungarianMatcher(), WEIGHTS)(
+    losses = make_criterion(num_layers=1)(
         {"pred_logits": logits, "pred_boxes": box}, [{"labels": torch.tensor([1]), "boxes": target_box}]
     )
     p = logits.sigmoid()[0, 0]
@@ -92,13 +107,11 @@ def test_losses_of_one_pair_by_hand():
 
 def test_focal_alpha_reaches_loss_and_matching():
     outputs, targets = make_outputs(1), [make_target(1)]
-    losses = [
-        SetCriterion(HungarianMatcher(focal_alpha=a), WEIGHTS, focal_alpha=a)(outputs, targets)["loss_ce"]
-        for a in (0.25, 0.75)
-    ]
+    losses = [make_criterion(alpha=alpha)(outputs, targets)["loss_ce"] for alpha in (0.25, 0.75)]
     assert losses[0] != losses[1]
-    logits, boxes = torch.randn(1, 2, 6), torch.rand(1, 2, 6, 4)
-    costs = [HungarianMatcher(focal_alpha=a).cost(logits, boxes, targets[0]["boxes"]) for a in (0.25, 0.75)]
+    logits, image, labels = torch.randn(2, 1, 6, 4), torch.tensor([0, 0]), torch.tensor([3, 1])
+    costs = [FocalSigmoid(alpha).cost(logits, image, labels) for alpha in (0.25, 0.75)]
+    assert costs[0].shape == (2, 2, 6)
     assert not torch.equal(*costs)
 
 

@@ -168,7 +168,7 @@ def test_models_with_other_outputs_can_be_distributed(tmp_path):
 DIES = "import os, sys; import main, training; {owner}.{name} = lambda *_, **__: os._exit(9); main.run()"
 
 
-@pytest.mark.parametrize("place", ["main.load_data", "main.distribute", "training.train_one_epoch", "main.evaluate"])
+@pytest.mark.parametrize("place", ["main.load_data", "main.distribute", "training.take_steps", "main.evaluate"])
 def test_a_process_that_dies_ends_the_other_with_one_line(place, shapes, tmp_path, start):
     """Started without torchrun, which would end the other process before it can say anything."""
     owner, name = place.split(".")

@@ -11,7 +11,8 @@ import torch
 
 from datasets import shapes
 from flags.limits import BACKBONES, LIMITS, check_device, check_numbers, wrong_with
-from flags.parser import Flags, check_args, given_flags, parse_flags
+from flags.parser import ParsedFlags, check_args, parse_flags
+from flags.resolve import given_flags, resolve
 from main import get_args_parser
 from models.backbone import CHANNELS
 from scripts.detector import build_detector
@@ -163,13 +164,24 @@ def test_odd_texts_end_in_one_line(text, capsys):
 
 def test_given_flags():
     parser = get_args_parser()
-    flags = parse_flags(parser, ["--backbone", "resnet50", "--dilation", "--device", "cpu"], Flags())
+    flags = parse_flags(parser, ["--backbone", "resnet50", "--dilation", "--device", "cpu"], ParsedFlags())
     assert given_flags(flags) == {"backbone", "dilation", "device"}
     assert "given" not in vars(flags)
     flags.nheads = 4  # by Python code
     assert "nheads" in given_flags(flags)
     flags = parser.parse_args(["--backbone", "resnet50", "--dilation"])  # as a notebook has it
     assert given_flags(flags) == {"dilation", "device"}
+
+
+def test_resolved_flags_are_complete_and_read_only():
+    published = argparse.Namespace(backbone="resnet101", lr=1e-5, device="cpu")
+    flags = resolve(published, num_queries=7)
+    assert (flags.backbone, flags.lr, flags.num_queries, flags.backbone_norm) == ("resnet101", 1e-5, 7, "frozen")
+    assert flags.given == {"backbone", "lr", "device"}
+    assert vars(published).keys() == {"backbone", "lr", "device"}
+    with pytest.raises(AttributeError, match="flags are read-only"):
+        flags.lr = 1
+    assert resolve(flags, lr=2).given == flags.given
 
 
 def test_flags_of_a_checkpoint_that_make_no_model():

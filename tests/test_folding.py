@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbone import Backbone
-from tests.folded import IMAGE, assert_same, make_body, predict, random_norms, unfolded
+from tests.folded import IMAGE, assert_same, features, make_body, predict, random_norms, unfolded
 from tests.operators import Recorder
 
 
@@ -23,9 +23,9 @@ def test_features_and_gradients_are_those_of_torchvision(name):
     resnet = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d).double()
     resnet.load_state_dict(body.state_dict(), strict=False)
     resnet.avgpool = resnet.fc = nn.Identity()
-    features, expected = body(IMAGE.double()), resnet(IMAGE.double())
-    assert_same(features.flatten(1), expected, 1e-9)
-    for output in (features, expected):
+    found, expected = features(body, IMAGE.double()), resnet(IMAGE.double())
+    assert_same(found.flatten(1), expected, 1e-9)
+    for output in (found, expected):
         output.square().mean().backward()
     gradients = {key: p.grad for key, p in resnet.named_parameters()}
     for key, parameter in body.named_parameters():
@@ -66,19 +66,19 @@ def test_modules_called_by_themselves_do_what_their_types_say(body):
 
 
 def test_a_norm_that_changes_while_training(body):
-    before = body.train()(IMAGE)
+    before = features(body.train())
     for buffer in body.layer2.buffers():
         buffer.mul_(1.5)
-    after = body(IMAGE)
+    after = features(body)
     assert not torch.allclose(before, after)
     assert_same(after, unfolded(body))
 
 
 def test_gradients_of_the_image_through_weights_that_do_not_learn(body):
     image = IMAGE.clone().requires_grad_()
-    body.requires_grad_(True)(image).square().mean().backward()
+    features(body.requires_grad_(True), image).square().mean().backward()
     expected, image.grad = image.grad, None
-    body.requires_grad_(False)(image).square().mean().backward()
+    features(body.requires_grad_(False), image).square().mean().backward()
     assert_same(image.grad, expected)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from main import get_args_parser
 from models import build_model
-from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
+from models.detector import IMAGENET_MEAN, IMAGENET_STD
 from models.postprocess import PostProcess
 from tests.small import FLAGS, build_small
 from util.misc import NestedTensor, nested_tensor_from_tensor_list

@@ -132,7 +132,7 @@ def test_a_best_epoch_interrupted_before_its_line_in_the_log(shapes, tmp_path, s
 def test_a_resumed_run_ends_like_one_never_interrupted(shapes, trained, tmp_path, capsys):
     common = ("--lr_drop", 2, "--dropout", 0, "--resume", "auto", "--num_workers", 1)
     train(shapes, tmp_path, "--epochs", 1, *common)
-    assert "starting anew" in capsys.readouterr().out
+    assert "starting a new run" in capsys.readouterr().out
     train(shapes, tmp_path, "--epochs", 3, *common)
     assert f"loading {tmp_path / 'checkpoint.pth'}, 1 epoch trained" in capsys.readouterr().out
     ours, theirs = (torch.load(p / "checkpoint.pth", weights_only=True)["model"] for p in (tmp_path, trained))
@@ -337,7 +337,7 @@ def test_bad_images_are_skipped_on_request(shapes, tmp_path, capsys):
 
 def test_a_new_run_does_not_write_over_another(shapes, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    with pytest.raises(InputError, match=r"holds the checkpoints of a run: go on with it by --resume auto, or name"):
+    with pytest.raises(InputError, match=r"holds the checkpoints of a run: continue it by --resume auto, or name"):
         train(shapes, tmp_path / "run", "--epochs", 1)
     assert log_lines(tmp_path / "run") == log_lines(trained)
 

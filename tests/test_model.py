@@ -10,7 +10,7 @@ from models import build_model
 from models.backbone import Backbone
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.postprocess import PostProcess
-from models.transformer import Transformer
+from tests.small import small_transformer
 from util.errors import InputError
 
 SMALL = ("--backbone", "resnet18", "--enc_layers", 2, "--dec_layers", 3, "--dim_feedforward", 64, "--num_queries", 7)
@@ -44,13 +44,13 @@ def test_without_auxiliary_losses(parse):
 
 
 def test_padded_cells_are_not_seen():
-    transformer = Transformer(16, 2, 2, 3, 32).eval()
+    transformer = small_transformer(2, 3)
     x, position, queries = torch.randn(1, 9, 16), torch.randn(1, 9, 16), torch.randn(3, 16)
     padding = torch.arange(9)[None] >= 6
     with torch.no_grad():
-        padded, _ = transformer(x, position, padding, queries)
-        cut, _ = transformer(x[:, :6], position[:, :6], padding[:, :6], queries)
-        all_seen, _ = transformer(x, position, torch.zeros_like(padding), queries)
+        padded, *_ = transformer(x, position, padding, queries)
+        cut, *_ = transformer(x[:, :6], position[:, :6], padding[:, :6], queries)
+        all_seen, *_ = transformer(x, position, torch.zeros_like(padding), queries)
     assert_close(padded, cut)
     assert not torch.allclose(padded, all_seen)
 
@@ -140,7 +140,7 @@ def test_at_most_as_many_detections_as_there_are():
         (("--backbone", "resnet34", "--dilation"), "--dilation does not work with --backbone resnet34"),
         (("--hidden_dim", 100), "--hidden_dim 100 must be a multiple of 4 and of --nheads 8"),
         (("--hidden_dim", 6, "--nheads", 1), "--hidden_dim 6 must be"),
-        (("--dec_layers", 0), "--dec_layers at least 1"),
+        (("--dec_layers", 0), "--dec_layers 0: must be at least 1"),
         (("--pre_norm",), "--pre_norm"),
         (("--set_cost_class", 0, "--set_cost_bbox", 0, "--set_cost_giou", 0), "cannot all be 0"),
     ],
@@ -151,7 +151,7 @@ def test_refusals(flags, message, parse):
 
 
 def test_dropout_acts_in_training_only():
-    transformer = Transformer(16, 2, 1, 2, 32, dropout=0.5)
+    transformer = small_transformer(dropout=0.5)
     x, position = torch.randn(1, 6, 16), torch.randn(1, 6, 16)
     padding, queries = torch.zeros(1, 6, dtype=torch.bool), torch.randn(3, 16)
     first, second = (transformer(x, position, padding, queries)[0] for _ in range(2))

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from engine import train_one_epoch
+from engine import take_steps
 from models import build_model
 from run.optim import build_optimizer
 from run.progress import Progress
+from run.step import Step
 from run.step_guard import StepGuard
 from scripts import replay
 from tests.conftest import TINY
@@ -37,10 +38,8 @@ def fail(parse, tmp_path):
         optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
         guard = StepGuard(model, dump_dir=tmp_path, description={"args": vars(args)})
         with pytest.raises(InputError, match="training diverged"):
-            train_one_epoch(
-                *(model, criterion, batches, optimizer, torch.device("cpu"), 0, 0.1),
-                *(args.amp, args.accum_steps, Progress(), guard),
-            )
+            step = Step(model, criterion, optimizer, 0.1, args.amp, args.accum_steps, guard)
+            take_steps(step, batches, torch.device("cpu"), 0, Progress())
         (dump,) = tmp_path.iterdir()
         return dump
 

@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 
-from engine import train_one_epoch
+from engine import take_steps
 from models import build_model
 from run.optim import build_optimizer
 from run.progress import Progress
+from run.step import Step
 from run.step_guard import StepGuard
 from scripts import replay
 from tests.conftest import TINY
@@ -42,11 +43,11 @@ def batch(image_id: int, box: float = 0.5):
     return nested_tensor_from_tensor_list([image]), (target,)
 
 
-def train(parts, batches, epoch=0, progress=None, guard=None):
+def train(parts, batches, epoch=0, progress=None, guard=None, scaler=None):
     model, criterion, optimizer, args = parts
-    return train_one_epoch(
-        model, criterion, batches, optimizer, torch.device(args.device), epoch, 0.1, progress=progress, guard=guard
-    )
+    step = Step(model, criterion, optimizer, max_norm=0.1, guard=guard)
+    step.scaler = scaler or step.scaler
+    return take_steps(step, batches, torch.device(args.device), epoch, progress or Progress())
 
 
 def everything(parts) -> list[torch.Tensor]:
@@ -64,9 +65,9 @@ def test_a_failing_step_changes_nothing(fused, parts):
     parts = model, criterion, optimizer, args
     train(parts, [batch(1), batch(2)])
     before = everything(parts)
-    progress = Progress()
-    stats = train(parts, [batch(3, math.inf)], progress=progress, guard=StepGuard(model, max_skipped=1))
-    assert progress.skipped == 1
+    guard = StepGuard(model, max_skipped=1)
+    stats = train(parts, [batch(3, math.inf)], guard=guard)
+    assert guard.skipped == 1
     assert "loss" not in stats
     assert all(torch.equal(a, b) for a, b in zip(everything(parts), before, strict=True))
 
@@ -75,7 +76,7 @@ def test_skipped_steps_are_counted_reported_and_left_out_of_the_averages(parts, 
     progress = Progress()
     guard = StepGuard(parts[0], max_skipped=2)
     stats = train(parts, [batch(1), batch(7, math.nan), batch(2), batch(8, math.inf)], progress=progress, guard=guard)
-    assert progress.skipped == 2
+    assert guard.skipped == 2
     assert progress.logger.meters["loss"].count == 2
     assert all(map(math.isfinite, stats.values()))
     printed = capsys.readouterr().out
@@ -111,14 +112,14 @@ def test_a_gradient_alone_that_is_not_finite_is_found(parts):
 
 def test_float16_gradients_that_overflow_lower_the_scale_instead(parts):
     scaler = torch.amp.GradScaler(parts[3].device, init_scale=2.0**127)
-    progress = Progress(scaler)
+    guard = StepGuard(parts[0])
     before = everything(parts)
-    train(parts, [batch(1)], progress=progress)
-    assert progress.skipped == 0
+    train(parts, [batch(1)], guard=guard, scaler=scaler)
+    assert guard.skipped == 0
     assert scaler.get_scale() == 2.0**126
     assert all(torch.equal(a, b) for a, b in zip(everything(parts), before, strict=False))
     with pytest.raises(InputError, match="training diverged"):
-        train(parts, [batch(2, math.nan)], progress=progress)
+        train(parts, [batch(2, math.nan)], guard=guard, scaler=scaler)
 
 
 def test_a_dump_repeats_the_step(parts, tmp_path, capsys):

@@ -95,7 +95,7 @@ def test_a_signal_while_images_are_read_in_training_is_noted(shapes, tmp_path, s
 
 def test_ctrl_c_finishes_the_step_and_saves(shapes, tmp_path, struck):
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, "--num_workers", 1]
-    done = struck("engine.logged_losses", "SIGINT", *flags)
+    done = struck("run.step.logged_losses", "SIGINT", *flags)
     assert done.returncode == 130, done.stderr
     assert "Ctrl-C: finishing this step; press it again to stop at once" in done.stderr
     assert "to resume, repeat the command with --resume auto" in done.stdout
@@ -106,14 +106,14 @@ def test_ctrl_c_finishes_the_step_and_saves(shapes, tmp_path, struck):
 
 def test_the_second_ctrl_c_ends_at_once(shapes, tmp_path, struck):
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, "--num_workers", 1]
-    done = struck("engine.logged_losses", "SIGINT", *flags, "--batch_size", 1, "--accum_steps", 6, times=2)
+    done = struck("run.step.logged_losses", "SIGINT", *flags, "--batch_size", 1, "--accum_steps", 6, times=2)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
 def test_without_an_output_folder_nothing_can_be_resumed(shapes, struck):
-    done = struck("engine.logged_losses", "SIGINT", *TINY, "--coco_path", shapes, "--epochs", 1)
+    done = struck("run.step.logged_losses", "SIGINT", *TINY, "--coco_path", shapes, "--epochs", 1)
     assert done.returncode == 130
     assert "warning: nothing will be saved, and the run cannot be resumed: name a folder by --output_dir" in done.stdout
     assert "nothing was saved: there is no --output_dir" in done.stdout
@@ -190,7 +190,7 @@ def test_an_error_that_follows_from_a_request_is_the_request(shapes, tmp_path):
     """C++ code that calls Python may make any exception one of its own."""
     code = """
 import os, signal, main
-def build_model(args):
+def build_model(flags, num_classes):
     try:
         os.kill(os.getpid(), signal.SIGTERM)
     except BaseException:
@@ -254,7 +254,7 @@ def two_processes(struck):
 
 def test_processes_stop_together_though_one_is_asked(shapes, tmp_path, two_processes):
     flags = [*TINY, "--batch_size", 1, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path]
-    strikes = [(NOWHERE, "SIGINT"), ("engine.logged_losses", "SIGINT")]
+    strikes = [(NOWHERE, "SIGINT"), ("run.step.logged_losses", "SIGINT")]
     (code, printed), (other_code, other_printed) = two_processes(strikes, *flags)
     assert (code, other_code) == (130, 130), printed + other_printed
     assert "ended on request (exit code 130); to resume, repeat the command with --resume auto" in printed

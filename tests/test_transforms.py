@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from datasets import transforms as T
 from datasets.records import Objects
 from datasets.targets import make_target
-from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD, ConditionalDETR
+from models.detector import IMAGENET_MEAN, IMAGENET_STD, Detector
 from tests.reference import DATA
 
 FIGURES = json.loads((DATA / "transforms.json").read_text())
@@ -107,7 +107,7 @@ def test_normalize(case):
     model = torch.nn.Module()
     model.pixel_mean, model.pixel_std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     padding = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
-    normalised = ConditionalDETR.normalize(model, image[None], padding)[0]
+    normalised = Detector.normalize(model, image[None], padding)[0]
     assert_close(normalised, torch.tensor(case["tensor_chw"]), atol=1e-6, rtol=0)
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
-from engine import train_one_epoch
+from engine import take_steps
 from models import build_model
+from run.progress import Progress
+from run.step import Step
 from util.distributed import distribute, init_distributed_mode, leave_process_group
 from util.nested_tensor import nested_tensor_from_tensor_list
 
@@ -45,7 +47,7 @@ def step(
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 1.5)
     model.to(device)
-    parallel_model = distribute(model, device, args.distributed, trained_norms=False, trains=True)
+    parallel_model = distribute(model, device, trained_norms=False, trains=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     images, targets = (values[rank::world_size] for values in images_and_targets(boxes))
     size = len(images) // args.accum_steps
@@ -53,9 +55,8 @@ def step(
         (nested_tensor_from_tensor_list(images[i : i + size]), tuple(targets[i : i + size]))
         for i in range(0, len(images), size)
     ]
-    stats = train_one_epoch(
-        parallel_model, criterion, batches, optimizer, device, epoch=0, accum_steps=args.accum_steps
-    )
+    step = Step(parallel_model, criterion, optimizer, accum_steps=args.accum_steps)
+    stats = take_steps(step, batches, device, 0, Progress())
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     torch.save(
         {"stats": stats, "gradients": gradients, "model": model.state_dict()}, output / f"{world_size}-{rank}.pth"

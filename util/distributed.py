@@ -121,9 +121,7 @@ def first_slurm_node(nodes: str) -> str:
     return prefix + (number or "")
 
 
-def distribute(
-    model: nn.Module, device: torch.device, distributed: bool, trained_norms: bool, trains: bool
-) -> nn.Module:
+def distribute(model: nn.Module, device: torch.device, trained_norms: bool, trains: bool) -> nn.Module:
     """Return the model as it runs on several processes, all with the state of the first; a single process keeps it.
 
     Args:
@@ -131,7 +129,7 @@ def distribute(
         trained_norms: batch norms learn: they see the images of all processes, on GPUs (torch has no other such norm).
         trains: gradients will be asked for.
     """
-    if not distributed:
+    if not is_dist_avail_and_initialized():
         return model
     on_cuda = device.type == "cuda"
     if trained_norms and on_cuda:

@@ -23,7 +23,7 @@ from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
 from datasets.coco_index import index
 from datasets.transforms import make_coco_transforms, resized_size
-from models.conditional_detr import IMAGENET_MEAN, IMAGENET_STD
+from models.detector import IMAGENET_MEAN, IMAGENET_STD
 from scripts.benchmarking.timing import alternate
 from util.nested_tensor import collate_fn
 

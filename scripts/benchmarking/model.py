@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import autocast, logged_losses
 from main import get_args_parser
 from models import build_model
 from run.optim import build_optimizer
+from run.step import Step, autocast, logged_losses
 from scripts.benchmarking.timing import synchronize
 from util.nested_tensor import NestedTensor
 
@@ -25,11 +25,11 @@ VARIANTS = {
     "r101dc5": ("--backbone", "resnet101", "--dilation"),
 }
 NUM_CLASSES = 91
-BOXES = 7  # an image, about as many as COCO has
+BOXES = 7  # per image, about as many as COCO has
 
 
 def build(variant: str, device: torch.device, *more: str) -> tuple[nn.Module, nn.Module]:
-    """A variant's model and criterion with random weights."""
+    """Return a variant's model and criterion with random weights."""
     flags = ["--device", str(device), "--num_classes", str(NUM_CLASSES), *VARIANTS[variant], *more]
     model, criterion, _ = build_model(get_args_parser().parse_args(flags))
     return model.to(device), criterion
@@ -51,8 +51,17 @@ def random_targets(images: int, device: torch.device) -> list[dict[str, Tensor]]
     ]
 
 
+def random_batch(
+    images: int, size: tuple[int, int], device: torch.device
+) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+    """Return images without padding, and their targets."""
+    pixels = random_images(images, size, device)
+    mask = pixels.new_zeros(pixels[:, 0].shape, dtype=torch.bool)
+    return NestedTensor(pixels, mask, has_padding=False), random_targets(images, device)
+
+
 def inference(model: nn.Module, inputs: Tensor, amp: str) -> Callable[[], None]:
-    """A forward pass as those of detection are."""
+    """Return a forward pass like those of detection."""
 
     def run() -> None:
         with torch.inference_mode(), autocast(inputs.device, amp):
@@ -65,46 +74,20 @@ class TrainingStep:
     """A step of the recipe on a batch of random images of one size."""
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module | None, batch_size: int, amp: str, flags: argparse.Namespace
+        self, model: nn.Module, criterion: nn.Module, batch_size: int, amp: str, flags: argparse.Namespace
     ) -> None:
         self.device = torch.device(flags.device)
-        self.model = model.train()
-        self.criterion = criterion
-        self.amp = amp
-        self.optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-        images = random_images(batch_size, flags.size, self.device)
-        self.samples = NestedTensor(images, images.new_zeros(images[:, 0].shape, dtype=torch.bool), has_padding=False)
-        self.targets = random_targets(batch_size, self.device)
+        self.step = Step(model.train(), criterion, build_optimizer(model, 1e-4, 1e-5, 1e-4), max_norm=0.1, amp=amp)
+        self.samples, self.targets = random_batch(batch_size, flags.size, self.device)
 
     def __call__(self) -> None:
-        self.update(self.loss(self.forward()))
-
-    def forward(self) -> dict[str, Any]:
-        with autocast(self.device, self.amp):
-            return self.model(self.samples)
-
-    def matching(self, outputs: dict[str, Any]) -> None:
-        """What `loss` begins with."""
-        layers = [outputs, *outputs["aux_outputs"]]
-        self.criterion.matcher(
-            *(torch.stack([layer[name] for layer in layers]) for name in ("pred_logits", "pred_boxes")), self.targets
-        )
-
-    def loss(self, outputs: dict[str, Any]) -> Tensor:
-        return logged_losses(self.criterion(outputs, self.targets), self.criterion.weight_dict)["loss"]
-
-    def update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.step()
-
-    def step(self) -> None:
-        nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
-        self.optimizer.step()
+        self.step([(self.samples, self.targets)])
 
     def split(self, repeats: int) -> dict[str, float]:
-        """The median milliseconds of the parts, with a wait for the device behind each."""
+        """Return the median milliseconds of the parts, with a wait for the device after each."""
         times: dict[str, list[float]] = {}
+        step, criterion = self.step, self.step.criterion
+        nothing_left_out = torch.zeros((), device=self.device)
 
         def timed(name: str, part: Callable[..., Any], *inputs: Any) -> Any:
             synchronize(self.device)
@@ -115,10 +98,14 @@ class TrainingStep:
             return result
 
         for _ in range(repeats):
-            outputs = timed("forward", self.forward)
-            timed("matching", self.matching, outputs)
-            loss = timed("matching and losses", self.loss, outputs)
-            self.optimizer.zero_grad()
-            timed("backward", loss.backward)
-            timed("clip and AdamW", self.step)
+            outputs = timed("forward", step.forward, self.samples)
+            layers = [outputs, *outputs["aux_outputs"]]
+            predictions = [torch.stack([layer[name] for layer in layers]) for name in ("pred_logits", "pred_boxes")]
+            timed("matching", criterion.matcher, *predictions, self.targets)
+            losses = timed("matching and losses", criterion, outputs, self.targets)
+            loss = logged_losses(losses, criterion.weight_dict)["loss"]
+            step.optimizer.zero_grad()
+            timed("backward", step.scaler.scale(loss).backward)
+            timed("clip and AdamW", lambda: (step.clip_gradients(), step.step_optimizer(nothing_left_out)))
+            step.scaler.update()
         return {name: round(median(values), 1) for name, values in times.items()}

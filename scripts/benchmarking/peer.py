@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import autocast
 from run.kernels import use_fast_kernels
-from scripts.benchmarking.model import NUM_CLASSES, TrainingStep, inference, random_images
+from run.optim import build_optimizer
+from run.step import autocast
+from scripts.benchmarking.model import NUM_CLASSES, inference, random_batch, random_images
 from scripts.benchmarking.timing import peak_mib, synchronize
 from util.errors import InputError
 
@@ -93,7 +94,7 @@ def inference_of_peer(flags: argparse.Namespace) -> Runs:
 
 def training_of_peer(flags: argparse.Namespace, batch_size: int) -> Runs:
     """Steps on a batch."""
-    return {amp: PeerStep(build_peer(flags.device), None, batch_size, amp, flags) for amp in flags.amp}
+    return {amp: PeerStep(batch_size, amp, flags) for amp in flags.amp}
 
 
 def build_peer(device: str) -> nn.Module:
@@ -117,12 +118,22 @@ def build_peer(device: str) -> nn.Module:
     return model.to(device)
 
 
-class PeerStep(TrainingStep):
-    """A step of the model of `transformers`, which computes its losses itself."""
+class PeerStep:
+    """The recipe's step on a batch of random images, by the model of `transformers` and its own losses."""
+
+    def __init__(self, batch_size: int, amp: str, flags: argparse.Namespace) -> None:
+        self.device = torch.device(flags.device)
+        self.amp = amp
+        self.model = build_peer(flags.device).train()
+        self.optimizer = build_optimizer(self.model, 1e-4, 1e-5, 1e-4)
+        self.samples, self.targets = random_batch(batch_size, flags.size, self.device)
 
     def __call__(self) -> None:
         images, mask = self.samples.decompose()
         labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in self.targets]
         with autocast(self.device, self.amp):
             loss = self.model(pixel_values=images / 255, pixel_mask=~mask, labels=labels).loss
-        self.update(loss)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
+        self.optimizer.step()

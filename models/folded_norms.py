@@ -1,4 +1,7 @@
-"""A ResNet's body with frozen batch norms, each of which is folded into the convolution before it.
+"""A faster way to compute a ResNet with frozen batch norms: each is folded into the convolution before it.
+
+`fold_norms` makes the modules of a ResNet's body those below, which compute the same. Nothing here is needed to
+understand the model.
 
 Shapes: B images, H×W feature map, C channels in, C' channels out, k×k kernel.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.fused_convolution import can_fuse, fused_convolution, is_transformed
@@ -100,25 +103,29 @@ class FoldedStage(nn.Sequential):
 
 
 class FoldedBody(nn.Sequential):
-    """The parts of a ResNet up to its last stage, in the order of `Backbone`, with norms folded."""
+    """A ResNet up to its last stage."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features [B, C', H', W'] of images [B, 3, H, W]."""
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features of each stage, of images [B, 3, H, W]."""
         terms = norm_terms(self)
         x = self.conv1(images, terms[self.bn1])
         x = self.relu(self.maxpool(x))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x, terms)
-        return x
+        features = {}
+        for name, stage in self.named_children():
+            if isinstance(stage, FoldedStage):
+                features[name] = x = stage(x, terms)
+        return features
 
 
-def fold_norms(resnet: ResNet) -> None:
-    """Make the convolutions and stages of a ResNet, whose blocks are those above, the ones that fold norms."""
-    for module in resnet.modules():
-        if isinstance(module, nn.Conv2d):
-            module.__class__ = FoldedConv2d  # torchvision's blocks make their own; weights and settings stay
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        setattr(resnet, name, FoldedStage(*getattr(resnet, name)))
+def fold_norms(body: nn.Sequential) -> None:
+    """Make the modules of a `models.backbone.Body` the ones above; their weights and settings stay."""
+    folded = {nn.Conv2d: FoldedConv2d, BasicBlock: FoldedBasicBlock, Bottleneck: FoldedBottleneck}
+    for module in body.modules():
+        module.__class__ = folded.get(type(module), type(module))
+    for stage in body.children():
+        if isinstance(stage, nn.Sequential):
+            stage.__class__ = FoldedStage
+    body.__class__ = FoldedBody
 
 
 def channels_last(x: Tensor) -> Tensor:

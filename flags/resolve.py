@@ -1,0 +1,94 @@
+"""What flags amount to: nothing missing, nothing that changes any more."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+from flags.parser import get_args_parser
+
+COCO_NUM_CLASSES = 91  # ids run to 90
+
+# The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
+MODEL_FLAGS = (
+    "backbone",
+    "dilation",
+    "backbone_norm",
+    "position_embedding",
+    "hidden_dim",
+    "nheads",
+    "enc_layers",
+    "dec_layers",
+    "dim_feedforward",
+    "num_queries",
+)
+IMAGE_SIZES = ("min_size", "max_size")
+# Those that decide how training continues: they may change, but rarely on purpose.
+TRAINING_FLAGS = (
+    "lr",
+    "lr_backbone",
+    "lr_scale",
+    "lr_drop",
+    "weight_decay",
+    "batch_size",
+    "accum_steps",
+    "clip_max_norm",
+    "dropout",
+    "focal_alpha",
+    *IMAGE_SIZES,
+    "seed",
+)
+OF_ONE_PROCESS = ("rank", "gpu", "distributed", "local_rank")  # which checkpoints do not keep
+
+
+class Flags(argparse.Namespace):
+    """Resolved flags. They cannot be set; `resolve` makes others of them.
+
+    Attributes:
+        given: the names of the flags that were set on purpose.
+    """
+
+    __slots__ = ("given",)  # outside `vars`
+
+    def __init__(self, values: dict[str, Any], given: Iterable[str]) -> None:
+        vars(self).update(values)
+        object.__setattr__(self, "given", frozenset(given))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"flags.{name} cannot be set to {value!r}: flags are read-only once they are resolved")
+
+
+def resolve(args: argparse.Namespace, **values: Any) -> Flags:
+    """Return flags that are read-only and complete: those that a namespace lacks take their defaults.
+
+    So do namespaces of the published code and of older versions, which have fewer flags.
+
+    Args:
+        args: the flags of `get_args_parser`, of a checkpoint, or resolved ones.
+        values: take the place of those of `args`, without counting as given.
+    """
+    return Flags(defaults() | vars(args) | values, given_flags(args))
+
+
+def defaults() -> dict[str, Any]:
+    """Return the default of each flag."""
+    return vars(get_args_parser().parse_args([]))
+
+
+def given_flags(args: argparse.Namespace) -> frozenset[str]:
+    """Return the names of the flags that were set on purpose.
+
+    They are those that the command line sets, even to their default; in a namespace that Python code made, those whose
+    value is not the default.
+    """
+    if isinstance(args, Flags):
+        return args.given
+    default = vars(get_args_parser().parse_args([], argparse.Namespace(device="")))  # "auto" would ask torch
+    changed = {name for name, value in vars(args).items() if name not in default or value != default[name]}
+    return getattr(args, "given", frozenset()) | changed
+
+
+def stored(flags: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags as a checkpoint keeps them."""
+    return {name: value for name, value in vars(flags).items() if name not in OF_ONE_PROCESS}

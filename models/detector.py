@@ -1,0 +1,135 @@
+"""The frame that all detectors share: images in, class logits and boxes of a fixed number of queries out.
+
+Shapes: B images H×W, feature map H'×W', S = H'·W', Q queries, C width, K logits, L decoder layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import BackboneWithPosition
+from models.inputs import as_batch
+from models.transformer import MLP, Transformer
+from util.nested_tensor import NestedTensor
+from util.precision import at_least_float32, without_autocast
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Embeddings(NamedTuple):
+    """What a detector knows of its images before its heads, for those and for further heads on top of them.
+
+    stages: features of the backbone's stages with their masks, from `layer1` on; "0" is the last (see `Backbone`).
+    features: [B, C, H', W'], the last stage projected to the transformer's width.
+    memory: [B, S, C], what the encoder makes of them.
+    hs: [L, B, Q, C], the outputs of the decoder layers.
+    reference: [Q, 2], the reference points of the queries, or None for a decoder without them.
+    """
+
+    stages: dict[str, NestedTensor]
+    features: Tensor
+    memory: Tensor
+    hs: Tensor
+    reference: Tensor | None
+
+
+class Detector(nn.Module):
+    """Backbone, transformer, and heads for classes and boxes; models differ in the decoder, the boxes and the queries.
+
+    Args:
+        backbone: image to feature maps and positions.
+        transformer: feature map and queries to decoder outputs.
+        dim: the width C of the transformer.
+        num_logits: K of each query.
+        num_queries: Q, the largest number of objects that can be found in an image.
+        aux_loss: also return the predictions of the decoder layers before the last.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneWithPosition,
+        transformer: Transformer,
+        dim: int,
+        num_logits: int,
+        num_queries: int,
+        aux_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.class_embed = nn.Linear(dim, num_logits)
+        self.bbox_embed = MLP(dim, dim, 4, 3)
+        self.query_embed = nn.Embedding(num_queries, dim)
+        self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
+        self.backbone = backbone
+        self.aux_loss = aux_loss
+
+    def forward(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+        """Return predictions for a NestedTensor, a list of [3, h, w] images of any sizes, or one [B, 3, H, W] tensor.
+
+        Images are uint8, or float and normalised by ImageNet's mean and deviation.
+
+        Returns a dict of `pred_logits` [B, Q, K], `pred_boxes` [B, Q, 4] as cxcywh relative to the unpadded image, and,
+        with `aux_loss`, `aux_outputs`: the same two of every decoder layer before the last.
+
+        Raises TypeError or ValueError for anything else than such samples (`as_batch`).
+        """
+        return self.outputs(self.embed(samples))
+
+    def embed(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> Embeddings:
+        """Return what backbone, encoder and decoder make of images, given as to `forward`."""
+        samples = as_batch(samples)
+        images, padding = samples.decompose()
+        if images.dtype == torch.uint8:
+            images = self.normalize(images, padding)
+
+        stages, position = self.backbone(images, padding)
+        x, padding = stages["0"].decompose()  # [B, C', H', W'], [B, H', W']
+        features = self.input_proj(x)  # [B, C, H', W']
+        query_pos = self.query_embed.weight  # [Q, C]
+        position = position.flatten(1, 2).to(query_pos.dtype)  # [B, S, C]
+        padding = padding.flatten(1) if samples.has_padding else None  # [B, S]
+        hs, reference, memory = self.transformer(features.flatten(2).transpose(1, 2), position, padding, query_pos)
+        return Embeddings(stages, features, memory, hs, reference)
+
+    def outputs(self, embeddings: Embeddings) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+        """Return what `forward` does, of the embeddings of a batch."""
+        hs = embeddings.hs
+        with without_autocast(hs.device):  # predictions keep at least float32
+            hs = hs.to(self.query_embed.weight.dtype)
+            logits = at_least_float32(self.class_embed(hs))  # [L, B, Q, K]
+            boxes = self.boxes(hs, embeddings.reference)  # [L, B, Q, 4]
+        layers = [{"pred_logits": layer[0], "pred_boxes": layer[1]} for layer in zip(logits, boxes, strict=True)]
+        return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
+
+    def boxes(self, hs: Tensor, reference: Tensor | None) -> Tensor:
+        """Return the boxes [L, B, Q, 4] that decoder outputs [L, B, Q, C] and reference points [Q, 2] stand for."""
+        raise NotImplementedError
+
+    @property
+    def pixel_mean(self) -> Tensor:
+        """ImageNet's mean [3, 1, 1], where the weights are and in their precision."""
+        return self.per_channel(IMAGENET_MEAN)
+
+    @property
+    def pixel_std(self) -> Tensor:
+        """ImageNet's standard deviation [3, 1, 1], likewise."""
+        return self.per_channel(IMAGENET_STD)
+
+    def per_channel(self, values: Sequence[float]) -> Tensor:
+        """Return three constants as [3, 1, 1].
+
+        Made at each call, since no state dict would restore them after `to_empty`; by filling, since a copy from the
+        host would wait for the GPU.
+        """
+        return torch.stack([self.query_embed.weight.new_full((1, 1), value) for value in values])
+
+    def normalize(self, images: Tensor, padding: Tensor) -> Tensor:
+        """Return uint8 images [B, 3, H, W] as normalised floats that are zero where `padding` [B, H, W] is True."""
+        mean, std = self.pixel_mean, self.pixel_std
+        images = (images.to(mean.dtype) / 255 - mean) / std
+        return images.masked_fill_(padding[:, None], 0)

@@ -1,0 +1,37 @@
+"""Yes-or-no answers of all processes about a step, without a wait for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from util.distributed import reduce_sum
+
+
+class Agreement:
+    """Brings all processes to the same answers: yes where any of them says yes.
+
+    Reading a tensor of a GPU makes the host wait for it. So the device uses the answers at once, and the host reads
+    them a step later, when the matching has just waited for the device anyway.
+    """
+
+    def __init__(self) -> None:
+        self.answers = torch.zeros(0)  # on the host, once `copied`
+        self.copied: torch.cuda.Event | None = None
+
+    def reach(self, *answers: Tensor) -> Tensor:
+        """Return the common answers as a float tensor [N] of zeros and ones on the device, of one bool [] each."""
+        common = reduce_sum(torch.stack(answers).float()).clamp(max=1)
+        self.answers, self.copied = common, None
+        if common.is_cuda:
+            self.answers = torch.empty_like(common, device="cpu", pin_memory=True)
+            self.answers.copy_(common, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        return common
+
+    def read(self) -> list[bool]:
+        """Return the latest common answers."""
+        if self.copied:
+            self.copied.synchronize()
+        return [bool(value) for value in self.answers.tolist()]

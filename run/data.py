@@ -1,0 +1,78 @@
+"""The data of a run, and the classes that its model tells apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.utils.data import DataLoader
+
+from checkpoints.checkpoint import classes_of
+from datasets import build_dataset, build_loader
+from datasets.classes import Classes
+from datasets.coco import CocoDetection
+from flags.resolve import Flags
+from run.start import Start
+from util.distributed import get_world_size
+from util.errors import InputError
+from util.logger import warn
+from util.text import counted
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches to learn from and to evaluate on.
+
+    Attributes:
+        train: None if the run only evaluates.
+        val: the split that is evaluated on.
+        classes: those of the model: the checkpoint's, else those of the first data set.
+        num_classes: the size of the class head.
+    """
+
+    train: DataLoader | None
+    val: DataLoader
+    classes: Classes
+    num_classes: int
+
+    @property
+    def datasets(self) -> list[CocoDetection]:
+        """The data sets, that of training first."""
+        return [loader.dataset for loader in (self.train, self.val) if loader is not None]
+
+    @property
+    def all_classes(self) -> Classes:
+        """The model's classes and those of the data: either may know some that the other does not."""
+        return self.classes | self.val.dataset.classes
+
+
+def load_data(start: Start) -> Data:
+    """Read the annotations that the flags name.
+
+    Raises:
+        InputError: for files that are missing or not usable, and for data from which nothing would be learned.
+    """
+    flags = start.flags
+    known = classes_of(start.checkpoint, start.source) if start.checkpoint else None
+    train = None if flags.eval else build_dataset("train", flags, known, share=True)
+    val = build_dataset(flags.image_set, flags, known or (train and train.classes), share=True)
+    classes = known or (train or val).classes
+    num_classes = start.num_classes(needed=classes.num_labels)
+    for dataset in filter(None, (train, val)):
+        dataset.check_classes(num_classes)
+    loader_train = build_loader(train, flags, train=True) if train else None
+    data = Data(loader_train, build_loader(val, flags, train=False), classes, num_classes)
+    if data.train is not None:
+        check_trains(flags, data.train)
+    return data
+
+
+def check_trains(flags: Flags, loader: DataLoader) -> None:
+    """Raise InputError for data from which nothing would be learned, and warn about too few for one batch."""
+    dataset = loader.dataset
+    dataset.check_trains()
+    if flags.accum_steps > len(loader):
+        batches = counted(len(loader), "batch")
+        raise InputError(f"--accum_steps {flags.accum_steps}: an epoch has only {batches}; lower it")
+    if (images := len(set(dataset.ids))) < flags.batch_size * get_world_size():
+        batch = counted(flags.batch_size, "image")
+        warn(f"--overfit {flags.overfit}: a batch of {batch} repeats the {images} with boxes")

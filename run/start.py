@@ -1,0 +1,232 @@
+"""Where a run begins: at random weights, at another model's, or where a checkpoint was written."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints.backbone_weights import load_backbone_weights
+from checkpoints.checkpoint import (
+    changed_flags,
+    check_finite,
+    check_stored_flags,
+    load_checkpoint,
+    load_latest_checkpoint,
+    load_model_weights,
+    num_classes_of,
+    stored_flags,
+)
+from datasets.classes import Classes
+from flags.resolve import IMAGE_SIZES, MODEL_FLAGS, TRAINING_FLAGS, Flags, resolve
+from models.detector import Detector
+from run.finetune import start_from
+from run.log_file import read_log
+from util.distributed import all_gather_plain, is_main_process
+from util.errors import InputError
+from util.logger import log, warn
+from util.text import counted
+
+Checkpoint = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        flags: those of the run; the ones that define the model are the checkpoint's.
+        checkpoint: what is resumed or evaluated; None for a new training.
+        source: the name of the checkpoint in messages.
+        other_model: the checkpoint whose weights a new training starts from as far as they fit; None without.
+        epoch: the first epoch to train.
+        unlogged: the run was interrupted between the checkpoint of an epoch and its line in the log.
+    """
+
+    flags: Flags
+    checkpoint: Checkpoint | None = None
+    source: str = ""
+    other_model: Checkpoint | None = None
+    epoch: int = 0
+    unlogged: bool = False
+
+    @property
+    def resumes(self) -> bool:
+        """Training continues where the checkpoint was written; else its model is where a new one starts."""
+        return self.checkpoint is not None and holds_training(self.checkpoint)
+
+    @property
+    def finished(self) -> bool:
+        """All epochs are trained and logged."""
+        return self.resumes and not self.flags.eval and self.epoch >= self.flags.epochs and not self.unlogged
+
+    def num_classes(self, needed: int) -> int:
+        """Return the size of the class head: the checkpoint's, else `--num_classes`, else what the data needs."""
+        wanted = self.flags.num_classes
+        if self.checkpoint is None:
+            return needed if wanted is None else wanted
+        stored = num_classes_of(self.checkpoint, self.source)
+        if wanted not in (None, stored):
+            raise InputError(f"--num_classes {wanted} contradicts the {counted(stored, 'class')} of {self.source}")
+        return stored
+
+    def fill(self, model: Detector, classes: Classes) -> None:
+        """Give a model the weights that the run begins with; those of a new training are the main process's to read.
+
+        Args:
+            model: as it was built.
+            classes: those that it tells apart.
+        """
+        flags = self.flags
+        if self.checkpoint:
+            load_model_weights(model, self.checkpoint, self.source)
+        elif flags.eval:
+            warn("evaluating random weights: name a checkpoint with --resume")
+        elif is_main_process():  # which sends the model's weights to the others
+            other = self.other_model
+            has_backbone = other and start_from(model, classes, other, flags.finetune, flags)
+            if flags.backbone_weights != "none" and not has_backbone:
+                load_backbone_weights(model.backbone[0], flags.backbone, flags.backbone_weights)
+
+
+def find_start(flags: Flags, output_dir: Path | None) -> Start:
+    """Read the checkpoint that a run begins with, if there is one, on all processes.
+
+    Raises:
+        InputError: for a checkpoint that cannot be used, flags that contradict it, or epochs that are all trained.
+    """
+    checkpoint, source = read_checkpoint(flags)
+    if checkpoint:
+        flags = with_model_flags(flags, checkpoint, source)
+        announce(flags, checkpoint, source)
+    if flags.eval:
+        if checkpoint:
+            check_finite(checkpoint["model"], source)
+        return Start(flags, checkpoint, source)
+    unlogged = unlogged_epoch(checkpoint, source, output_dir)
+    epoch = first_epoch(checkpoint, source, flags)
+    other_model = load_checkpoint(flags.finetune) if flags.finetune and not checkpoint else None
+    start = Start(flags, checkpoint, source, other_model, epoch, unlogged)
+    if epoch >= flags.epochs and not unlogged and not start.finished:
+        raise InputError(f"--start_epoch {epoch}: the run has only {counted(flags.epochs, 'epoch')}, counted from 0")
+    return start
+
+
+def read_checkpoint(flags: Flags) -> tuple[Checkpoint | None, str]:
+    """Return the checkpoint that `--resume` names and where it came from; (None, "") if there is none.
+
+    The main process chooses for all, which may see the folder at different moments.
+    """
+    training = not flags.eval
+    resume = what_to_resume(flags)
+    if resume == "auto":
+        found = load_latest_checkpoint(flags.output_dir, warn, training) if is_main_process() else None
+        source = all_gather_plain(found and str(found[1]))[0]
+        if source is None:
+            log(f"--resume auto: no checkpoint in {flags.output_dir}, starting a new run")
+            return None, ""
+        checkpoint = found[0] if found else load_checkpoint(source, training)
+    elif resume:
+        checkpoint, source = load_checkpoint(resume, training), resume
+    else:
+        check_folder_is_new(flags)
+        return None, ""
+    check_same_on_all(checkpoint, source)
+    return checkpoint, source
+
+
+def what_to_resume(flags: argparse.Namespace) -> str:
+    """Return `--resume`; runs that torchrun may restart continue by themselves, as with "auto"."""
+    if flags.resume or flags.eval or not flags.output_dir:
+        return flags.resume
+    return "auto" if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 else ""
+
+
+def check_folder_is_new(flags: Flags) -> None:
+    """Raise InputError for a new run in the folder of another one, whose checkpoints it would replace."""
+    if not flags.eval and flags.output_dir and all_gather_plain(has_checkpoint(flags.output_dir))[0]:
+        raise InputError(
+            f"--output_dir {flags.output_dir} holds the checkpoints of a run: continue it by --resume auto, "
+            "or name another folder"
+        )
+
+
+def with_model_flags(flags: Flags, checkpoint: Checkpoint, source: str) -> Flags:
+    """Return the flags with those that the checkpoint's model was built with, and print what that changes.
+
+    An evaluation takes the size of images as well, if none was set on purpose.
+
+    Raises:
+        InputError: for a flag that was set on purpose and contradicts the checkpoint's model, with both values.
+    """
+    stored = stored_flags(checkpoint)
+    if contradictions := changed_flags(flags, checkpoint, [flag for flag in MODEL_FLAGS if flag in flags.given]):
+        raise InputError(f"{source} is of another model: {'; '.join(contradictions)}; drop the flag")
+    wanted = MODEL_FLAGS if not flags.eval or flags.given & set(IMAGE_SIZES) else (*MODEL_FLAGS, *IMAGE_SIZES)
+    taken = {flag: stored[flag] for flag in wanted if flag in stored and getattr(flags, flag) != stored[flag]}
+    flags = resolve(flags, **taken)
+    check_stored_flags(flags, source)
+    if taken:
+        texts = (f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in taken.items())
+        log(f"flags of {source}: {' '.join(texts)}")
+    return flags
+
+
+def announce(flags: Flags, checkpoint: Checkpoint, source: str) -> None:
+    """Print what is loaded, and warn about a training that continues with other flags."""
+    if not flags.eval and (changed := changed_flags(flags, checkpoint, TRAINING_FLAGS)):
+        warn(f"continuing from {source} with other flags: {'; '.join(changed)}")
+    epochs = f", {counted(checkpoint['epoch'] + 1, 'epoch')} trained" if "epoch" in checkpoint else ""
+    steps = f" and {counted(checkpoint['step'], 'step')}" if checkpoint.get("step") else ""
+    log(f"loading {source}{epochs}{steps}")
+
+
+def has_checkpoint(output_dir: str) -> bool:
+    """Return whether a run has written a checkpoint to its folder."""
+    return any(Path(output_dir, f"checkpoint{name}.pth").exists() for name in ("", "_previous"))
+
+
+def how_to_resume(flags: argparse.Namespace) -> str:
+    """Return what the user of a stopped run can do next, as the end of a line."""
+    if flags.eval:
+        return "the evaluation is not finished"
+    if not flags.output_dir:
+        return "nothing was saved: there is no --output_dir"
+    if not has_checkpoint(flags.output_dir):
+        return "nothing was saved yet: the run begins again"
+    return "to resume, repeat the command" + (" with --resume auto" if what_to_resume(flags) != "auto" else "")
+
+
+def check_same_on_all(checkpoint: Checkpoint, source: str) -> None:
+    """Raise InputError if processes have read different files under one name."""
+    places = all_gather_plain([checkpoint.get("epoch"), checkpoint.get("step")])
+    if different := [rank for rank, place in enumerate(places) if place != places[0]]:
+        raise InputError(
+            f"{source}: process {different[0]} reads another file under this name than process 0; "
+            "the folder must be shared by all nodes"
+        )
+
+
+def holds_training(checkpoint: Checkpoint) -> bool:
+    """Return whether training can continue from a checkpoint."""
+    return "optimizer" in checkpoint and "epoch" in checkpoint
+
+
+def first_epoch(checkpoint: Checkpoint | None, source: str, flags: Flags) -> int:
+    """Return where training begins: after the checkpoint's epoch, or at `--start_epoch` if it holds only a model."""
+    if checkpoint and holds_training(checkpoint):
+        return checkpoint["epoch"] + 1
+    if checkpoint:
+        warn(f"{source} holds a model but no state of the training: its weights are where a new run starts")
+    return flags.start_epoch
+
+
+def unlogged_epoch(checkpoint: Checkpoint | None, source: str, output_dir: Path | None) -> bool:
+    """Return whether the run was interrupted between an epoch's checkpoint and its line in the log."""
+    if not checkpoint or "train_stats" not in checkpoint or not output_dir:
+        return False
+    logged = [entry["epoch"] for entry in read_log(output_dir / "log.txt")]
+    missing = Path(source).parent.resolve() == output_dir.resolve() and checkpoint["epoch"] not in logged
+    return all_gather_plain(missing)[0]

@@ -1,0 +1,168 @@
+"""The training step, as training, replay and benchmark take it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from run.agreement import Agreement
+from run.step_guard import Batches, StepGuard, TakenStep
+from util.preemption import StopRequest
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Step:
+    """A step on one or more batches, which count as one large batch.
+
+    Args:
+        model: as it trains, on one or several processes.
+        criterion: its losses.
+        optimizer: of its parameters.
+        max_norm: gradients are clipped to this total norm; 0: not at all.
+        amp: the precision of the model's forward pass, none or a key of `AUTOCAST`.
+        accum_steps: the number of batches.
+        guard: decides about steps that are not finite; by default the first one ends the run.
+        stop_request: true once this process is asked to stop.
+
+    `stopping` becomes true on all processes in the same step, once one of them is asked to stop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float = 0,
+        amp: str = "none",
+        accum_steps: int = 1,
+        guard: StepGuard | None = None,
+        stop_request: StopRequest | None = None,
+    ) -> None:
+        self.model = model
+        self.criterion = criterion
+        self.optimizer = optimizer
+        self.max_norm = max_norm if max_norm > 0 else math.inf
+        self.amp = amp
+        self.accum_steps = accum_steps
+        self.guard = guard or StepGuard(model)
+        self.stop_request = StopRequest() if stop_request is None else stop_request
+        self.stopping = False
+        self.agreement = Agreement()
+        self.unsettled: TakenStep | None = None  # the latest step whose answers have not been read
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+
+    def __call__(self, batches: Batches, epoch: int = 0, number: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+        """Take the step on batches that are on the device, the `number`-th of an epoch.
+
+        Returns its losses, and 1 if it was left out because it was not finite on some process, else 0.
+
+        Raises:
+            InputError: if the previous step was left out, once too often.
+        """
+        targets = [target for _, of_batch in batches for target in of_batch]
+        num_boxes = self.criterion.mean_num_boxes(targets, self.device)
+        taken = self.guard.begin(epoch, number, batches, num_boxes)
+        self.optimizer.zero_grad()
+        losses = self.compute_gradients(batches, num_boxes, after_matching=self.settle)
+        norm = self.clip_gradients()
+        scale = self.scaler.scale(torch.ones_like(norm))
+        asked_to_stop = torch.full_like(norm, bool(self.stop_request), dtype=torch.bool)
+        not_finite, *_ = self.agreement.reach(*self.guard.look_at(taken, losses, norm, scale), asked_to_stop)
+        self.unsettled = taken
+        self.step_optimizer(not_finite)
+        self.guard.undo_statistics(not_finite)
+        self.scaler.update()
+        return losses, not_finite
+
+    def compute_gradients(
+        self, batches: Batches, num_boxes: Tensor, after_matching: Callable[[], None] = lambda: None
+    ) -> dict[str, Tensor]:
+        """Add the scaled gradients of the batches to those of the parameters, and return the losses of the step.
+
+        `num_boxes` is that of all batches; `after_matching` is called for each batch, before its gradients are
+        computed: the matching has just waited for the device.
+        """
+        parts: list[dict[str, Tensor]] = []
+        for samples, targets in batches:
+            with sync_gradients(self.model, last=len(parts) == len(batches) - 1):
+                outputs = self.forward(samples)
+            parts.append(logged_losses(self.criterion(outputs, targets, num_boxes), self.criterion.weight_dict))
+            after_matching()
+            self.scaler.scale(parts[-1]["loss"]).backward()
+        return sum_of_losses(parts)
+
+    def forward(self, samples: Any) -> dict[str, Any]:
+        """Return the model's outputs in the step's precision."""
+        with autocast(self.device, self.amp):
+            return self.model(samples)
+
+    def clip_gradients(self) -> Tensor:
+        """Bring the gradients to their true scale, clip them, and return their total norm before that."""
+        self.scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+
+    def step_optimizer(self, leave_out: Tensor) -> None:
+        """Let the optimizer change the weights, unless `leave_out` is 1; the host does not wait for its value."""
+        if self.optimizer.defaults.get("fused"):  # these look at `found_inf` on the device
+            self.optimizer.found_inf = leave_out
+            self.optimizer.step()
+            del self.optimizer.found_inf
+        elif not leave_out:
+            self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run continues with, besides the weights and the optimizer, as plain data."""
+        return {"scaler": self.scaler.state_dict(), "skipped": self.guard.skipped}
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Continue from a checkpoint with this state in it; a published one does not have it."""
+        self.guard.skipped = checkpoint.get("skipped", 0)
+        if self.scaler.is_enabled() and checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+
+    def settle(self) -> None:
+        """Learn what the processes agreed on about the previous step.
+
+        Raises:
+            InputError: if it was not finite, once too often.
+        """
+        taken, self.unsettled = self.unsettled, None
+        if taken is None:
+            return
+        _, failed, asked_to_stop = self.agreement.read()
+        self.stopping |= asked_to_stop
+        if failed:
+            self.guard.report(taken)
+
+
+def autocast(device: torch.device, amp: str) -> AbstractContextManager:
+    """Return the context of a forward pass in the precision `amp`."""
+    return nullcontext() if amp == "none" else torch.autocast(device.type, AUTOCAST[amp])
+
+
+def sync_gradients(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Return the context of a batch's forward pass; processes send gradients after the last of a step only."""
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def logged_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
+    """Return what a step reports: the total `loss`, its weighted parts, `class_error`, and all as `.._unscaled`."""
+    weighted = {name: losses[name] * weight for name, weight in weights.items()}
+    unscaled = {f"{name}_unscaled": value for name, value in losses.items()}
+    return {"loss": sum(weighted.values()), "class_error": losses["class_error"], **weighted, **unscaled}
+
+
+def sum_of_losses(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the losses of a step from those of its batches, which share one num_boxes; errors are averaged."""
+    if len(parts) == 1:
+        return parts[0]
+    totals = {name: sum(part[name].detach() for part in parts) for name in parts[0]}
+    return {name: total / len(parts) if "error" in name else total for name, total in totals.items()}
