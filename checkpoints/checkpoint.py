@@ -189,8 +189,8 @@ def _flags_that_fit(ours: dict[str, Tensor], theirs: dict[str, Tensor], with_fla
     if with_flags:
         return f"; its weights need {texts}, correct its args"
     return (
-        f"; it stores no flags, its weights need {texts}: pass these, and --nheads and --dilation, to main.py; for "
-        'other tools, save the file as {"model": weights, "args": {"hidden_dim": 256, ..}}'
+        f"; its weights need {texts}: pass these, --nheads and --dilation to main.py, or store them for all tools "
+        'as {"model": weights, "args": {"hidden_dim": 256, ..}}'
     )
 
 

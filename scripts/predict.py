@@ -49,6 +49,7 @@ from datasets.samplers import same_shape_batches
 from datasets.transforms import resized_size
 from evaluation.coco_results import coco_results, write_coco_results
 from flags.limits import check_sizes
+from flags.resolve import IMAGE_SIZES, resolve
 from scripts.detector import Detector, load_detector
 from scripts.prediction.gallery import Entry, image_entry, video_entry, write_gallery
 from scripts.prediction.inputs import Report, Source, bounded_batches, find_sources, prefetch, with_annotated_ids
@@ -232,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sources:
         raise InputError("nothing to predict on: the inputs name no image and no video that can be used")
     detector = load_detector(args.checkpoint, args.device)
-    for flag in ("min_size", "max_size"):
-        setattr(detector.args, flag, getattr(args, flag) or getattr(detector.args, flag))
+    sizes = {flag: value for flag in IMAGE_SIZES if (value := getattr(args, flag))}
+    detector.args = resolve(detector.args, **sizes)
     check_sizes(detector.args)
     detector.postprocess.num_detections = args.max_detections or detector.postprocess.num_detections
 

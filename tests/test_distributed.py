@@ -64,7 +64,7 @@ def test_launchers(launcher, shapes, tmp_path, run_main):
 
 
 def assert_trained_together(printed: str, output) -> None:
-    assert "2 images × 2 processes = 4 a step" in printed
+    assert "2 images × 2 processes = 4 per step" in printed
     assert printed.count("training took") == 1
     (line,) = log_lines(output)
     assert len(line["test_coco_eval_bbox"]) == 12
@@ -160,7 +160,7 @@ def test_models_with_other_outputs_can_be_distributed(tmp_path):
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        distribute(Model(), torch.device("cpu"), distributed=True, trained_norms=False, trains=True)
+        distribute(Model(), torch.device("cpu"), trained_norms=False, trains=True)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -152,7 +152,7 @@ def test_the_optimizer_takes_the_scaled_rates(shapes, tmp_path, parse):
         (("--backbone", "resnet18"), 16, 500, True, ["--finetune CHECKPOINT,"]),
         ((), 16, 500, False, []),
         (("--overfit", 5), 16, 500, True, []),
-        ((), 2, 370_000, True, ["meant for 16 images a step, not 2: consider --lr_scale sqrt (3.5e-05)"]),
+        ((), 2, 370_000, True, ["meant for 16 images per step, not 2: consider --lr_scale sqrt (3.5e-05)"]),
         (("--lr_scale", "sqrt"), 2, 370_000, True, []),
         (("--lr", 3e-5), 2, 370_000, True, []),
         (("--lr_drop", 5), 16, 370_000, True, ["--lr_drop 5 divides the learning rate by ten 9 times"]),

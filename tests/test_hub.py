@@ -44,7 +44,8 @@ def test_entries(entry):
     assert model.class_embed.out_features == 7
     assert not model.training
     images = torch.zeros(1, 3, 64, 64)
-    features, _, _ = model.backbone(images, torch.zeros(1, 64, 64, dtype=torch.bool))
+    stages, _ = model.backbone(images, torch.zeros(1, 64, 64, dtype=torch.bool))
+    features = stages["0"].tensors
     assert features.shape[-1] == (4 if "dc5" in entry else 2)
 
 

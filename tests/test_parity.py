@@ -49,7 +49,9 @@ def test_matching(name):
     assert len(recorded) == 12
     for key in recorded:
         layer, image = (int(number) for number in key.removeprefix("match").split("_"))
-        pairs = torch.stack([index[layer] for index in matches[image]])
+        of_image = matches.image[layer] == image
+        first = sum(len(target["labels"]) for target in targets[:image])
+        pairs = torch.stack([matches.query[layer][of_image], matches.target[layer][of_image] - first])
         assert pairs.tolist() == arrays[key].tolist()
 
 

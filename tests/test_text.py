@@ -62,3 +62,18 @@ def test_numbers_with_their_nouns():
         "2 queries",
     ]
     assert [counted(n, "box has", "boxes have") for n in (1, 2)] == ["1 box has", "2 boxes have"]
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (1, "epoch", "1 epoch"),
+        (0, "epoch", "0 epochs"),
+        (2, "batch", "2 batches"),
+        (3, "query", "3 queries"),
+        (4, "box", "4 boxes"),
+        (1000, "class", "1,000 classes"),
+    ],
+)
+def test_counts_of_one_and_of_many(number, noun, text):
+    assert counted(number, noun) == text

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-from termcolor import colored
-
 from util.errors import InputError, what_to_do
 from util.preemption import stop_request
 from util.text import printable
@@ -74,6 +72,8 @@ def ignore_image_warnings() -> None:
 
 def error_line(message: str) -> str:
     """Return the line about a mistake, without control characters; red where standard error is a terminal."""
+    from termcolor import colored  # which the hub entries do without
+
     return colored("error: ", "red", no_color=not sys.stderr.isatty()) + printable(message)
 
 
