@@ -5,4 +5,4 @@ set -euo pipefail
 source "$(dirname "$0")/venv.sh" requirements-test.txt
 ruff check .
 ruff format --check .
-python -m pytest -n auto --dist worksteal "$@"
+python -m pytest -n auto --dist worksteal --durations=10 "$@"
