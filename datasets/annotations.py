@@ -1,7 +1,7 @@
-"""Reading COCO annotation files: everything is checked before any long work starts.
+"""Reading of COCO annotation files: everything is checked before any long work starts.
 
-Every error names the file and the entry. What is missing and can be filled in is (`area`, `iscrowd`, ids, boxes of
-segmentations), also for the evaluator, which reads the same entries. What is left out is counted in `notes`.
+Every error names the file and the entry. Missing values are filled in if possible (`area`, `iscrowd`, ids, boxes of
+segmentations), also for the evaluator, which reads the same entries. Entries that are left out are counted in `notes`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from util.text import counted
 
 @dataclass
 class Annotations:
-    """The checked and completed entries of an annotation file, as COCO has them, with labels as category ids.
+    """The checked and completed entries of an annotation file in COCO's format, with labels as category ids.
 
     Attributes:
         images, annotations, categories: the lists of the file.
-        classes: which label has which category id and name.
+        classes: the category id and name of each label.
         image_ids: the file's own id of each image if they are texts, by the number that stands for it; else empty.
         notes: what a user should know: entries that were left out or changed, with their number.
     """
@@ -56,11 +56,11 @@ def load_annotations(
         path: a file with lists `images`, `annotations` and `categories`, also compressed by gzip.
         remove_difficult: leave out annotations marked `difficult`.
         classes: those of the model or the training data, whose labels are to be used.
-        labelled: False for the images of a test set, which come without the list `annotations`.
-        segmentations: False drops those of annotations with a box while the file is read; they are most of it.
+        labelled: False for the images of a test set, which have no list `annotations`.
+        segmentations: False drops segmentations of annotations with a box while reading; they are most of the file.
 
     Raises:
-        InputError: if the file is missing, is not a COCO instance file, or an entry is not usable; names the entry.
+        InputError: if the file is missing, is not a COCO instance file, or an entry is not usable; it names the entry.
     """
     path = Path(path)
     data = read_json(path, None if segmentations else _without_segmentation)
@@ -103,14 +103,14 @@ def read_annotations(
 
 
 def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
-    """Keep of the segmentation of an annotation with a box only whether there is one."""
+    """Drop the segmentation of an annotation with a box, except for the fact that there is one."""
     if entry.get("bbox") and "segmentation" in entry:
         entry["segmentation"] = has_segmentation(entry)
     return entry
 
 
 def _number_images(data: dict[str, Any]) -> dict[int, str | int]:
-    """Number the images of a file whose ids are texts, in its order; return the ids by number, {} for integers."""
+    """Number the images of a file whose ids are texts, in order; return the ids by number, {} for integers."""
     ids = [entry.get("id") for entry in data["images"] if isinstance(entry, dict)]
     if not any(isinstance(image_id, str) for image_id in ids) or not all(is_int(i) or is_line(i) for i in ids):
         return {}
@@ -122,9 +122,9 @@ def _number_images(data: dict[str, Any]) -> dict[int, str | int]:
 
 
 def _number_annotations(annotations: list[dict[str, Any]]) -> int:
-    """Give an id to annotations without one, with a text, with another's, or with 0, pycocotools' 'not matched'.
+    """Give ids to annotations whose id is missing, a text, repeated, or 0, which means "not matched" to pycocotools.
 
-    Returns how many have another's.
+    Return how many ids were repeated.
     """
     for entry in annotations:
         if isinstance(entry.get("id"), str):
@@ -142,7 +142,7 @@ def _number_annotations(annotations: list[dict[str, Any]]) -> int:
 
 
 def _label(categories: list[dict[str, Any]], annotations: list[dict[str, Any]], classes: Classes) -> None:
-    """Write labels in the place of category ids."""
+    """Replace category ids by labels."""
     label_of = {class_id: label for label, class_id in classes.ids.items()}
     for entries, key in ((categories, "id"), (annotations, "category_id")):
         for entry in entries:

@@ -26,13 +26,13 @@ from util.orphans import end_with
 from util.preemption import ignore_signals, kill_workers_at_exit
 from util.text import counted
 
-OVERFIT_STEPS = 50  # an epoch of --overfit: the few images come again and again between two evaluations
+OVERFIT_STEPS = 50  # per epoch of --overfit: the few images are repeated between two evaluations
 
 
 def build_dataset(
     image_set: str, args: argparse.Namespace, classes: Classes | None = None, share: bool = False
 ) -> CocoDetection:
-    """The "train" or "val" split of the data that the flags name; with `args.overfit`, both are a few training images.
+    """Return the "train", "val" or "test" split; with `args.overfit`, both of the first are a few training images.
 
     Under `args.coco_path`, annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or
     `{split}2017/`, or both as common exporters write them (`datasets.layouts`); `args.{split}_annotations` and
@@ -42,11 +42,11 @@ def build_dataset(
     Args:
         image_set: the split.
         args: the flags.
-        classes: those whose labels are to be used: of the model, or of the training data.
+        classes: the classes whose labels are used: those of the model, or of the training data.
         share: all processes call this together, and the first one reads the annotations for them.
 
     Raises:
-        InputError: where the data set is of another kind, files are missing or annotations are not usable.
+        InputError: if the data set is of another kind, files are missing or annotations are not usable.
     """
     flags = resolve(args)
     if flags.dataset_file != "coco":
@@ -78,7 +78,7 @@ def build_dataset(
 
 
 def coco_folder(path: str | None, image_set: str) -> Path:
-    """The folder of `--coco_path`, which has to be there."""
+    """Return the folder of `--coco_path`, which must exist."""
     if not path:
         others = f", or both --{image_set}_images and --{image_set}_annotations" if image_set != "test" else ""
         raise InputError(f"no {image_set} data: name the folder with annotations/ and images/ by --coco_path{others}")
@@ -99,14 +99,14 @@ def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
 
 
 def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> DataLoader:
-    """This process's batches: in training shuffled by (seed, epoch), without a partial last one.
+    """Return this process's batches: in training, shuffled by (seed, epoch) and without a partial last one.
 
     In evaluation, the images of a batch have one shape, so that nothing is padded; every image is in a batch of one of
-    the processes, and some batches are repeated where the processes would not have equally many.
+    the processes, and some batches are repeated so that all processes have equally many.
 
-    `len` counts all batches of an epoch, also where the sampler begins within it.
+    `len` counts all batches of an epoch, also if the sampler starts within it.
 
-    Raises InputError where the data does not fill a batch in training.
+    Raise InputError if the training data does not fill a batch.
     """
     if train:
         sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=flags.seed)
@@ -130,7 +130,7 @@ def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> DataLoade
         multiprocessing_context="fork" if flags.num_workers and sys.platform == "linux" else None,
         worker_init_fn=start_worker,
         pin_memory=torch.device(flags.device).type == "cuda",
-        generator=torch.Generator(),  # of its own, so that loading draws nothing from the model's random numbers
+        generator=torch.Generator(),  # a separate one, so that loading does not change the model's random numbers
     )
     if len(loader) == 0:
         raise InputError(
@@ -141,8 +141,8 @@ def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> DataLoade
 
 
 def start_worker(_worker: int) -> None:
-    """Prepares a process that loads data; torch gives it a single thread."""
+    """Prepare a process that loads data; torch gives it a single thread."""
     end_with(multiprocessing.parent_process().pid, "")
     ignore_signals()
     ignore_image_warnings()
-    gc.freeze()  # or the collector would write to all that is shared with the main process, and so copy it
+    gc.freeze()  # or the collector would write to, and so copy, the memory that is shared with the main process

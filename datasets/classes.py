@@ -1,4 +1,4 @@
-"""Which class a logit stands for: the labels that a model counts in, and the category ids and names that data uses."""
+"""Classes of logits: the labels that a model predicts, and the category ids and names that data uses for them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COCO_NAMES = {
 
 
 def is_kept(class_id: ClassId) -> bool:
-    """Whether a category id can be a label as it is."""
+    """Return whether a category id can be used as a label unchanged."""
     return isinstance(class_id, int) and 0 <= class_id <= MAX_KEPT_ID
 
 
@@ -41,8 +41,8 @@ def is_kept(class_id: ClassId) -> bool:
 class Classes:
     """The classes of a data set or of a model.
 
-    A label is a position in the class head. Ids of annotation files that are small and not negative are labels as they
-    are, as COCO's; others are numbered.
+    A label is a position in the class head. Ids of annotation files that are small and not negative, such as
+    COCO's, are used as labels unchanged; others are numbered.
 
     Attributes:
         ids: label to category id.
@@ -67,7 +67,7 @@ class Classes:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any], num_classes: int) -> Classes:
-        """The classes of a checkpoint's model, which published ones do not name: those of COCO, or just numbers."""
+        """Return the classes of a checkpoint's model; published ones, without names, have COCO's or numbers."""
         unnamed = COCO_NAMES if num_classes == COCO_NUM_CLASSES else {i: str(i) for i in range(num_classes)}
         names = checkpoint.get("class_names") or unnamed
         names = {label: printable(name) for label, name in names.items()}
@@ -75,34 +75,34 @@ class Classes:
         return cls(ids, names, assumed=not checkpoint.get("class_names"))
 
     def state_dict(self) -> dict[str, dict]:
-        """What a checkpoint keeps of them, as plain data."""
+        """Return what a checkpoint stores of them, as plain data."""
         return {"class_ids": self.ids, "class_names": self.names}
 
     @property
     def num_labels(self) -> int:
-        """The logits that a class head for them needs: the highest label + 1."""
+        """Number of logits that a class head for them needs: the highest label + 1."""
         return max(self.ids, default=0) + 1
 
     def id_of(self, label: int) -> ClassId:
-        """The category id of a label; of one that stands for no class, its number."""
+        """Return the category id of a label, or the label itself if it stands for no class."""
         return self.ids.get(label, label)
 
     def name_of(self, label: int) -> str:
-        """The name of a label; of one that stands for no class, its number."""
+        """Return the name of a label, or its number if it stands for no class."""
         return self.names.get(label, str(label))
 
     def __or__(self, other: Classes) -> Classes:
-        """Return the classes of both, which share their labels; of two classes with one id, only the other's has it."""
+        """Return the classes of both, which share labels; of two classes with one id, only the other's keeps it."""
         taken = set(other.ids.values())
         ids = {label: class_id for label, class_id in self.ids.items() if class_id not in taken}
         return Classes(ids | other.ids, self.names | other.names)
 
     def of_categories(self, categories: Iterable[dict[str, Any]], source: str = "the file") -> Classes:
-        """Return the classes of another file's `categories`, labelled as these are.
+        """Return the classes of another file's `categories` with the labels of these.
 
-        Names decide, since files number the same classes differently: exact ones first, then those that differ in case,
-        blanks and underscores only. Where several classes share a name, or have numbers for names, ids decide. A class
-        that is not among these gets a label of its own: its id where labels are ids and it is free, else one beyond the
+        Names decide, since files number the same classes differently: exact ones first, then those that differ only in
+        case, blanks and underscores. If several classes share a name, or have numbers for names, ids decide. A class
+        that is not among these gets a label of its own: its id if labels are ids and it is free, else one above the
         highest.
 
         Raises:
@@ -142,18 +142,18 @@ class Classes:
         here = {label: name for label, name in self.names.items() if not (self.assumed and name == str(label))}
         there = {entry["id"]: entry["name"] for entry in categories}
         labels = {}
-        for simplify in (normalized, str):  # exact names come last, and count more
+        for simplify in (normalized, str):  # exact names come last and so take precedence
             ours, theirs = _by_name(here, simplify), _by_name(there, simplify)
             labels |= {theirs[name]: label for name, label in ours.items() if name in theirs}
         return labels
 
     def _contradicts(self, label: int, class_id: ClassId, name: str) -> bool:
-        """Return whether a class of this id has another name here; a number in the place of a name says nothing."""
+        """Return whether a class of this id has another name here; a number instead of a name says nothing."""
         here = self.names[label]
         return here not in (str(label), name) and name != str(class_id) and normalized(here) != normalized(name)
 
     def difference(self, known: Classes) -> str:
-        """Return how these classes, which have the labels of `known`, are numbered or named otherwise; "" if not."""
+        """Return how these classes differ in ids or names from `known`, whose labels they have; "" if not."""
         renumbered = [label for label in self.ids if known.ids.get(label, self.ids[label]) != self.ids[label]]
         if renumbered:
             label = renumbered[0]
@@ -170,7 +170,7 @@ class Classes:
 
 
 def normalized(name: str) -> str:
-    """Return a name without what files write differently: case, blanks and underscores."""
+    """Return a name without the differences between files: case, blanks and underscores."""
     return " ".join(name.replace("_", " ").casefold().split())
 
 

@@ -31,9 +31,9 @@ from util.text import counted
 
 @dataclass
 class Summary:
-    """What a data set holds: `boxes` become targets, `crowds` and `dropped` (boxes without area) do not.
+    """Counts of a data set: `boxes` become targets, `crowds` and `dropped` (boxes without area) do not.
 
-    `classes` are those with a box; `empty_images` have none.
+    `classes` have at least one box, `empty_images` have none.
     """
 
     images: int
@@ -58,13 +58,13 @@ class CocoDetection(Dataset):
     """Images with the boxes and classes of their objects, in the order of the image ids.
 
     Args:
-        image_folder: the folder that the `file_name`s start from.
+        image_folder: the folder to which the `file_name`s are relative.
         annotation_file: COCO instance JSON.
         transforms: applied to image and target, with a generator that depends on (seed, epoch, index) alone.
         seed: see `transforms`.
         remove_difficult: leave out annotations marked `difficult`.
-        on_bad_image: what becomes of an image that is missing, cannot be decoded, or contradicts the annotated size:
-            "error" raises InputError, "skip" takes the next one in its place.
+        on_bad_image: how to treat an image that is missing, cannot be decoded, or contradicts the annotated size:
+            "error" raises InputError, "skip" takes the next image instead.
         classes: those of a model or of the training data, whose labels are to be used; by default the file's own.
         labelled: False for a test set, whose file holds no annotations.
         max_megapixels: see `datasets.images.read_image`.
@@ -73,7 +73,7 @@ class CocoDetection(Dataset):
     `classes` then holds those of the file. Of its entries, only arrays are kept (`records`); `coco` reads it again.
 
     Raises:
-        InputError: where the annotations are not usable or image files are missing.
+        InputError: if the annotations are not usable or image files are missing.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class CocoDetection(Dataset):
         self.on_bad_image = on_bad_image
         self.max_megapixels = max_megapixels
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that are at work see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that running workers see it change
         if len(self) == 0:
             raise InputError(f"{annotation_file}: lists no images")
         self._skipped = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # workers set what this process reads
@@ -114,7 +114,7 @@ class CocoDetection(Dataset):
 
     @cached_property
     def coco(self) -> COCO:
-        """Pycocotools' index over the annotations, with labels in the place of category ids; read on the first use."""
+        """Pycocotools' index over the annotations, with labels instead of category ids; read on the first use."""
         return self.load().index()
 
     def ground_truth(self) -> COCO:
@@ -128,11 +128,11 @@ class CocoDetection(Dataset):
         return records.index(categories)
 
     def own_id(self, image_id: int) -> int | str:
-        """Return the id that the annotation file gives an image; samples have a number in the place of a text."""
+        """Return the id that the annotation file gives an image; samples have a number instead of a text."""
         return self.image_ids.get(image_id, image_id)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the augmentation of the samples that are loaded from now on, by running workers too."""
+        """Choose the augmentation of the samples that are loaded from now on, also by running workers."""
         self._epoch.fill_(epoch)
 
     def keep_first(self, number: int, at_least: int = 0) -> None:
@@ -149,18 +149,18 @@ class CocoDetection(Dataset):
 
     @property
     def ids(self) -> list[int]:
-        """The ids of the images, in the order of the samples."""
+        """Ids of the images, in the order of the samples."""
         return self.records.ids.tolist()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """A uint8 image [3, H, W] and its target.
+        """Return a uint8 image [3, H, W] and its target.
 
         The target holds `boxes` [N, 4] (cxcywh relative to the image), `labels`, `area`, `iscrowd` [N], `image_id` [1],
-        and (height, width) as stored, `orig_size` [2], and as returned, `size` [2]. Where bad images are skipped, the
-        sample is that of the next image that is not; `take_skipped` tells which were.
+        and (height, width) as stored, `orig_size` [2], and as returned, `size` [2]. If bad images are skipped, the
+        sample is the next usable image; `take_skipped` returns which were skipped.
 
         Raises:
-            InputError: where the image is bad, or in skipping, where all are.
+            InputError: if the image is bad, or, with skipping, if all are.
         """
         index, picture = self._load_from(range(len(self))[index])
         image = picture.pixels
@@ -172,20 +172,20 @@ class CocoDetection(Dataset):
         return image, normalize_boxes(target, width=image.shape[2], height=image.shape[1])
 
     def _load_from(self, start: int) -> tuple[int, Picture]:
-        """Return the first image from index `start` on that can be used: its index and itself."""
+        """Return the first usable image from index `start` on, after its index."""
         for passed in range(len(self)):
             index = (start + passed) % len(self)
             try:
                 return index, self.load_image(index)
             except InputError as error:
                 if self.on_bad_image == "error":
-                    raise InputError(f"{error}; --on_bad_image skip goes on without such images") from error
+                    raise InputError(f"{error}; pass --on_bad_image skip to continue without such images") from error
                 self._skipped[index] = True
                 last = error
         raise InputError(f"none of {counted(len(self), 'image')} can be used; the last: {last}") from last
 
     def load_image(self, index: int) -> Picture:
-        """Read an image as stored (EXIF orientation is not applied: COCO's coordinates are of the stored pixels).
+        """Read an image as stored (without its EXIF orientation: COCO's coordinates refer to the stored pixels).
 
         Raises InputError if it cannot be read or its size is not the annotated one.
         """
@@ -199,23 +199,23 @@ class CocoDetection(Dataset):
         return picture
 
     def _contradiction(self, path: Path, size: tuple[int, int], annotated: tuple[int, int]) -> str:
-        """Return what is wrong with an image file that does not have its annotated (width, height)."""
+        """Return the error message for an image file that does not have its annotated (width, height)."""
         problem = f"is {size[0]}×{size[1]}, but {self.annotation_file} says {annotated[0]}×{annotated[1]}"
         if image_size(path, upright=True) == annotated:
             problem += (
-                ", its size when turned as its EXIF orientation says, which is not applied: "
+                ", its size once its EXIF orientation is applied, which is not done here: "
                 "store the image turned and without EXIF, or annotate it as it is stored"
             )
         return problem
 
     def take_skipped(self) -> list[int]:
-        """Return the positions of the images that this process and its workers passed over since the last call."""
+        """Return the positions of the images that this process and its workers skipped since the last call."""
         skipped = self._skipped.nonzero().flatten().tolist()
         self._skipped.zero_()
         return skipped
 
     def describe_skipped(self, positions: Iterable[int]) -> str:
-        """Return which images a run passed over, and how many, as a line for its user."""
+        """Return which images a run skipped, and how many, as a line for its user."""
         skipped = {int(self.records.ids[i]): self.records.file_name(i) for i in sorted(positions)}  # each once
         names = [f"{name} (image id {self.own_id(image_id)})" for image_id, name in skipped.items()]
         first = ", ".join(names[:10]) + (", .." if len(names) > 10 else "")
@@ -223,21 +223,21 @@ class CocoDetection(Dataset):
         return f"{images} skipped: {first}"
 
     def check_classes(self, num_classes: int) -> None:
-        """Raises InputError where a category in use has no logit in a head of `num_classes`."""
+        """Raise InputError if a category in use has no logit in a head of `num_classes`."""
         worst = int(self.records.objects.labels.max(initial=-1))
         if worst < num_classes:
             return
         class_id, name = self.classes.id_of(worst), self.classes.name_of(worst)
         advice = f"--num_classes {worst + 1} or more is needed"
         if class_id != worst:
-            advice = "the model was trained without it, start from it by --finetune"
+            advice = "the model was trained without it: start from it by --finetune"
         raise InputError(
             f"{self.annotation_file}: category id {class_id} ({name}) does not fit the class head of "
             f"{counted(num_classes, 'logit')}; {advice}"
         )
 
     def visible_objects(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which of all objects are within their image, as far as its annotated size tells, and become targets: [N]."""
+        """Return which objects are within their image, if its size is annotated, and which become targets: [N] each."""
         sizes = np.where(self.records.sizes > 0, self.records.sizes, np.inf)[self.records.image_of_object]
         _, visible = visible_corners(self.records.objects.boxes, *sizes.T)
         return visible, visible & ~self.records.objects.crowds
@@ -247,7 +247,7 @@ class CocoDetection(Dataset):
         return np.bincount(self.records.image_of_object[self.visible_objects()[1]], minlength=len(self))
 
     def check_trains(self) -> None:
-        """Raise InputError if no image that can be read has a box; as a rule, one image is read to know.
+        """Raise InputError if no image that can be read has a box; usually, one image is read to find out.
 
         Boxes that turn out to be outside of an image whose size is not annotated do not count.
         """
@@ -268,7 +268,7 @@ class CocoDetection(Dataset):
         )
 
     def summary(self) -> Summary:
-        """Counts over all annotations, without opening an image."""
+        """Count all annotations, without opening an image."""
         objects = self.records.objects
         visible, kept = self.visible_objects()
         return Summary(

@@ -1,6 +1,7 @@
 """COCO average precision over the predictions of all processes.
 
-Predictions are collected as arrays, gathered as tensors, and scored once at the end, as pycocotools does, but compiled.
+Predictions are collected as arrays, gathered as tensors, and scored once at the end, like pycocotools but in compiled
+code.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Detections(NamedTuple):
 
     rows: [N, 9] float64: category id, score, x, y, width, height, and of the mask's run-length code (zeros without
         masks) the height, width and length in bytes.
-    codes: the codes of all masks, one behind the other.
+    codes: the codes of all masks, concatenated.
     """
 
     rows: np.ndarray
@@ -39,7 +40,7 @@ class Detections(NamedTuple):
 
 
 class CocoEvaluator:
-    """Scores exactly the images that `update` was given, each once, also those without a detection.
+    """Evaluator that scores exactly the images that `update` was given, each once, also those without a detection.
 
     Call `update` for every batch, then `synchronize_between_processes`, `accumulate` and `summarize`; the scores are
     in `coco_eval[iou_type].stats` and `.eval`, as pycocotools leaves them; `.params` may be set before.
@@ -47,7 +48,7 @@ class CocoEvaluator:
     Args:
         coco_gt: the ground truth.
         iou_types: any of "bbox" and "segm".
-        max_detections: with more than COCO's 100 per image, AP and AR of so many are printed as well.
+        max_detections: if it exceeds COCO's 100 per image, AP and AR at this number are printed as well.
     """
 
     def __init__(self, coco_gt: COCO, iou_types: list[str] | tuple[str, ...], max_detections: int = 100) -> None:
@@ -60,7 +61,7 @@ class CocoEvaluator:
         self.detections: dict[int, Detections] = {}
 
     def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
-        """Takes {image id: prediction}.
+        """Add {image id: prediction}.
 
         A prediction holds `scores` [N], `labels` [N], `boxes` [N, 4] as xyxy in pixels and, for "segm", `masks`
         [N, H, W] or [N, 1, H, W], set where they exceed 0.5.
@@ -76,7 +77,7 @@ class CocoEvaluator:
             self.detections[int(image_id)] = Detections(rows, b"".join(mask["counts"] for mask in masks))
 
     def synchronize_between_processes(self) -> None:
-        """Gives every process the detections of all; an image that several processes saw counts once."""
+        """Give every process the detections of all; an image that several processes saw counts once."""
         images = [[image_id, len(d.rows), len(d.codes)] for image_id, d in self.detections.items()]
         rows = np.concatenate([np.zeros((0, 9)), *(d.rows for d in self.detections.values())])
         codes = bytearray().join(d.codes for d in self.detections.values())
@@ -90,7 +91,7 @@ class CocoEvaluator:
             row, byte = row + num_rows, byte + num_bytes
 
     def accumulate(self) -> None:
-        """Matches detections with the ground truth and computes precision and recall."""
+        """Match detections with the ground truth and compute precision and recall."""
         for iou_type, coco_eval in self.coco_eval.items():
             found = [entry for image_id in sorted(self.detections) for entry in self.annotations_of(image_id, iou_type)]
             for number, entry in enumerate(found, start=1):
@@ -105,7 +106,7 @@ class CocoEvaluator:
             coco_eval.eval = {"params": coco_eval.params} | arrays
 
     def annotations_of(self, image_id: int, iou_type: str) -> list[dict[str, Any]]:
-        """An image's detections as annotations, which pycocotools compares with those of the ground truth."""
+        """Return an image's detections as annotations, which pycocotools compares with those of the ground truth."""
         annotations, byte = [], 0
         rows, codes = self.detections[image_id]
         for category, score, x, y, width, height, mask_height, mask_width, length in rows.tolist():
@@ -120,7 +121,7 @@ class CocoEvaluator:
         return annotations
 
     def summarize(self) -> None:
-        """Prints the 12 COCO numbers, and AP by class; leaves the numbers in `coco_eval[iou_type].stats`."""
+        """Print the 12 COCO numbers and AP per class; leave the numbers in `coco_eval[iou_type].stats`."""
         for iou_type, coco_eval in self.coco_eval.items():
             table = io.StringIO()
             with contextlib.redirect_stdout(table):
@@ -133,11 +134,11 @@ class CocoEvaluator:
 
     @property
     def stats(self) -> dict[str, list[float]]:
-        """The 12 COCO numbers of each kind, as `coco_eval_bbox` and `coco_eval_segm`."""
+        """12 COCO numbers of each IoU type, as `coco_eval_bbox` and `coco_eval_segm`."""
         return {f"coco_eval_{kind}": list(map(float, result.stats)) for kind, result in self.coco_eval.items()}
 
     def average_precision(self, iou_type: str) -> dict[int, float]:
-        """AP (all areas, 100 detections) by category id; NaN for a class without ground truth."""
+        """Return AP (all areas, 100 detections) by category id; NaN for a class without ground truth."""
         coco_eval = self.coco_eval[iou_type]
         precision = coco_eval.eval["precision"][:, :, :, 0, AT_100]  # thresholds × recalls × classes
         return {
@@ -146,7 +147,7 @@ class CocoEvaluator:
         }
 
     def class_table(self, iou_type: str, columns: int = 4) -> str:
-        """AP of every class that has ground truth, by name."""
+        """Return a table of AP by name for every class that has ground truth."""
         names = {entry["id"]: entry["name"] for entry in self.coco_gt.dataset["categories"]}
         scored = [(names[k], ap) for k, ap in self.average_precision(iou_type).items() if not np.isnan(ap)]
         width = max((len(name) for name, _ in scored), default=0)
@@ -169,13 +170,13 @@ def more_detections(coco_eval: COCOeval) -> str:
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """Masks [N, H, W] or [N, 1, H, W] to COCO's run-length codes."""
+    """Convert masks [N, H, W] or [N, 1, H, W] to COCO's run-length codes."""
     masks = masks.detach().cpu().reshape(-1, *masks.shape[-2:])
     return [mask_api.encode(np.asfortranarray((mask > 0.5).numpy().astype(np.uint8))) for mask in masks]
 
 
 def evaluation_as_plain_data(coco_eval: COCOeval) -> dict[str, Any]:
-    """Pycocotools' `.eval` as tensors and plain data, for a file that loads with `weights_only=True`."""
+    """Return pycocotools' `.eval` as tensors and plain data, for a file that loads with `weights_only=True`."""
     arrays = {key: torch.from_numpy(value) for key, value in coco_eval.eval.items() if isinstance(value, np.ndarray)}
     params = {
         key: np.asarray(value).tolist() if isinstance(value, list | np.ndarray) else value

@@ -2,7 +2,7 @@
 
 Files rarely say how many of their bits are in use: cameras store 10, 12 or 14 bits in 16, and floats end at 1, at 255
 or at 65535. The largest value decides: white is the smallest of the usual maxima that it fits in, so that images of one
-camera are scaled alike and nothing is clipped. Where that would leave an image black, and where values are negative or
+camera are scaled alike and nothing is clipped. If that would leave an image black, or if values are negative or
 exceed all maxima, the image's lowest value becomes black and its highest white.
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 from PIL import Image
 
 MAXIMA = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 31, 32))
-SLACK = 1 / 16  # of a maximum: what is darker looks black, and by this much floats may lie outside of 0 to the maximum
+SLACK = 1 / 16  # of a maximum: darker images look black; floats may lie this far outside of 0 to the maximum
 BAND = 2**22  # pixels that are converted together, so that no whole image is held as floats
 
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # TIFF tags
 WHITE_IS_ZERO, UNSIGNED = 0, (1,)
 
-# Pillow reads colours of 16 bits by their high byte. These raw modes take the low byte, as if the byte order were the
-# other one; that of grey with transparency takes all four bytes of a pixel apart.
+# Pillow reads the high byte of 16-bit colours. These raw modes read the low byte, as if the byte order were the other
+# one; that of grey with transparency separates all four bytes of a pixel.
 LOW_BYTE = {
     f"{bands};16{order}": f"{bands};16{other}"
     for bands in ("RGB", "RGBA", "RGBX")
@@ -35,14 +35,14 @@ LOW_BYTE["LA;16B"] = "RGBA"
 def to_rgb8(image: Image.Image, reopen: Callable[[], Image.Image]) -> tuple[np.ndarray, str]:
     """Return the pixels of an opened image, uint8 [H, W, 3], and a note if their scale is a guess (else "").
 
-    What is transparent keeps its colour.
+    Transparent pixels keep their colour.
 
     Args:
         image: of any mode, not yet loaded.
-        reopen: opens the same file again: colours of 16 bits may take two passes.
+        reopen: opens the same file again, since 16-bit colours may take two passes.
 
     Raises:
-        ValueError: for floats of which none is finite. Pillow raises errors of many types for damaged files.
+        ValueError: if no value is finite. Pillow raises errors of many types for damaged files.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return _scaled(lambda: _grey_bands(image), image)
@@ -92,8 +92,8 @@ def _range(lowest: float, highest: float, declared: float | None, floats: bool) 
 
 
 def _declared_maximum(image: Image.Image) -> float | None:
-    """Return the largest value that the file says to be possible; None where it does not say."""
-    if image.format == "PPM" and image.mode == "I":  # which Pillow has scaled by the header's maximum
+    """Return the largest possible value according to the file; None if it does not say."""
+    if image.format == "PPM" and image.mode == "I":  # Pillow has scaled it by the header's maximum
         return 2**16 - 1
     if _tag(image, BITS_PER_SAMPLE) == (12,):
         return 2**12 - 1
@@ -103,12 +103,12 @@ def _declared_maximum(image: Image.Image) -> float | None:
 
 
 def _tag(image: Image.Image, number: int) -> Any:
-    """Return a TIFF tag, None in other files and where it is missing."""
+    """Return a TIFF tag; None if it is missing, as in other formats."""
     return image.tag_v2.get(number) if image.format == "TIFF" else None
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """Yield the rows of an image, some at a time, with where they are."""
+    """Yield the rows of an image in bands, each with its slice."""
     rows = max(BAND // image.width, 1)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
@@ -116,7 +116,7 @@ def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
 
 
 def _grey_bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the values of greys, [h, W], with where they are."""
+    """Yield the grey values of bands, [h, W], each with its slice."""
     unsigned = image.mode == "I" and _tag(image, SAMPLE_FORMAT) in (None, UNSIGNED) and image.format == "TIFF"
     for rows, band in _bands(image):
         values = np.asarray(band)
@@ -130,7 +130,7 @@ def _colour_bands(high: np.ndarray, low: Image.Image, channels: slice) -> Iterat
 
 
 def _raw_mode(image: Image.Image) -> str | None:
-    """Return the layout of the stored pixels of an image that is not yet loaded, None for formats without."""
+    """Return the layout of the stored pixels of an image that is not yet loaded; None for formats without one."""
     if not image.tile:
         return None
     args = image.tile[0][3]
@@ -138,7 +138,7 @@ def _raw_mode(image: Image.Image) -> str | None:
 
 
 def _set_raw_mode(image: Image.Image, raw_mode: str) -> None:
-    """Make Pillow read an image that is not yet loaded as if its pixels were stored otherwise."""
+    """Make Pillow read an image that is not yet loaded as if its pixels were stored in another layout."""
     image.tile = [
         tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:]))
         for tile in image.tile

@@ -1,4 +1,4 @@
-"""Checking the entries of a COCO annotation file, and filling in what is missing."""
+"""Checks of the entries of a COCO annotation file, which also fill in what is missing."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from util.errors import InputError
 from util.text import counted
 
 MAX_PIXELS = 10**9  # of a coordinate or side: no image is so large, and sums and areas stay finite in float32
-SMALLEST_SHARE = 0.01  # of its box that an object without a segmentation fills: less looks like another unit
+SMALLEST_SHARE = 0.01  # of its box that an object without a segmentation fills: less suggests another unit
 MISSPELT_ISCROWD = frozenset({"is_crowd", "isCrowd", "IsCrowd", "is-crowd"})
-CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # tear a line or cannot be printed
-RUN_LENGTHS = re.compile("([P-o]{0,5}[0-O])+")  # pycocotools' text: numbers of up to six digits, of which one ends each
+CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # break a line or cannot be printed
+RUN_LENGTHS = re.compile("([P-o]{0,5}[0-O])+")  # pycocotools' text: numbers of up to six digits, the last one marked
 
 
 class Checker:
-    """Checks the entries of one list of a file, and that the ids of images and categories differ."""
+    """Checker of the entries of one list of a file, including that the ids of images and categories differ."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class Checker:
         if self.small_areas:
             lines.append(
                 f"{counted(self.small_areas, 'box has', 'boxes have')} no segmentation and an 'area' below "
-                f"{SMALLEST_SHARE:.0%} of width × height: AP of small, medium and large objects goes by it; "
+                f"{SMALLEST_SHARE:.0%} of width × height: AP of small, medium and large objects depends on it; "
                 "give it in pixels, or leave it out"
             )
         return lines
@@ -94,7 +94,7 @@ class Checker:
     ) -> dict[str, Any] | None:
         """Return the completed entry, with its image's number as `image_id`; None if it is left out."""
         entry = self.entry(entry)
-        if entry.get("id") is not None and not isinstance(as_int(entry["id"]), str):  # texts are numbered later
+        if entry.get("id") is not None and not isinstance(as_int(entry["id"]), str):  # text ids are numbered later
             self.check_id(entry)
         for key, known in (("image_id", images), ("category_id", categories)):
             if isinstance(entry.get(key), float):
@@ -192,5 +192,5 @@ def is_line(value: Any) -> bool:
 
 
 def is_number(value: Any, limit: int) -> bool:
-    """Whether a value is a number of at most `limit` in magnitude; NaN is not."""
+    """Return whether a value is a number of at most `limit` in magnitude; NaN is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -limit <= value <= limit

@@ -23,15 +23,15 @@ NO_PHOTOS = frozenset(
 
 
 def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_bad_image: str = "error") -> list[str]:
-    """Return the path of each image relative to its folder, `names` being as the annotation file `source` has them.
+    """Return the path of each image relative to its folder; `names` are those in the annotation file `source`.
 
-    A file that is not there under its name is looked for under names that differ in what programs and systems change:
+    A file that does not exist under its name is looked for under names that differ in what programs and systems change:
     folders before it, backslashes, %20 and the like, upper and lower case, composed letters. The match must be the only
-    one; it is within the folder, but not in one of `NO_PHOTOS` below it that the name does not mention.
+    one; it is within the folder, but not in one of `NO_PHOTOS` below it unless the name mentions that.
 
     Raises:
         InputError: if the folder is missing, a name leads out of it, or files are missing: how many, and which. With
-            `on_bad_image` "skip", missing files are a warning as long as one file is there.
+            `on_bad_image` "skip", missing files are a warning as long as one file exists.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such image folder")
@@ -43,7 +43,7 @@ def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_
     similar = files_by_name(_walk(folder))
     others = {i: best_match(names[i], similar, NO_PHOTOS) for i, name in enumerate(found) if not name}
     claimed = Counter([*filter(None, found), *others.values()])
-    others = {i: match if claimed[match] == 1 else "" for i, match in others.items()}  # a file is of one image only
+    others = {i: match if claimed[match] == 1 else "" for i, match in others.items()}  # one image per file
     renamed = [i for i, match in others.items() if match]
     if renamed:
         first = names[renamed[0]], others[renamed[0]]
@@ -64,7 +64,7 @@ def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a name stays within the folder that it is relative to."""
+    """Return whether a name stays within the folder to which it is relative."""
     return not Path(name).anchor and ".." not in Path(name).parts
 
 
@@ -81,7 +81,7 @@ def report_missing(missing: list[str], total: int, folder: Path, source: str | P
 
 
 def _key(path: str) -> tuple[str, ...]:
-    """Return the parts of a path with all that programs and systems change made equal, the last part first."""
+    """Return the parts of a path, the last one first, without the differences that programs and systems make."""
     plain = unicodedata.normalize("NFC", unquote(path).replace("\\", "/")).casefold()
     return tuple(part for part in reversed(PurePosixPath(plain).parts) if part not in ("/", "..", "."))
 

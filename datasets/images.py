@@ -1,4 +1,4 @@
-"""Reading image files as uint8 tensors, for everything that reads images: one place that opens, checks and decodes."""
+"""Reading of image files as uint8 tensors: the one place that opens, checks and decodes images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from util.text import counted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # Pillow also knows some that run other programs
 MAX_MEGAPIXELS = 100
-JPEG_REDUCTIONS = (2, 4, 8)  # that its blocks of 8 × 8 pixels can be decoded at
+JPEG_REDUCTIONS = (2, 4, 8)  # of the sides, which JPEG's blocks of 8 × 8 pixels allow
 
 EXIF_ORIENTATION = 0x0112
 EXIF_QUARTER_TURNS = (5, 6, 7, 8)  # rows become columns, and then the axes below are flipped
@@ -40,7 +40,7 @@ class Picture:
 
     Attributes:
         pixels: uint8 [3, H, W], with the channels last in memory.
-        size: (width, height) of the file, which `pixels` has too unless the file was too large to be decoded in full.
+        size: (width, height) of the file; that of `pixels` unless the file was too large to be decoded in full.
         notes: what a user should know about how the file was understood; mostly empty.
     """
 
@@ -50,18 +50,18 @@ class Picture:
 
     @property
     def decoded_size(self) -> tuple[int, int]:
-        """The (width, height) of `pixels`."""
+        """Width and height of `pixels`."""
         return self.pixels.shape[2], self.pixels.shape[1]
 
 
 def read_image(path: Path, upright: bool = False, max_megapixels: int = MAX_MEGAPIXELS, name: object = None) -> Picture:
-    """Decode an image file: of several frames the first, of deep colours 8 bits (`datasets.depth`).
+    """Decode an image file: the first of several frames, deep colours scaled to 8 bits (`datasets.depth`).
 
     JPEGs of more than `max_megapixels` are decoded at a half, a quarter or an eighth of their size.
 
     Args:
-        upright: turned as the file's EXIF orientation says, which is how photos are shown; else as stored.
-        name: what errors call the file, by default its path.
+        upright: apply the file's EXIF orientation, as programs do that show photos; else keep the image as stored.
+        name: the file's name in errors, by default its path.
 
     Raises:
         InputError: for a file that is missing, damaged, too large or not of one of `FORMATS`.
@@ -91,7 +91,7 @@ def image_size(path: Path, upright: bool = False, name: object = None) -> tuple[
 
 
 def summarize_notes(notes: Iterable[tuple[str, Iterable[str]]]) -> Iterator[str]:
-    """Yield a line for each different note of images: how many have it, and some of their names.
+    """Yield a line for each distinct note: the number of images that have it, and some of their names.
 
     Args:
         notes: name and notes of each image.
@@ -127,17 +127,17 @@ def _open(path: Path, files: contextlib.ExitStack) -> tuple[Image.Image, BinaryI
 
 
 def _identify(file: BinaryIO) -> Image.Image:
-    """Return the image of an open file, as `Image.open` without its limit, which would refuse what can be reduced."""
+    """Return the image of an open file, like `Image.open`, which would refuse large files that can be reduced."""
     start = file.read(16).ljust(16)
-    for load_plugins in (Image.preinit, Image.init):  # first the common ones alone, which takes less time
+    for load_plugins in (Image.preinit, Image.init):  # first only the common ones, which takes less time
         load_plugins()
         for name in FORMATS:
             factory, accepts = Image.OPEN.get(name, (None, None))
-            if factory and accepts(start) is True:  # a text says that this Pillow lacks the format's library
+            if factory and accepts(start) is True:  # a string means that this Pillow lacks the format's library
                 file.seek(0)
                 try:
                     return factory(_without_texts(file) if name == "PNG" else file)
-                except SyntaxError as error:  # Pillow's word for a bad header
+                except SyntaxError as error:  # what Pillow raises for a bad header
                     raise InputError(f"cannot be decoded (a damaged {name} file)") from error
     raise InputError(f"cannot be decoded (not an image, or not in one of the formats {', '.join(FORMATS)})")
 
@@ -163,7 +163,7 @@ def _without_texts(file: BinaryIO) -> BinaryIO:
 
 
 def _reduction(image: Image.Image, file: BinaryIO, max_megapixels: int) -> int:
-    """Return 0 for an image of at most `max_megapixels`, or by what the sides of a larger JPEG are to be divided.
+    """Return 0 for an image of at most `max_megapixels`, or the divisor of the sides of a larger JPEG.
 
     Only JPEGs of a single scan take less memory when they are decoded to fewer pixels.
     """
@@ -180,7 +180,7 @@ def _reduction(image: Image.Image, file: BinaryIO, max_megapixels: int) -> int:
 
 
 def _has_one_scan(image: Image.Image, file: BinaryIO) -> bool:
-    """Tell whether a file is a JPEG whose first scan holds all channels of all pixels."""
+    """Return whether a file is a JPEG whose first scan holds all channels of all pixels."""
     if image.format not in ("JPEG", "MPO") or "progressive" in image.info:
         return False
     length = 6 + 2 * image.layers  # of the scan's header, after which Pillow has stopped
@@ -189,9 +189,9 @@ def _has_one_scan(image: Image.Image, file: BinaryIO) -> bool:
 
 
 def _decode_jpeg(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
-    """Return the pixels [H, W, 3] of a JPEG, as Pillow would in more time; None where Pillow has to.
+    """Return the pixels [H, W, 3] of a JPEG, faster than Pillow; None if Pillow has to decode it.
 
-    That is for other formats, four channels, and damaged files, for which Pillow finds the better words.
+    Pillow decodes other formats, four channels, and damaged files, for which it has the better error messages.
     """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
         return None
@@ -209,7 +209,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn stored pixels [H, W, 3] as an EXIF orientation says."""
+    """Turn stored pixels [H, W, 3] according to an EXIF orientation."""
     if orientation in EXIF_QUARTER_TURNS:
         pixels = pixels.swapaxes(0, 1)
     return np.ascontiguousarray(np.flip(pixels, EXIF_FLIPS.get(orientation, ())))

@@ -1,4 +1,4 @@
-"""Reading the JSON of an annotation file, and telling COCO instance files from files of other kinds."""
+"""Reading of JSON annotation files, and checks that tell COCO instance files from files of other kinds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_json(path: Path, object_hook: Callable[[dict], Any] | None = None) -> A
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Pause the garbage collector, which would look through millions of new objects again and again."""
+    """Pause the garbage collector, which would scan millions of new objects again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -54,7 +54,7 @@ def _without_collector() -> Iterator[None]:
 
 
 def check_kind(data: Any, path: Path) -> None:
-    """Raise InputError for the JSON of anything but a COCO instance file, which says what it looks like instead."""
+    """Raise InputError, which names what the file looks like, unless it is a COCO instance file."""
     if kind := other_kind(data):
         raise InputError(f"{path}: {kind}; name a COCO instance file")
     if isinstance(data, dict) and data.get("images") and data.get("annotations") is None:
@@ -68,7 +68,7 @@ def check_kind(data: Any, path: Path) -> None:
 
 
 def other_kind(data: Any) -> str:
-    """Return what a file of a well-known other kind is; "" for any other."""
+    """Return the kind of a file of another well-known format; "" for any other file."""
     if isinstance(data, list):
         return "a list of detections, as for COCO's result files" if "score" in _first(data) else ""
     if not isinstance(data, dict):

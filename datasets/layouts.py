@@ -18,17 +18,17 @@ MOST_NAMED = 6  # files in an error
 def find_split(
     root: Path, split: str, annotations: str | None, images: str | None, alone: bool = False
 ) -> tuple[Path, Path]:
-    """Return the annotation file and the image folder of a split, of which one may be known already.
+    """Return the annotation file and the image folder of a split, either of which may be known already.
 
     COCO's and DETR's layouts come first, then those of common exporters: `train/_annotations.coco.json` next to its
     images, `annotations/train.json` with `images/train/`, `train/` or `images/`. Of names that differ in case, and of
     exports with a folder for each split, the match must be the only one.
 
     Args:
-        alone: no other split is to be found in `root`, so that an export which does not name its split is this one.
+        alone: no other split is expected in `root`, so an export that does not name its split is taken for this one.
 
     Raises:
-        InputError: if there is no such file or folder, or several; names the flags, and what was found instead.
+        InputError: if there is no such file or folder, or several; it names the flags and what was found instead.
     """
     file = Path(annotations) if annotations is not None else find_annotations(root, split, alone)
     if images is not None:
@@ -81,7 +81,7 @@ def annotation_files(root: Path, split: str) -> Iterator[Path]:
 
 
 def exported_files(root: Path, split: str) -> Iterator[Path]:
-    """Yield the places of the annotation file in an export of a split alone, which may not name it."""
+    """Yield the places of the annotation file in an export of a single split, which may not name it."""
     for name in ALIASES[split]:
         for file in (f"instances_{name}.json", f"{NO_SPLIT}.json"):
             yield root / name / "annotations" / file
@@ -101,7 +101,7 @@ def image_folders(root: Path, split: str, file: Path) -> Iterator[Path]:
 
 
 def ignoring_case(path: Path) -> Path:
-    """Return a path, or the only one there is that differs from it in upper and lower case alone."""
+    """Return a path, or the only existing one that differs from it only in upper and lower case."""
     if path.exists() or path.parent == path:
         return path
     parent = ignoring_case(path.parent)
@@ -113,7 +113,7 @@ def ignoring_case(path: Path) -> Path:
 
 
 def holds_files(folder: Path) -> bool:
-    """Return whether a folder has a file that is no JSON."""
+    """Return whether a folder has a file that is not JSON."""
     try:
         with os.scandir(folder) as entries:
             return any(entry.is_file() and not entry.name.endswith((".json", ".gz")) for entry in entries)

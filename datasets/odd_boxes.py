@@ -9,13 +9,13 @@ import numpy as np
 from datasets.records import Records
 from util.text import counted
 
-MOST = 0.9  # share of the boxes of a file, all of which one program has written
-BEYOND = 0.1  # share of boxes that would have to lie beyond their image before they are taken for corners
+MOST = 0.9  # share of the boxes of a file, which are all written by one program
+BEYOND = 0.1  # share of boxes that must exceed their image before they are taken for corners
 SLACK = 1.0  # pixels that a box may exceed its image or its area its box, by rounding
 
 
 def odd_boxes(records: Records) -> Iterator[str]:
-    """Yield a line for each format that the boxes seem to be in instead, with their number."""
+    """Yield a line for each other format that the boxes seem to be in, with their number."""
     boxes, areas = records.objects.boxes, records.objects.areas
     total = len(boxes)
     if total == 0:
@@ -44,12 +44,12 @@ def odd_boxes(records: Records) -> Iterator[str]:
     if exceeding.any():
         yield (
             f"{exceeding.sum():,} of {all_boxes} with an 'area' larger than width × height: AP of small, medium and "
-            "large objects goes by it"
+            "large objects depends on it"
         )
 
 
 def crowded_images(counts: np.ndarray, num_queries: int, max_detections: int) -> Iterator[str]:
-    """Yield a line if images have more objects, [M], than the model can find, or than are kept of its detections."""
+    """Yield a line if images have more objects, [M], than the model can find, or than detections that are kept."""
     if more := int((counts > num_queries).sum()):
         yield (
             f"{counted(more, 'image has', 'images have')} more boxes than the model's "

@@ -1,8 +1,8 @@
 """The parts of a COCO file that samples are made of, as a few arrays.
 
 pycocotools keeps a dictionary for every image and object: 20 times the memory. A loading worker that reads them also
-writes, to their reference counts, and so copies page by page the memory that it shares with the main process: it would
-grow all epoch.
+writes to their reference counts, which copies the memory that it shares with the main process page by page: its memory
+would grow throughout the epoch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Objects(NamedTuple):
 
     @classmethod
     def from_annotations(cls, annotations: Iterable[dict[str, Any]]) -> Objects:
-        """The objects that COCO's annotations describe, in the same order."""
+        """Return the objects that COCO's annotations describe, in the same order."""
         annotations = list(annotations)
         return cls(
             np.array([entry["bbox"] for entry in annotations], dtype=np.float64).reshape(-1, 4),
@@ -55,7 +55,7 @@ class Records:
     Attributes:
         ids: [M] int64.
         sizes: [M, 2] int64, width and height as annotated, 0 where they are not.
-        objects: those of all images, image by image.
+        objects: the objects of all images, image by image.
         image_of_object: [N] int64, the positions of their images.
     """
 
@@ -111,7 +111,7 @@ class Records:
         return len(self.ids)
 
     def file_name(self, index: int) -> str:
-        """The file of an image, as the annotations name it."""
+        """Return the file of an image, as the annotations name it."""
         return self._names[slice(*self._name_starts[index : index + 2])].decode()
 
     def index(self, categories: Sequence[dict[str, Any]]) -> COCO:
@@ -130,5 +130,5 @@ class Records:
         return index({"images": images, "annotations": annotations, "categories": list(categories)})
 
     def objects_of(self, index: int) -> Objects:
-        """The objects of one image."""
+        """Return the objects of one image."""
         return self.objects.select(slice(*self._first_objects[index : index + 2]))

@@ -1,4 +1,4 @@
-"""Which images make a batch."""
+"""Samplers: the images that make up each batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.utils.data import DistributedSampler
 
 
 class EpochSampler(DistributedSampler):
-    """DistributedSampler, which can also begin within an epoch."""
+    """DistributedSampler that can also start within an epoch."""
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the order, and how many of this process's samples are passed over."""
+        """Choose the order, and how many of this process's samples are skipped."""
         super().set_epoch(epoch)
         self.start = start
 
@@ -22,10 +22,10 @@ class EpochSampler(DistributedSampler):
 
 
 def same_shape_batches(shapes: Iterable[tuple[int, int] | None], batch_size: int) -> list[list[int]]:
-    """Batches of up to `batch_size` positions of `shapes`, each once, none with two shapes; one of None stays alone.
+    """Return batches of up to `batch_size` positions in `shapes`, each once and of one shape; None makes its own batch.
 
-    A batch of one shape needs no padding, on which predictions would depend a little. Neighbouring batches have the
-    same shape, so that processes to which they are dealt in turn wait little for each other.
+    A batch of one shape needs no padding, on which predictions would depend slightly. Neighbouring batches have the
+    same shape, so that the processes, which take them in turn, hardly wait for each other.
     """
     groups = defaultdict(list)
     for position, shape in enumerate(shapes):

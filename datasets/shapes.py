@@ -2,7 +2,7 @@
 
     python -m datasets.shapes --output DIR [--train 2400] [--val 200]
 
-Scenes hold none to three circles, squares and triangles of varied size, colour and tilt, which may overlap. Every
+Scenes hold zero to three circles, squares and triangles of varied size, colour and tilt, which may overlap. Every
 scene depends on (seed, split, number) alone, so that the same call makes the same files.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in datasets/ alone
+if not __package__:  # run as a file: Python then looks for modules only in datasets/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
@@ -28,7 +28,7 @@ from util.command import Parser, run_command
 from util.errors import InputError
 
 CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
-HUES = (0.0, 0.33, 0.62)  # around red, green and blue: a class is told by shape and colour, to be learnt in minutes
+HUES = (0.0, 0.33, 0.62)  # around red, green and blue: shape and colour tell the class: quick to learn
 HUE_SPREAD = 0.1
 MAX_OBJECTS = 3
 EMPTY = 0.04  # share of images without objects
@@ -40,13 +40,13 @@ Point = tuple[float, float]
 
 
 def write_dataset(output: str | Path, num_train: int = 2400, num_val: int = 200, seed: int = 0) -> None:
-    """Writes `images/{train,val}2017/` and `annotations/instances_{train,val}2017.json` under `output`."""
+    """Write `images/{train,val}2017/` and `annotations/instances_{train,val}2017.json` under `output`."""
     for split, number in (("train", num_train), ("val", num_val)):
         write_split(Path(output), split, number, seed)
 
 
 def write_split(root: Path, split: str, number: int, seed: int) -> None:
-    """One split: `number` JPEG images and their annotations with boxes, areas and polygons."""
+    """Write one split: `number` JPEG images and their annotations with boxes, areas and polygons."""
     folder = root / "images" / f"{split}2017"
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
@@ -67,7 +67,7 @@ def write_split(root: Path, split: str, number: int, seed: int) -> None:
 
 
 def draw_scene(rng: random.Random) -> tuple[Image.Image, list[tuple[int, list[Point]]]]:
-    """An image of 96 to 128 pixels a side, and the (category id, outline) of its objects."""
+    """Return an image of 96 to 128 pixels per side, and the (category id, outline) of its objects."""
     width, height = rng.randint(96, 128), rng.randint(96, 128)
     image = background(rng, width * SUPERSAMPLING, height * SUPERSAMPLING)
     draw = ImageDraw.Draw(image)
@@ -84,7 +84,7 @@ def draw_scene(rng: random.Random) -> tuple[Image.Image, list[tuple[int, list[Po
 
 
 def background(rng: random.Random, width: int, height: int) -> Image.Image:
-    """A muted background: plain, a gradient, stripes, or blurred noise."""
+    """Return a muted background: plain, a gradient, stripes, or blurred noise."""
     first, second = (to_rgb(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.1, 0.9)) for _ in range(2))
     kind = rng.choice(("plain", "gradient", "stripes", "noise"))
     if kind == "plain":
@@ -103,7 +103,7 @@ def background(rng: random.Random, width: int, height: int) -> Image.Image:
 
 
 def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[Point]:
-    """The outline of a shape within the image, about 25 to 80 pixels across."""
+    """Return the outline of a shape within the image, about 25 to 80 pixels across."""
     radius = rng.uniform(18, 40)
     corners, start = {"circle": (36, 0), "square": (4, math.pi / 4), "triangle": (3, -math.pi / 2)}[name]
     start += math.radians(rng.uniform(-MAX_TILT, MAX_TILT))
@@ -115,18 +115,18 @@ def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[
 
 
 def to_rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
-    """A colour of 8 bits a channel; hues repeat at every whole number."""
+    """Return a colour of 8 bits per channel; hues repeat at every integer."""
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
 
 def bounds(outline: list[Point]) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of an outline."""
+    """Return (left, top, right, bottom) of an outline."""
     xs, ys = zip(*outline, strict=True)
     return min(xs), min(ys), max(xs), max(ys)
 
 
 def overlap(a: list[Point], b: list[Point]) -> float:
-    """The shared part of two outlines' boxes, relative to the smaller box."""
+    """Return the intersection of two outlines' boxes, relative to the smaller box."""
     left_a, top_a, right_a, bottom_a = bounds(a)
     left_b, top_b, right_b, bottom_b = bounds(b)
     width = min(right_a, right_b) - max(left_a, left_b)
@@ -136,7 +136,7 @@ def overlap(a: list[Point], b: list[Point]) -> float:
 
 
 def polygon_fields(outline: list[Point]) -> dict:
-    """COCO's `bbox`, `area` and `segmentation` of an outline."""
+    """Return COCO's `bbox`, `area` and `segmentation` of an outline."""
     left, top, right, bottom = bounds(outline)
     edges = zip(outline, [*outline[1:], outline[0]], strict=True)
     area = abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in edges)) / 2
@@ -162,7 +162,7 @@ def get_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     args = get_parser().parse_args(argv)
     check_numbers(args)
     check_texts({"--output": args.output})

@@ -1,6 +1,6 @@
 """One process reads an annotation file for all processes of a run, which receive it as arrays.
 
-Reading takes a core for some time and 20 times the memory of the arrays, on each process that does it.
+Each process that reads the file needs a core for some time and 20 times the memory of the arrays.
 """
 
 from __future__ import annotations

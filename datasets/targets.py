@@ -12,7 +12,7 @@ MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less
 
 
 def make_target(image_id: int, objects: Objects, width: int, height: int) -> Target:
-    """The training target of an image, with boxes as absolute xyxy clipped to the image.
+    """Return the training target of an image, with boxes as absolute xyxy clipped to the image.
 
     Crowds and boxes without area are left out.
     """
@@ -33,9 +33,9 @@ def make_target(image_id: int, objects: Objects, width: int, height: int) -> Tar
 def visible_corners(
     boxes: np.ndarray, width: float | np.ndarray, height: float | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (x, y, width, height) as xyxy clipped to an image, [N, 4], and whether anything of them is left, [N].
+    """Return boxes (x, y, width, height) as xyxy clipped to an image, [N, 4], and which of them are not empty, [N].
 
-    `width` and `height` are the image's, or [N], those of every box's image.
+    `width` and `height` are those of the image, or of each box's image, [N].
     """
     x, y, w, h = boxes.T
     corners = np.stack([np.maximum(x, 0), np.maximum(y, 0), np.minimum(x + w, width), np.minimum(y + h, height)], 1)

@@ -1,6 +1,6 @@
 """Augmentation of an image together with its target (DETR, section 4; sizes as in the published recipe).
 
-Images are uint8 tensors [3, H, W]; quickest are those with the channels last in memory, as they are decoded. Targets
+Images are uint8 tensors [3, H, W]; those with the channels last in memory, as they are decoded, are fastest. Targets
 hold `boxes` [N, 4] as absolute xyxy until `normalize_boxes` makes them relative cxcywh.
 A transform is called with (image, target, rng) and draws from `rng` alone, so that a sample depends on nothing else.
 """
@@ -19,20 +19,20 @@ from util.box_ops import box_xyxy_to_cxcywh
 Target = dict[str, Tensor]
 Transform = Callable[[Tensor, Target, random.Random], tuple[Tensor, Target]]
 
-# The zoom's first resize has no limit of its own: a strip of 10 × 20,000 pixels would grow to 400 × 800,000. This
-# many times `max_size` is beyond photos and panoramas up to 22:1, which keep the published sizes.
+# The zoom's first resize has no limit in the published code: a strip of 10 × 20,000 pixels would grow to 400 × 800,000.
+# Here the limit is this many times `max_size`, which photos and panoramas up to 22:1 do not reach.
 ZOOM_LIMIT = 10
 
 PER_OBJECT = ("boxes", "labels", "area", "iscrowd")
 
 
 def keep_objects(target: Target, keep: Tensor) -> Target:
-    """The target with the objects where the mask `keep` [N] is True."""
+    """Return the target with the objects for which the mask `keep` [N] is True."""
     return target | {name: target[name][keep] for name in PER_OBJECT if name in target}
 
 
 def crop(image: Tensor, target: Target, region: tuple[int, int, int, int]) -> tuple[Tensor, Target]:
-    """Cuts (top, left, height, width) out; drops objects of which nothing is left, areas become those of the boxes."""
+    """Cut out (top, left, height, width); drop objects of which nothing is left, set areas to those of the boxes."""
     top, left, height, width = region
     target = target | {"size": torch.tensor([height, width])}
     if "boxes" in target:
@@ -45,7 +45,7 @@ def crop(image: Tensor, target: Target, region: tuple[int, int, int, int]) -> tu
 
 
 def hflip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Mirrors left and right."""
+    """Flip left and right."""
     if "boxes" in target:
         width = image.shape[2]
         x1, y1, x2, y2 = target["boxes"].unbind(-1)
@@ -54,10 +54,10 @@ def hflip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def resized_size(width: int, height: int, size: int, max_size: int | None = None) -> tuple[int, int]:
-    """(width, height) with the short side at `size`, or less where the long side would exceed `max_size`.
+    """Return (width, height) with the short side at `size`, or less if the long side would exceed `max_size`.
 
-    Rounds as the published code does: the limited short side to the nearest, the long side down. A strip too thin for
-    that becomes `max_size` long and one pixel wide.
+    Round as the published code does: the limited short side to the nearest integer, the long side down. A strip that is
+    too thin for that becomes `max_size` long and one pixel wide.
     """
     short, long = min(width, height), max(width, height)
     if max_size is not None and long / short * size > max_size:
@@ -70,7 +70,7 @@ def resized_size(width: int, height: int, size: int, max_size: int | None = None
 
 
 def scale_target(target: Target, old: tuple[int, int], new: tuple[int, int]) -> Target:
-    """The target of an image whose (width, height) changes from `old` to `new`."""
+    """Return the target of an image whose (width, height) changes from `old` to `new`."""
     (width, height), (ratio_w, ratio_h) = new, (new[0] / old[0], new[1] / old[1])
     target = target | {"size": torch.tensor([height, width])}
     if "boxes" in target:
@@ -82,16 +82,16 @@ def scale_target(target: Target, old: tuple[int, int], new: tuple[int, int]) -> 
 def resize(
     image: Tensor, target: Target, size: int | tuple[int, int], max_size: int | None = None
 ) -> tuple[Tensor, Target]:
-    """Scales to a short side of `size`, at most `max_size` long, or to `size` = (width, height); antialiased."""
+    """Scale to a short side of `size`, at most `max_size` long, or to `size` = (width, height); antialiased."""
     old_height, old_width = image.shape[1:]
     width, height = size if isinstance(size, list | tuple) else resized_size(old_width, old_height, size, max_size)
     target = scale_target(target, (old_width, old_height), (width, height))
-    image = image[None].contiguous(memory_format=torch.channels_last)[0]  # a crop is not; twice as fast
+    image = image[None].contiguous(memory_format=torch.channels_last)[0]  # crops are not; twice as fast
     return F.resize(image, [height, width]), target
 
 
 def normalize_boxes(target: Target, width: int, height: int) -> Target:
-    """Absolute xyxy boxes to cxcywh relative to the image."""
+    """Convert absolute xyxy boxes to cxcywh relative to the image."""
     if "boxes" not in target:
         return target
     size = torch.tensor([width, height, width, height], dtype=torch.float32)
@@ -99,7 +99,7 @@ def normalize_boxes(target: Target, width: int, height: int) -> Target:
 
 
 class Compose:
-    """One transform after the other."""
+    """Transforms that are applied one after the other."""
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self.transforms = transforms
@@ -111,14 +111,14 @@ class Compose:
 
 
 class RandomHorizontalFlip:
-    """Mirrors every second image."""
+    """Flip of half of the images."""
 
     def __call__(self, image: Tensor, target: Target, rng: random.Random) -> tuple[Tensor, Target]:
         return hflip(image, target) if rng.random() < 0.5 else (image, target)
 
 
 class RandomResize:
-    """Scales the short side to one of `sizes`."""
+    """Resize that scales the short side to one of `sizes`."""
 
     def __init__(self, sizes: Sequence[int], max_size: int | None = None) -> None:
         self.sizes = sizes
@@ -129,7 +129,7 @@ class RandomResize:
 
 
 class RandomSizeCrop:
-    """Cuts out a region whose width and height are drawn apart from `min_size`..`max_size`, at most the side."""
+    """Crop whose width and height are drawn independently from `min_size`..`max_size`, at most the image's side."""
 
     def __init__(self, min_size: int, max_size: int) -> None:
         self.min_size = min_size
@@ -143,7 +143,7 @@ class RandomSizeCrop:
 
 
 class RandomChoice:
-    """One of several transforms, with equal chance."""
+    """Choice of one of several transforms with equal probability."""
 
     def __init__(self, *transforms: Transform) -> None:
         self.transforms = transforms
@@ -153,7 +153,7 @@ class RandomChoice:
 
 
 def make_coco_transforms(image_set: str, min_size: int = 800, max_size: int = 1333) -> Transform:
-    """The published augmentation for "train", the plain resize for anything else.
+    """Return the published augmentation for "train", the plain resize for anything else.
 
     Every size of the recipe is in proportion to `min_size`, rounded, so that at 800 they are the published ones.
     """

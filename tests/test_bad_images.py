@@ -170,13 +170,13 @@ def test_the_fast_decoder_agrees_with_pil(damage, root):
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_annotations_for_the_turned_image(orientation, build):
     dataset = build(encode(noise("RGB", (40, 30)), "JPEG", orientation), (30, 40))
-    with pytest.raises(InputError, match=r"1.jpg \(image id 1\): is 40×30, but .* says 30×40, its size when turned"):
+    with pytest.raises(InputError, match=r"1.jpg \(image id 1\): is 40×30, but .* says 30×40, its size once"):
         dataset[0]
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(None, (30, 40)), (3, (30, 40)), (6, (30, 41))])
 def test_other_sizes_are_not_blamed_on_exif(orientation, size, build):
-    with pytest.raises(InputError, match=r"says 30×4[01]; --on_bad_image skip goes on without such images$"):
+    with pytest.raises(InputError, match=r"says 30×4[01]; pass --on_bad_image skip to continue without such images$"):
         build(encode(noise("RGB", (40, 30)), "JPEG", orientation), size)[0]
 
 
