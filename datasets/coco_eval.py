@@ -64,7 +64,7 @@ class CocoEvaluator:
         """Add {image id: prediction}.
 
         A prediction holds `scores` [N], `labels` [N], `boxes` [N, 4] as xyxy in pixels and, for "segm", `masks`
-        [N, H, W] or [N, 1, H, W], set where they exceed 0.5.
+        [N, H, W] or [N, 1, H, W], set if they exceed 0.5.
         """
         for image_id, prediction in predictions.items():
             check_detections(prediction, f"image id {image_id}")

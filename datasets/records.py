@@ -45,7 +45,7 @@ class Objects(NamedTuple):
         )
 
     def select(self, rows: slice | np.ndarray) -> Objects:
-        """Return the objects of a slice, of indices, or where a mask [N] is True."""
+        """Return the objects of a slice, of indices, or of a mask [N]."""
         return Objects(*(column[rows] for column in self))
 
 
@@ -54,7 +54,7 @@ class Records:
 
     Attributes:
         ids: [M] int64.
-        sizes: [M, 2] int64, width and height as annotated, 0 where they are not.
+        sizes: [M, 2] int64, width and height as annotated, 0 if they are not.
         objects: the objects of all images, image by image.
         image_of_object: [N] int64, the positions of their images.
     """

@@ -1,6 +1,6 @@
-"""Where the queries of a decoder layer look in an image, by what they seek and by where they seek it.
+"""Attention maps of a decoder layer's queries over an image, split into content and spatial attention.
 
-Nothing is computed a second time: the queries and keys are those that the layer's cross-attention is called with.
+Nothing is computed twice: the queries and keys are those that the layer's cross-attention is called with.
 
 Shapes: h heads, Q queries, feature map of H×W cells, S = H·W, e the width of queries and keys, K classes.
 """
@@ -31,9 +31,9 @@ class AttentionMaps(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the model sees in one image.
+    """Attention and predictions of a model on one image.
 
-    maps: of the layer that was asked for, [h, Q, H, W].
+    maps: those of the requested layer, [h, Q, H, W].
     reference: [Q, 2], the (x, y) of each query's reference point.
     logits, boxes: [Q, K] and [Q, 4], the predictions of the last layer. Points and boxes (cxcywh) are relative to the
         image.
@@ -48,9 +48,9 @@ class View(NamedTuple):
 
 
 def attention_maps(query: Tensor, key: Tensor) -> AttentionMaps:
-    """The maps of [h, Q, e] and [h, S, e], of which each head's first half is content, the second is spatial.
+    """Return the maps of [h, Q, e] and [h, S, e]; the first half of each head is content, the second is spatial.
 
-    The logits of both halves are scaled as those of the whole: they add up to the model's.
+    The logits of both halves are scaled like those of the whole, so that they add up to the model's.
     """
     query = query * query.shape[-1] ** -0.5
     content, spatial = (q @ k.mT for q, k in zip(query.chunk(2, -1), key.chunk(2, -1), strict=True))  # [h, Q, S]
@@ -59,7 +59,7 @@ def attention_maps(query: Tensor, key: Tensor) -> AttentionMaps:
 
 @contextlib.contextmanager
 def recorded(*modules: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple[Any, ...], Any]]]:
-    """A dict that receives the inputs and the output of the modules' latest calls."""
+    """Yield a dict that receives the inputs and the output of the modules' latest calls."""
     calls: dict[nn.Module, tuple[tuple[Any, ...], Any]] = {}
 
     def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -75,7 +75,7 @@ def recorded(*modules: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple[Any, .
 
 @torch.inference_mode()
 def view(model: ConditionalDETR, image: Tensor, layer: int = -1) -> View:
-    """Runs a model in evaluation mode on one image [3, h, w], uint8 or normalised, and takes a decoder layer apart."""
+    """Run a model in evaluation mode on one image [3, h, w], uint8 or normalised; return a layer's attention."""
     attention = model.transformer.decoder.layers[layer].cross_attn
     with recorded(model.input_proj, model.transformer, attention) as calls:
         outputs = model([image])

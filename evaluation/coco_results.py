@@ -1,4 +1,4 @@
-"""COCO results: detections as COCO's result files have them."""
+"""COCO results: detections in the format of COCO's result files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def coco_results(
     classes: Classes,
     with_names: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """An image's detections, each (label, score, box as x, y, width, height), with the category ids of the data.
+    """Yield an image's detections, given as (label, score, box as x, y, width, height), with the data's category ids.
 
-    Logits of no class are left out. Boxes and scores are rounded about as finely as float32 is: hundredths of a pixel,
-    as COCO has them, would move AP on small images.
+    Detections of logits without a class are left out. Boxes and scores are rounded to about the precision of float32:
+    hundredths of a pixel, as in COCO's files, would change AP on small images.
     """
     for label, score, box in detections:
         if label in classes.ids:
@@ -34,7 +34,7 @@ def coco_results(
 
 
 def write_coco_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
-    """Writes a JSON list with a line for each detection, without holding all of them in memory."""
+    """Write a JSON list with a line per detection, without holding all of them in memory."""
     with replacing(path) as file:
         file.write(b"[")
         for number, result in enumerate(results):

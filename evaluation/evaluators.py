@@ -1,4 +1,4 @@
-"""What measures a model: each evaluator is told the detections of all images, and then makes numbers of them."""
+"""Evaluators: each receives the detections of all images and computes metrics from them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ COCO_TYPES = ("bbox", "segm")
 
 
 class Evaluator(Protocol):
-    """The steps of every evaluator, in the order in which they are called.
+    """Methods of every evaluator, in the order in which they are called.
 
-    `stats` are its numbers for the log, by name.
+    `stats` are its metrics for the log, by name.
     """
 
     def update(self, predictions: dict[int, dict[str, Any]]) -> None: ...
@@ -31,5 +31,5 @@ class Evaluator(Protocol):
 
 
 def build_evaluators(kinds: Iterable[str], base_ds: COCO, max_detections: int) -> tuple[CocoEvaluator, ...]:
-    """Return the evaluators for what postprocessors of these kinds find, that of boxes first."""
+    """Return the evaluators for the results of these kinds of postprocessors, that of boxes first."""
     return (CocoEvaluator(base_ds, [kind for kind in kinds if kind in COCO_TYPES], max_detections),)

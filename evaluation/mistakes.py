@@ -1,4 +1,4 @@
-"""What a model gets wrong in an image: objects that it missed and detections that are false, and their picture."""
+"""Mistakes of a model in an image: missed objects and false detections, and pictures of them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from evaluation.pictures import annotate, side_by_side
 from util.text import counted
 
 MIN_SCORE = 0.5  # of a detection that counts
-MIN_IOU = 0.5  # of a detection with the object that it is right about
+MIN_IOU = 0.5  # of a correct detection with its object
 EXAMPLES, EXAMPLES_MIN_SCORE = 4, 0.3  # pictures while a model learns, when it is not yet confident
-PANEL = (480, 800)  # pixels: images whose long side is shorter or longer are scaled to these for a picture
+PANEL = (480, 800)  # pixels: the limits of a picture's long side, to which other images are scaled
 
 
 @dataclass
 class Comparison:
-    """An image's N confident detections, the best first, beside its M objects.
+    """An image's N confident detections, the best first, and its M objects.
 
     Attributes:
         found: [N, 6] label, score, x, y, width, height.
@@ -43,13 +43,13 @@ class Comparison:
 
     @property
     def mistakes(self) -> int:
-        """How many objects are missed and detections false."""
+        """Number of missed objects and false detections."""
         return int(self.missed.sum() + self.false.sum())
 
     def draw(self, picture: Picture, classes: Classes, sides: tuple[int, int] = PANEL) -> Image.Image:
-        """The ground truth next to the detections, with names, scores, and which of them are missed or false.
+        """Draw the ground truth next to the detections, with names and scores, and mark what is missed or false.
 
-        `sides` are the least and the largest long side that either is drawn with.
+        `sides` are the smallest and largest long side that both are drawn with.
         """
         scale = np.clip(max(picture.size), *sides) / max(picture.size)
         image = to_pil_image(picture.pixels).resize([max(1, round(side * scale)) for side in picture.size])
@@ -68,14 +68,14 @@ class Comparison:
 
 
 def compare(rows: np.ndarray, objects: Objects, min_score: float = MIN_SCORE) -> Comparison:
-    """Finds out which detections of an image are right, as COCO does at one threshold.
+    """Match the detections of an image with its objects, as COCO does at one threshold.
 
-    In the order of their scores, every detection of at least `min_score` takes the object of its class with which it
-    overlaps most, by an IoU of at least `MIN_IOU`, if no better detection has taken it. One that lies in a crowd region
-    of its class is not false. Objects without area are left out.
+    In the order of their scores, every detection of at least `min_score` is matched with the object of its class with
+    the highest IoU, at least `MIN_IOU`, that no better detection has taken. A detection in a crowd region of its class
+    is not false. Objects without area are left out.
 
     Args:
-        rows: the detections, as `Detections.rows` of the evaluator.
+        rows: the detections, in the format of the evaluator's `Detections.rows`.
         objects: the ground truth.
     """
     found = rows[rows[:, 1] >= min_score, :6]
@@ -97,21 +97,21 @@ def compare(rows: np.ndarray, objects: Objects, min_score: float = MIN_SCORE) ->
 def compare_image(
     evaluator: CocoEvaluator, dataset: CocoDetection, position: int, min_score: float = MIN_SCORE
 ) -> Comparison:
-    """The comparison of an image that was evaluated."""
+    """Return the comparison of an image that was evaluated."""
     rows = evaluator.detections[int(dataset.records.ids[position])].rows
     return compare(rows, dataset.records.objects_of(position), min_score)
 
 
 def evaluated(evaluator: CocoEvaluator, dataset: CocoDetection) -> list[int]:
-    """The positions of the images that were evaluated: not of those that could not be read."""
+    """Return the positions of the evaluated images, without those that could not be read."""
     return [position for position, image_id in enumerate(dataset.ids) if image_id in evaluator.detections]
 
 
 def worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, number: int) -> list[tuple[int, Comparison]]:
-    """The images with the most mistakes, at most `number`, equal ones by id: their positions and comparisons.
+    """Return the positions and comparisons of the images with the most mistakes, at most `number`, ties by id.
 
-    A mistake is an object that is missed, or a detection that is false though its score is at least `MIN_SCORE`; images
-    without any are left out.
+    A mistake is a missed object, or a false detection with a score of at least `MIN_SCORE`; images without any are left
+    out.
     """
     comparisons = [(p, compare_image(evaluator, dataset, p)) for p in evaluated(evaluator, dataset)]
     ranked = sorted(comparisons, key=lambda item: -item[1].mistakes)
@@ -119,14 +119,14 @@ def worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, number: int) 
 
 
 def draw_image(dataset: CocoDetection, classes: Classes, position: int, comparison: Comparison) -> Image.Image:
-    """An image of a data set with its comparison."""
+    """Return the picture of an image of a data set with its comparison."""
     return comparison.draw(dataset.load_image(position), classes)
 
 
 def draw_examples(
     dataset: CocoDetection, classes: Classes, evaluator: CocoEvaluator
 ) -> Iterator[tuple[str, Image.Image]]:
-    """The same few images after every evaluation, those with objects that come first, by file name."""
+    """Draw the first few images with objects, the same ones after every evaluation; yield them by file name."""
     with_objects = (p for p in evaluated(evaluator, dataset) if len(dataset.records.objects_of(p).labels))
     for position in islice(with_objects, EXAMPLES):
         comparison = compare_image(evaluator, dataset, position, EXAMPLES_MIN_SCORE)
@@ -134,5 +134,5 @@ def draw_examples(
 
 
 def _corners(boxes: np.ndarray) -> np.ndarray:
-    """Boxes [N, 4] from (x, y, width, height) to xyxy."""
+    """Convert boxes [N, 4] from (x, y, width, height) to xyxy."""
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)

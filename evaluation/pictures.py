@@ -16,20 +16,20 @@ Colour = tuple[int, int, int]
 Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of the image's area
-MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only where a text would be wider than its image
-CELL, GAP = (400, 300), 8  # pixels: width and height of a picture on a sheet, and what is between two
+MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only if a text would be wider than its image
+CELL, GAP = (400, 300), 8  # pixels: width and height of a picture on a sheet, and the gap between two
 TITLE_SIZE = 16  # pixels, of the letters above a picture
-FIRST_HUE, GOLDEN_RATIO = 0.92, 0.618034  # hues in steps of the golden ratio keep apart
+FIRST_HUE, GOLDEN_RATIO = 0.92, 0.618034  # hues in steps of the golden ratio stay distinct
 
 
 def annotate(
     image: Image.Image, boxes: Sequence[Sequence[float]], labels: Sequence[int], texts: Sequence[str]
 ) -> Image.Image:
-    """A copy of an RGB image with boxes (xyxy in pixels), a colour for each label, and a text at each box.
+    """Return a copy of an RGB image with boxes (xyxy in pixels), a colour per label, and a text at each box.
 
-    Lines and letters grow with the image. The first boxes lie on top of later ones. Boxes that leave the image end at
-    its border; texts lie inside it. No text lies on another one: where boxes crowd, later ones have none. Quick enough
-    for thousands of photos.
+    Lines and letters grow with the image. The first boxes are drawn on top of later ones. Boxes are clipped to the
+    image, and texts lie inside it. Texts do not overlap: in dense groups, later boxes have none. Fast enough for
+    thousands of photos.
     """
     image = image.copy()
     draw = ImageDraw.Draw(image)
@@ -55,11 +55,11 @@ def annotate(
 def place_texts(
     extents: Sequence[tuple[int, int]], boxes: Sequence[Sequence[float]], size: tuple[int, int]
 ) -> list[Region | None]:
-    """Return where in an image of `size` the text of each box goes, None where every place at its box is taken.
+    """Return the region for the text of each box in an image of `size`, None if every place at its box is taken.
 
     Args:
         extents: (width, height) of each text.
-        boxes: xyxy; the first ones choose first.
+        boxes: xyxy, in order of priority.
     """
     places: list[Region | None] = []
     taken = np.zeros((0, 4))
@@ -73,7 +73,7 @@ def place_texts(
 
 
 def side_by_side(panels: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
-    """RGB images of one height in a row, on white, with a title above each."""
+    """Return RGB images of one height in a row on white, with a title above each."""
     fonts = [_font_for(title, TITLE_SIZE, panel.width) for title, panel in zip(titles, panels, strict=True)]
     width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
     top = 2 * TITLE_SIZE
@@ -87,7 +87,7 @@ def side_by_side(panels: Sequence[Image.Image], titles: Sequence[str]) -> Image.
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int, cell: tuple[int, int] = CELL) -> Image.Image:
-    """Pictures side by side, each scaled to fit into a cell, from left to right and top to bottom."""
+    """Return a grid of pictures, each scaled to fit its cell, from left to right and top to bottom."""
     rows = max(math.ceil(len(pictures) / columns), 1)
     sheet = Image.new("RGB", (columns * (cell[0] + GAP) + GAP, rows * (cell[1] + GAP) + GAP), "white")
     for i, picture in enumerate(pictures):
@@ -100,19 +100,19 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, cell: tuple[int
 
 
 def colour_of(label: int) -> Colour:
-    """A class's colour of 8 bits a channel, bright; those of neighbouring labels differ most."""
+    """Return the bright colour of a class, 8 bits per channel; those of neighbouring labels differ most."""
     hue = (FIRST_HUE + label * GOLDEN_RATIO) % 1
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.8, (1.0, 0.85)[label % 2]))
 
 
 def text_colour(background: Colour) -> Colour:
-    """Black or white, whichever is easier to read on a colour."""
+    """Return black or white, whichever is easier to read on a colour."""
     red, green, blue = ((channel / 255) ** 2.2 for channel in background)
     return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else (255, 255, 255)
 
 
 def _places_at(box: Sequence[float], extent: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Return the regions [C, 4] at a box where its text may go, the best first: above its upper left corner."""
+    """Return the possible regions [C, 4] of a box's text, the best one, above its upper left corner, first."""
     (x1, y1, x2, y2), (width, height) = box, extent
     rows = (y1 - height, y1, y2, y2 - height)  # above the box, in it, below it, in it
     columns = (x1, x2 - width, (x1 + x2 - width) / 2, x1 - width, x2)  # at its ends, its middle, and next to it
@@ -122,7 +122,7 @@ def _places_at(box: Sequence[float], extent: tuple[int, int], size: tuple[int, i
 
 
 def _font_for(text: str, size: int, width: int) -> ImageFont.FreeTypeFont:
-    """A font of `size`, or of a smaller one where the text would be wider than `width`."""
+    """Return a font of `size`, or a smaller one if the text would be wider than `width`."""
     length = _font(size).getlength(text) + 2 * _padding(_font(size))
     return _font(max(SMALLEST_TEXT, min(size, int(size * width / length))))
 
@@ -133,5 +133,5 @@ def _padding(font: ImageFont.FreeTypeFont) -> int:
 
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font that comes with matplotlib; what it has no glyphs for, such as Chinese, it shows as empty squares."""
+    """Return the font that comes with matplotlib; characters without a glyph, such as Chinese, become empty squares."""
     return ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

@@ -1,4 +1,4 @@
-"""What `main.py --eval` leaves in its folder: the detections, precision-recall curves, and the worst images."""
+"""Report of `main.py --eval`: the detections, precision-recall curves, and the worst images."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from util.logger import log
 from util.text import counted
 
 WORST = 16  # images
-MOST_BARS = 30  # of classes; of more, the best and worst are shown
-LONGEST_NAME = 24  # characters beside a bar
+MOST_BARS = 30  # one per class; of more classes, the best and worst are shown
+LONGEST_NAME = 24  # characters next to a bar
 TEST_RESULTS = "detections_test-dev2017_conddetr_results.json"  # COCO's detections_[testset]_[alg]_results.json
 
 
 def write_report(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Classes, folder: Path) -> None:
-    """Writes, on the main process only, what an evaluation found.
+    """Write the results of an evaluation, on the main process only.
 
     - `detections.json`: all detections in COCO's result format, and `category_name`;
     - `precision_recall.png`: precision over recall, and AP by class;
-    - `worst/`: the images with the most mistakes (`evaluation.mistakes`), `01_ID.jpg` that with most of all;
+    - `worst/`: the images with the most mistakes (`evaluation.mistakes`), `01_ID.jpg` that with the most of all;
     - `eval.pth`: the evaluator's arrays.
     """
     save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), folder / "eval.pth")
@@ -47,7 +47,7 @@ def write_report(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Clas
 
 
 def write_test_results(evaluator: CocoEvaluator, classes: Classes, folder: Path) -> None:
-    """Writes, on the main process only, the detections of a test set, as COCO's evaluation server takes them."""
+    """Write the detections of a test set as COCO's evaluation server expects them, on the main process only."""
     if not is_main_process():
         return
     write_coco_results(folder / TEST_RESULTS, results_of(evaluator, classes))
@@ -68,7 +68,7 @@ def results_of(
 
 
 def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Classes, folder: Path) -> int:
-    """Draws the worst images in the place of those of an earlier evaluation; returns how many."""
+    """Draw the worst images, which replace those of an earlier evaluation; return their number."""
     for old in folder.glob("[0-9][0-9]_*.jpg"):
         old.unlink()
     worst = worst_images(evaluator, dataset, WORST)
@@ -80,7 +80,7 @@ def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes
 
 
 def precision_recall(evaluator: CocoEvaluator, classes: Classes) -> Figure:
-    """Precision over recall as the mean over classes, and beside it AP by class, the highest first."""
+    """Return a figure of precision over recall, averaged over classes, next to AP per class, the highest first."""
     by_class = {label: ap for label, ap in evaluator.average_precision("bbox").items() if not np.isnan(ap)}
     bars = [(classes.name_of(label), ap) for label, ap in sorted(by_class.items(), key=lambda item: -item[1])]
     half = MOST_BARS // 2
