@@ -20,7 +20,7 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
     """Fill a backbone with torchvision's ImageNet V1 weights ("imagenet", downloaded once) or those of a file.
 
     Raises:
-        InputError: if the download fails or the file does not contain such weights; says what to do instead.
+        InputError: if the download fails or the file does not contain such weights; it says what to do instead.
     """
     if source == "imagenet":
         url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url

@@ -44,20 +44,20 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any]:
     """Return a checkpoint on the CPU, checked against `checkpoints.checkpoint_schema`; `args` is a plain dict.
 
-    If other weights than those under the key model are taken, a line says which.
+    If weights other than those under the key model are taken, a line of the log names them.
 
     Args:
         source: a file, a URL, the name of a hub entry (`PUBLISHED`), a safetensors file, or a folder of Hugging Face
             transformers.
-        training: take the state of the training as well, and raw weights rather than averaged ones.
+        training: also return the state of the training, and prefer raw weights to averaged ones.
 
     Raises:
-        InputError: if it is missing, unreadable, contains more than tensors and plain data, holds no model, or anything
-            in it is not what it should be.
+        InputError: if it is missing, unreadable, contains more than tensors and plain data, holds no model, or if any
+            value is not of the expected kind.
     """
     path = _local_path(PUBLISHED.get(str(source), str(source)))
     if path.is_dir():
-        from checkpoints.huggingface import read_folder  # these import what the hub entries do without
+        from checkpoints.huggingface import read_folder  # these import packages that the hub entries do not need
 
         return check_checkpoint(read_folder(path), source, training)
     if path.suffix == ".safetensors":
@@ -70,14 +70,14 @@ def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any
         contents = load_file(path, source)
     contents, line = with_plain_weights(contents, source, averaged=not training)
     if line:
-        from util.logger import log  # needs packages that the hub entries do without
+        from util.logger import log  # needs packages that the hub entries do not need
 
         log(line)
     return check_checkpoint(contents, source, training)
 
 
 def _known_names(source: str) -> str:
-    """The names of hub entries, for one that is none; "" for what looks like a path."""
+    """Return advice for an unknown name: the names of hub entries; "" for what looks like a path."""
     if len(Path(source).parts) > 1 or Path(source).suffix:
         return ""
     close = difflib.get_close_matches(source, PUBLISHED, n=1)
@@ -87,12 +87,12 @@ def _known_names(source: str) -> str:
 def load_latest_checkpoint(
     output_dir: str | Path, report: Callable[[str], None] = print, training: bool = True
 ) -> tuple[dict[str, Any], Path] | None:
-    """The furthest checkpoint that a run left in its folder, and its path; None where there is none.
+    """Return the latest checkpoint that a run left in its folder, and its path; None if there is none.
 
-    One that cannot be read is named through `report` and passed over.
+    Checkpoints that cannot be read are named through `report` and skipped.
 
     Raises:
-        InputError: where there are some, but none can be read.
+        InputError: if there are checkpoints, but none can be read.
     """
     folder = Path(output_dir)
     numbered = {int(m[1]): p for p in folder.glob("checkpoint*.pth") if (m := re.fullmatch(r"checkpoint(\d+)", p.stem))}
@@ -101,7 +101,7 @@ def load_latest_checkpoint(
         try:
             return load_checkpoint(path, training), path
         except InputError as error:
-            report(f"{error}; looking for one before it")
+            report(f"{error}; trying an earlier one")
             return None
 
     written = [path for name in ("checkpoint", "checkpoint_previous") if (path := folder / f"{name}.pth").exists()]
@@ -111,12 +111,12 @@ def load_latest_checkpoint(
             break
         latest = try_to_load(numbered[epoch]) or latest
     if (written or numbered) and not latest:
-        raise InputError(f"{folder}: none of its checkpoints can be read; move them elsewhere to start anew")
+        raise InputError(f"{folder}: none of its checkpoints can be read; move them elsewhere to start from scratch")
     return latest
 
 
 def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
-    """Return the number of logits of a checkpoint's class head. Raises InputError if it has none."""
+    """Return the number of logits of a checkpoint's class head. Raise InputError if it has none."""
     head = checkpoint["model"].get("class_embed.bias")
     if head is None or head.dim() != 1 or len(head) == 0:
         raise InputError(
@@ -126,7 +126,7 @@ def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
 
 
 def classes_of(checkpoint: dict[str, Any], source: str | Path) -> Classes:
-    """Return the classes that a checkpoint's model tells apart."""
+    """Return the classes that a checkpoint's model distinguishes."""
     return replace(Classes.from_checkpoint(checkpoint, num_classes_of(checkpoint, source)), source=str(source))
 
 
@@ -144,27 +144,27 @@ def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: I
 
 
 def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags that a checkpoint was made with; published ones, which do not say so, have frozen norms."""
+    """Return the flags of a checkpoint's run; published checkpoints, which do not store this one, have frozen norms."""
     return checkpoint["args"] and {"backbone_norm": "frozen"} | checkpoint["args"]
 
 
 def check_stored_flags(args: argparse.Namespace, source: str | Path) -> None:
-    """Raise InputError if flags that come from a checkpoint make no model, or sizes of images that fit no memory."""
+    """Raise InputError if a checkpoint's flags give no valid model, or images that are too large for memory."""
     check_numbers(args, f"{source}: ", (*MODEL_FLAGS, *IMAGE_SIZES))
     check_model(args, f"{source}: ")
 
 
 def check_finite(weights: Mapping[str, Any], source: str | Path) -> None:
-    """Raise InputError if a weight is infinite or NaN, as a diverged training of other code leaves it."""
+    """Raise InputError if a weight is infinite or NaN, as after a diverged training of other code."""
     for key, tensor in weights.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{source}: weights are not finite, the first in {key}; use an earlier checkpoint")
 
 
 def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str | Path) -> None:
-    """Fills a model with a checkpoint's weights; every key has to fit.
+    """Fill a model with a checkpoint's weights; every key must fit.
 
-    Raises InputError with the first of the keys that do not.
+    Raise InputError that names the first key that does not.
     """
     ours, theirs = model.state_dict(), checkpoint["model"]
     wrong = sorted(key for key in ours.keys() | theirs.keys() if not fits(ours.get(key), theirs.get(key)))
@@ -180,7 +180,7 @@ def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str
 
 
 def _flags_that_fit(ours: dict[str, Tensor], theirs: dict[str, Tensor], with_flags: bool) -> str:
-    """Return the end of a line: the flags that weights tell and a model does not have, and where they belong."""
+    """Return the end of a message: flags that differ between weights and model, and where to set them."""
     built = flags_of(ours)
     needed = {flag: value for flag, value in flags_of(theirs).items() if built.get(flag) != value}
     if not needed:
@@ -195,7 +195,7 @@ def _flags_that_fit(ours: dict[str, Tensor], theirs: dict[str, Tensor], with_fla
 
 
 def fits(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    """Return whether a stored weight can be copied into one of a model: of equal shape, and no integers for reals."""
+    """Return whether a stored weight can be copied into one of a model: equal shape, and no integers for floats."""
     return (
         ours is not None
         and theirs is not None
@@ -213,7 +213,7 @@ def shape_text(weight: Tensor | None) -> str:
 
 
 def _local_path(source: str) -> Path:
-    """Where a file is, or where the file of a URL is kept: downloaded once a machine, into torch.hub's folder."""
+    """Return the path of a file, or of a URL's file, which is downloaded once per machine into torch.hub's folder."""
     url = urlsplit(source)
     if "://" not in source:
         return Path(source)

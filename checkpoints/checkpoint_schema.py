@@ -34,12 +34,9 @@ from util.errors import InputError
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-MOST_REPEATED = (
-    4  # times that the weights may be as large as what the file holds: some are stored once for several names
-)
+MOST_REPEATED = 4  # how many times larger than the file the weights may be: some are stored once under several names
 
-# The numbers among the flags that a model, its data, training or a repeated step depends on; `flags.limits` bounds
-# them.
+# Numeric flags on which a model, its data, its training or a replayed step depends; `flags.limits` has their limits.
 NUMBERS = (
     *("lr", "lr_backbone", "batch_size", "weight_decay", "epochs", "lr_drop", "clip_max_norm", "accum_steps", "seed"),
     *("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "dropout", "nheads", "num_queries", "num_classes"),
@@ -62,7 +59,7 @@ CHOICES = {
 
 
 def number_flag(name: str) -> Check:
-    """A flag's number within its limits."""
+    """Return the check of a flag's number against its limits."""
 
     def check(value: Any, place: str) -> float:
         number = real()(value, place)
@@ -81,7 +78,7 @@ KNOWN_FLAGS = {
 
 
 def flags(value: Any, place: str) -> dict[str, Any]:
-    """The flags of a run: those that matter are checked; of others, only simple values are kept."""
+    """Return the flags of a run: those that are used are checked; of others, only simple values are kept."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if not isinstance(value, dict):
@@ -90,7 +87,7 @@ def flags(value: Any, place: str) -> dict[str, Any]:
     for name, flag in value.items():
         if isinstance(flag, torch.device | torch.dtype):
             flag = str(flag)
-        if name in KNOWN_FLAGS and flag is not None:  # one that is None takes its default
+        if name in KNOWN_FLAGS and flag is not None:  # None stands for the default
             checked[name] = KNOWN_FLAGS[name](flag, f"{place}.{name}")
         elif isinstance(name, str) and name.isidentifier() and isinstance(flag, bool | int | float | str):
             checked[name] = flag
@@ -98,7 +95,7 @@ def flags(value: Any, place: str) -> dict[str, Any]:
 
 
 def weights(value: Any, place: str) -> dict[str, Tensor]:
-    """A state dict: tensors of numbers, by name, that are not much larger than the memory that their file fills."""
+    """Return a state dict: tensors of numbers by name, which take not much more memory than their file holds."""
     checked = table_of(text, tensor(*FLOATS, *INTEGERS), most=100_000)(value, place)
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in checked.values()}
     claimed = sum(t.numel() * t.element_size() for t in checked.values())
@@ -108,7 +105,7 @@ def weights(value: Any, place: str) -> dict[str, Tensor]:
 
 
 def scalar_tensor(value: Any, place: str) -> Tensor:
-    """The number of steps that an optimizer took for a weight; early versions of torch store an integer."""
+    """Return an optimizer's number of steps for a weight; early versions of torch store an integer."""
     number = value.item() if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1 else value
     return torch.tensor(float(real(0, 1e12)(number, place)))
 
@@ -127,7 +124,7 @@ BYTES = integers(None, 255)
 RANDOM = record(
     {
         "torch": record({"cpu": BYTES}, {"cuda": BYTES}),
-        # NumPy itself does not check its place among the words, and would read beyond them.
+        # NumPy does not check the position in the state's words, and would read beyond them.
         "numpy": items(one_of("MT19937"), integers(624, 2**32 - 1), integer(0, 624), integer(0, 1), real()),
         "python": items(one_of(3), integers(625, 2**32 - 1), either(one_of(None), real())),
     }
@@ -150,7 +147,7 @@ TRAINING = {
     "processes": list_of(record({"random": RANDOM, "meters": METERS}), 1, 10_000),
     "train_stats": table_of(text, real(), most=10_000),
 }
-# What is of use only together with something else.
+# Keys that are useful only together with others.
 NEEDS = {"train_stats": ("epoch",), "processes": ("epoch", "step", "skipped", "scaler", "optimizer")}
 
 
@@ -160,10 +157,10 @@ def check_checkpoint(contents: Any, source: object, training: bool) -> dict[str,
     Args:
         contents: plain data and tensors of any structure.
         source: the name of the file in messages.
-        training: keep the state of the training, too.
+        training: also keep the state of the training.
 
     Raises:
-        InputError: if something that is read from a checkpoint is missing or not what it should be.
+        InputError: if something that is read from a checkpoint is missing or not of the expected kind.
     """
     structure = record({"model": weights}, MODEL | TRAINING if training else MODEL)
     checkpoint = {"args": {}} | structure(contents, f"{source}:")
@@ -178,14 +175,14 @@ def check_checkpoint(contents: Any, source: object, training: bool) -> dict[str,
 
 
 def _check_sizes(args: dict[str, Any], weights: dict[str, Tensor], source: object) -> None:
-    """Raise InputError if flags and weights contradict each other, before a model of some size is built."""
+    """Raise InputError if flags and weights contradict each other, before a model of any size is built."""
     for flag, size in sizes_of(weights).items():
         if args.get(flag, size) != size:
             raise InputError(f"{source} does not fit the model: its args say --{flag} {args[flag]}, its weights {size}")
 
 
 def _check_classes(checkpoint: dict[str, Any], source: object) -> None:
-    """Raise InputError for classes that the model does not tell apart."""
+    """Raise InputError if class names do not fit the model's logits."""
     names, ids = checkpoint.get("class_names"), checkpoint.get("class_ids")
     if names and ids and names.keys() != ids.keys():
         raise InputError(f"{source}: class_names and class_ids are about different labels")

@@ -1,7 +1,7 @@
 """Models as folders of Hugging Face transformers: `config.json`, `preprocessor_config.json` and `model.safetensors`.
 
-They are plain files, so that transformers itself is not needed. Folders of versions 4 and 5 are read, and those written
-here load in both, but for learned positions, which version 4 keeps under another name.
+They are plain files, so transformers itself is not needed. Folders of versions 4 and 5 can be read, and those written
+here load in both, except for learned positions, which version 4 stores under another name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-# Fields of config.json and the flags that they are.
+# Fields of config.json and the flags that they correspond to.
 SIZES = {
     "d_model": "hidden_dim",
     "encoder_layers": "enc_layers",
@@ -40,7 +40,7 @@ SIZES = {
     "decoder_ffn_dim": "dim_feedforward",
     "num_queries": "num_queries",
 }
-# Fields that have a single value here; with auxiliary_loss, their decoder normalises what flows from layer to layer.
+# Fields with a single supported value; with auxiliary_loss, their decoder normalises the input of every next layer.
 FIXED = {"num_channels": 3, "activation_function": "relu", "auxiliary_loss": False}
 FIXED_RESNET = {
     "embedding_size": 64,
@@ -67,16 +67,16 @@ NO_CLASS = "N/A"  # the name of a label that stands for no class
 
 
 def write_folder(folder: Path, weights: dict[str, Tensor], args: argparse.Namespace, classes: Classes) -> None:
-    """Writes a model as a folder that `from_pretrained` loads.
+    """Write a model as a folder that `from_pretrained` loads.
 
     Args:
         folder: absent or empty.
         weights: the model's, under our names.
         args: the flags of the model, all of them.
-        classes: what its labels stand for.
+        classes: the classes of its labels.
 
     Raises:
-        InputError: for a model that transformers cannot have, or where the folder cannot be written.
+        InputError: if transformers does not support the model, or the folder cannot be written.
     """
     if args.dec_layers < 2:
         raise InputError("a model of one decoder layer has no query_scale, which transformers' models always have")
@@ -84,14 +84,14 @@ def write_folder(folder: Path, weights: dict[str, Tensor], args: argparse.Namesp
     tensors = to_theirs(weights, their_modules(args.enc_layers, args.dec_layers, depths))
     write_tensors(folder / WEIGHTS, tensors, {})
     write_json(folder / PREPROCESSOR, preprocessor_of(args))
-    write_json(folder / CONFIG, config_of(args, classes, len(weights["class_embed.bias"])))  # makes the folder a model
+    write_json(folder / CONFIG, config_of(args, classes, len(weights["class_embed.bias"])))  # last: marks it complete
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """The checkpoint that a folder of transformers amounts to: `model`, `args`, `class_ids`, `class_names`.
+    """Return the contents of a folder of transformers as a checkpoint: `model`, `args`, `class_ids`, `class_names`.
 
     Raises:
-        InputError: where it holds another model, one that is not supported here, or damaged files.
+        InputError: if it holds another model, one that is not supported here, or damaged files.
     """
     if not (folder / CONFIG).exists():
         raise InputError(
@@ -109,14 +109,14 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 
 def _files_to_name(folder: Path) -> str:
-    """What to do about a folder that is given for a file: names the checkpoints in it, the one to resume from first."""
+    """Return advice for a folder that is given instead of a file: its checkpoints, the one to resume from first."""
     files = sorted(folder.glob("*.pth"), key=lambda path: (path.stem != "checkpoint", path.stem != "checkpoint_best"))
     files += [path for path in sorted(folder.glob("*.safetensors")) if path.name != WEIGHTS]
     return f"name a file in it: {', '.join(map(str, files[:2]))}" if files else "name a file"
 
 
 def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> Json:
-    """config.json of a model; DC5 takes timm's ResNet, since that of transformers does not dilate."""
+    """Return the config.json of a model; DC5 uses timm's ResNet, since that of transformers does not dilate."""
     names = {label: classes.names.get(label, NO_CLASS) for label in range(num_classes)}
     config = {
         "architectures": ["ConditionalDetrForObjectDetection"],
@@ -134,17 +134,17 @@ def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> J
         "label2id": {name: label for label, name in names.items()},
     }
     if any(label != class_id for label, class_id in classes.ids.items()):
-        config["category_ids"] = classes.ids  # of this code base; transformers keeps it
+        config["category_ids"] = classes.ids  # a field of this code base, which transformers preserves
     return config
 
 
 def resnet_of(name: str) -> Json:
-    """backbone_config of a ResNet of transformers itself, which hands on its last stage."""
+    """Return the backbone_config of transformers' own ResNet, which outputs its last stage."""
     return {"model_type": "resnet", **RESNETS[name], **FIXED_RESNET, "out_features": ["stage4"], "out_indices": [4]}
 
 
 def preprocessor_of(args: argparse.Namespace) -> Json:
-    """preprocessor_config.json of a model."""
+    """Return the preprocessor_config.json of a model."""
     return {
         "image_processor_type": "ConditionalDetrImageProcessor",
         "format": "coco_detection",
@@ -155,7 +155,7 @@ def preprocessor_of(args: argparse.Namespace) -> Json:
 
 
 def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
-    """The flags of a config.json's model, and the depths of their own ResNet; None for timm's."""
+    """Return the flags of a config.json's model, and the depths of transformers' own ResNet; None for timm's."""
     if config.get("model_type") != "conditional_detr":
         raise InputError(f"{path}: model_type is {config_text(config.get('model_type'))}, not conditional_detr")
     check_fixed(config, FIXED, path)
@@ -165,14 +165,14 @@ def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None
         if type(value) is not int or value < 0:
             raise InputError(f"{path}: {field} is {config_text(value)}, not a number")
         if flags.setdefault(flag, value) != value:
-            raise InputError(f"{path}: {field} is {value} and the encoder's {flags[flag]}; here they are one")
+            raise InputError(f"{path}: {field} is {value} and the encoder's {flags[flag]}; here both must be equal")
     flags["position_embedding"] = config.get("position_embedding_type", "sine")
     backbone, depths = backbone_of(config, path)
     return flags | backbone | {"backbone_norm": "frozen"}, depths
 
 
 def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
-    """The flags of a config.json's backbone, and the depths of their own ResNet; None for timm's."""
+    """Return the flags of a config.json's backbone, and the depths of transformers' own ResNet; None for timm's."""
     backbone = config.get("backbone_config")
     if backbone is None and config.get("use_timm_backbone", True):  # version 4
         stride = 16 if config.get("dilation") else 32
@@ -182,7 +182,7 @@ def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | N
     stages = backbone.get("out_indices")
     last_stage = stages[-1] in (4, -1) if isinstance(stages, list) and stages else stages is None
     if last_stage and backbone.get("model_type") == "timm_backbone":
-        name = str(backbone.get("backbone")).removeprefix("timm/").split(".")[0]  # a suffix tells how it was trained
+        name = str(backbone.get("backbone")).removeprefix("timm/").split(".")[0]  # the suffix names its training
         if name in CHANNELS and (stride := backbone.get("output_stride")) in (None, 16, 32):
             return {"backbone": name, "dilation": stride == 16}, None
     elif last_stage and backbone.get("model_type") == "resnet":
@@ -194,7 +194,7 @@ def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | N
 
 
 def image_sizes_of(preprocessor: Json, path: Path) -> dict[str, int]:
-    """The flags that preprocessor_config.json stands for; without the file, those of COCO's models."""
+    """Return the flags that correspond to preprocessor_config.json; without the file, those of COCO's models."""
     check_fixed(preprocessor, FIXED_PREPROCESSOR, path)
     size = preprocessor.get("size") or 800
     if not isinstance(size, dict):  # the first versions
@@ -211,7 +211,7 @@ def image_sizes_of(preprocessor: Json, path: Path) -> dict[str, int]:
 
 
 def classes_of_config(config: Json, path: Path) -> dict[str, dict]:
-    """`class_ids` and `class_names` of a checkpoint; none where config.json names no classes."""
+    """`class_ids` and `class_names` of a checkpoint; empty if config.json names no classes."""
     place = f"{path}: id2label or category_ids cannot be read: a table"
     names = table_of(label, text)(config.get("id2label") or {}, place)
     names = {label: name for label, name in names.items() if name != NO_CLASS}
@@ -220,19 +220,19 @@ def classes_of_config(config: Json, path: Path) -> dict[str, dict]:
 
 
 def config_text(value: Any) -> str:
-    """Describe a field's value; texts without quotes, as the names that they are."""
+    """Describe a field's value; texts, which are names, without quotes."""
     return shown(value).strip("'")
 
 
 def check_fixed(found: Json, fixed: Json, path: Path) -> None:
-    """Raises InputError for a field with another value than the only one that can be had here."""
+    """Raise InputError for a field with a value other than the only supported one."""
     for field, value in fixed.items():
         if found.get(field) not in (None, value):
             raise InputError(f"{path}: {field} is {config_text(found[field])}, only {value} is supported here")
 
 
 def read_weights(folder: Path) -> Any:
-    """Return what a folder holds as weights, unchecked; they should be tensors under transformers' names."""
+    """Return the weights in a folder, unchecked; they should be tensors under transformers' names."""
     if (folder / WEIGHTS).exists():
         return read_tensors(folder / WEIGHTS)[0]
     if not (folder / OLD_WEIGHTS).exists():
@@ -241,7 +241,7 @@ def read_weights(folder: Path) -> Any:
 
 
 def read_json(path: Path) -> Json:
-    """The object of a JSON file. Raises InputError where it is damaged or holds something else."""
+    """Return the object in a JSON file. Raise InputError if it is damaged or holds something else."""
     check_is_file(path)
     try:
         if path.stat().st_size > MOST_BYTES:

@@ -1,7 +1,7 @@
-"""What Hugging Face transformers calls the weights of this model: one table, read in both directions.
+"""Names of this model's weights in Hugging Face transformers: one table, read in both directions.
 
-It holds the names in files, which all versions read and write. Since version 5 the modules themselves are called
-otherwise; `FROM_MODULES` leads from there to the names in files.
+It holds the names in files, which all versions read and write. Since version 5, the modules themselves have other
+names; `FROM_MODULES` maps these to the names in files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 Weights = dict[str, Tensor]
 
-# Our modules and theirs; where one is inside another, the longer name goes before.
+# Our modules and theirs; if one is inside another, the longer name takes precedence.
 MODULES = {
     "class_embed": "class_labels_classifier",
     "bbox_embed": "bbox_predictor",
@@ -65,7 +65,7 @@ FROM_MODULES = (
 
 
 def their_modules(num_encoder_layers: int, num_decoder_layers: int, depths: list[int] | None) -> dict[str, str]:
-    """Our modules' names and theirs, for a model of so many layers.
+    """Return our modules' names and theirs for a model with these numbers of layers.
 
     Args:
         depths: blocks of each stage of their own ResNet; None for timm's.
@@ -85,9 +85,9 @@ def their_modules(num_encoder_layers: int, num_decoder_layers: int, depths: list
 
 
 def to_theirs(weights: Weights, modules: dict[str, str]) -> Weights:
-    """Our weights under their names in files; `modules` is of `their_modules`.
+    """Return our weights under their names in files; `modules` comes from `their_modules`.
 
-    Trained norms lose their batch counter: theirs are frozen.
+    Trained norms lose their batch counter, since theirs are frozen.
     """
     return {
         renamed(key, modules): tensor
@@ -97,7 +97,7 @@ def to_theirs(weights: Weights, modules: dict[str, str]) -> Weights:
 
 
 def to_ours(weights: Weights, modules: dict[str, str]) -> Weights:
-    """Their weights, of a file or of a model in memory, under our names; those of no module keep theirs."""
+    """Return their weights, from a file or a model in memory, under our names; unknown keys stay as they are."""
     ours = {theirs: name for name, theirs in modules.items()}
     return join_projections(
         {
@@ -109,7 +109,7 @@ def to_ours(weights: Weights, modules: dict[str, str]) -> Weights:
 
 
 def renamed(key: str, modules: dict[str, str]) -> str:
-    """A key with the longest module name that it begins with exchanged."""
+    """Return a key with the longest module name that it begins with replaced."""
     parts = key.split(".")
     for n in range(len(parts), 0, -1):
         if name := modules.get(".".join(parts[:n])):
@@ -124,7 +124,7 @@ def name_in_files(key: str) -> str:
 
 
 def split_projections(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """The encoder's fused projections as three, under `{q,k,v}_proj`."""
+    """Yield weights with the encoder's fused projections split in three, under `{q,k,v}_proj`."""
     for key, tensor in weights.items():
         if fused := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", key):
             for name, part in zip("qkv", tensor.chunk(3), strict=True):
@@ -134,7 +134,7 @@ def split_projections(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 
 def join_projections(weights: Weights) -> Weights:
-    """The inverse of `split_projections`."""
+    """Invert `split_projections`."""
     joined = {}
     for key, tensor in weights.items():
         part = re.fullmatch(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)", key)

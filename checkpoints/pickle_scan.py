@@ -1,7 +1,7 @@
-"""A look through the instructions of a pickle before it is loaded; nothing is built or called.
+"""Scan of the instructions of a pickle before it is loaded; nothing is built or called.
 
 `torch.load(weights_only=True)` runs no code, but builds whatever a file asks for: buffers of any size, tensors larger
-than the file that is to hold them, tuples nested so deep that using them as keys overflows the stack. This look refuses
+than the file that should hold them, tuples nested so deep that using them as keys overflows the stack. The scan refuses
 such a file, and names the type of an object that is not plain data.
 """
 
@@ -16,7 +16,7 @@ from util.errors import InputError
 MOST_INSTRUCTIONS = 10_000_000  # more take over a minute to load; a checkpoint of 100 processes has 1,000,000
 NEWEST_PROTOCOL = 3  # torch.save's own is 2
 MOST_NESTED = 20  # tuples within tuples; Python hashes them without a limit to the depth
-# The bytes of an element; complex and quantised numbers have no place in a model.
+# The bytes of an element; complex and quantised numbers do not occur in models.
 STORAGES = {
     **dict.fromkeys(("torch.DoubleStorage", "torch.LongStorage"), 8),
     **dict.fromkeys(("torch.FloatStorage", "torch.IntStorage"), 4),
@@ -30,22 +30,22 @@ TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE"})
 
 
 class Global(str):
-    """The name of a class or function."""
+    """Name of a class or function."""
 
 
 class Nested(NamedTuple):
-    """A tuple of the pickle: its items, and how many tuples lie within each other."""
+    """A tuple of the pickle: its items, and its depth of nested tuples."""
 
     items: list[Any]
     depth: int
 
 
 def scan_pickle(file: BinaryIO, source: object, allowed: Collection[str], bytes_of: Callable[[Any], int]) -> None:
-    """Look through one pickle, and leave `file` after its end.
+    """Scan one pickle, and leave `file` at its end.
 
     Args:
-        file: where the pickle begins.
-        source: names the file in errors.
+        file: positioned at the start of the pickle.
+        source: the name of the file in errors.
         allowed: the names of classes and functions that may be in it.
         bytes_of: returns the bytes that the file holds for the storage of a key.
 
@@ -89,7 +89,7 @@ def _results(
     allowed: Collection[str],
     bytes_of: Callable[[Any], int],
 ) -> list[Any]:
-    """What an instruction puts on the stack: names, texts, integers and tuples as they are, None for all else."""
+    """Return what an instruction puts on the stack: names, texts, integers and tuples unchanged, None for all else."""
     name = instruction.name
     if name in ("GLOBAL", "STACK_GLOBAL"):
         wanted = argument.replace(" ", ".") if argument else ".".join(map(str, taken))

@@ -1,4 +1,4 @@
-"""Checkpoints as safetensors files: the weights, and beside them flags and classes as JSON in the file's metadata."""
+"""Checkpoints as safetensors files: the weights, and flags and classes as JSON in the file's metadata."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DESCRIPTIONS = ("args", "class_ids", "class_names")  # what a checkpoint for inf
 def read_safetensors(path: Path) -> dict[str, Any]:
     """Return a file's contents as those of a checkpoint, with the flags and classes that `write_safetensors` adds.
 
-    Raises InputError if it is damaged.
+    Raise InputError if it is damaged.
     """
     weights, metadata = read_tensors(path)
     described = {
@@ -31,13 +31,13 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes a checkpoint's weights, flags and classes, atomically; what only training needs stays behind."""
+    """Write a checkpoint's weights, flags and classes atomically, without what only training needs."""
     metadata = {name: json.dumps(checkpoint[name]) for name in DESCRIPTIONS if name in checkpoint}
     write_tensors(path, checkpoint["model"], metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file on the CPU, and its metadata."""
+    """Return the tensors of a safetensors file on the CPU, and its metadata."""
     safetensors = need("safetensors", "safetensors", f"{path}: a safetensors file")
     check_is_file(path)
     try:
@@ -51,7 +51,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, atomically. Raises InputError where it cannot be written."""
+    """Write a safetensors file atomically. Raise InputError if it cannot be written."""
     safetensors = need("safetensors.torch", "safetensors", f"{path}: a safetensors file")
     contents = safetensors.save(
         {key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"} | metadata

@@ -1,8 +1,8 @@
-"""Checks from which the structure of untrusted data is declared, as in `checkpoints.checkpoint_schema`.
+"""Checks that declare the structure of untrusted data, as in `checkpoints.checkpoint_schema`.
 
 A check takes a value and its place, such as "c.pth: args", and returns the value as the program expects it, or raises
-InputError with the place. What no check asks for is dropped, unread. Since checks look only as deep as they are
-declared, neither deep nesting, nor cycles, nor lists that contain each other many times cost time or memory.
+InputError with the place. Data without a check is dropped unread. Since checks look only as deep as they are
+declared, deep nesting, cycles and lists that contain each other many times cost neither time nor memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONGEST_TEXT = 1000  # characters
 
 
 def shown(value: Any) -> str:
-    """Describe any value in a few words, without looking into it."""
+    """Describe any value in a few words, without reading its contents."""
     if isinstance(value, str):
         return repr(value) if len(value) <= 60 else f"{value[:57]!r}.."
     if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print integers of any length
@@ -48,7 +48,7 @@ def wrong(value: Any, place: str, expected: str) -> InputError:
 
 
 def integer(least: int = 0, most: int = 2**63 - 1) -> Check:
-    """An integer from `least` to `most`."""
+    """Return a check for an integer from `least` to `most`."""
 
     def check(value: Any, place: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -59,14 +59,14 @@ def integer(least: int = 0, most: int = 2**63 - 1) -> Check:
 
 
 def label(value: Any, place: str) -> int:
-    """A number from 0; the keys of JSON's objects, which are texts, too."""
+    """Return an integer from 0; texts of digits, as keys of JSON objects are, are converted."""
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10:
         value = int(value)
     return integer(0, 10**9)(value, place)
 
 
 def real(least: float = -math.inf, most: float = math.inf) -> Check:
-    """A number from `least` to `most`; without limits, it may be NaN."""
+    """Return a check for a number from `least` to `most`; without limits, it may be NaN."""
 
     def check(value: Any, place: str) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -81,21 +81,21 @@ def real(least: float = -math.inf, most: float = math.inf) -> Check:
 
 
 def boolean(value: Any, place: str) -> bool:
-    """True or False."""
+    """Return a value that is True or False."""
     if not isinstance(value, bool):
         raise wrong(value, place, "True or False")
     return value
 
 
 def text(value: Any, place: str) -> str:
-    """A text of at most `LONGEST_TEXT` characters."""
+    """Return a text of at most `LONGEST_TEXT` characters."""
     if not isinstance(value, str) or len(value) > LONGEST_TEXT:
         raise wrong(value, place, f"a text of at most {LONGEST_TEXT:,} characters")
     return value
 
 
 def one_of(*choices: Any) -> Check:
-    """One of a few values."""
+    """Return a check for one of a few values."""
 
     def check(value: Any, place: str) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -106,7 +106,7 @@ def one_of(*choices: Any) -> Check:
 
 
 def either(*checks: Check) -> Check:
-    """What one of several checks accepts; the last one names the error."""
+    """Return a check that accepts what any of several checks accepts; the error is that of the last one."""
 
     def check(value: Any, place: str) -> Any:
         for attempt in checks[:-1]:
@@ -120,7 +120,7 @@ def either(*checks: Check) -> Check:
 
 
 def list_of(item: Check, least: int = 0, most: int = 10**6) -> Check:
-    """A list or tuple of `least` to `most` items, as a list."""
+    """Return a check for a list or tuple of `least` to `most` items, as a list."""
 
     def check(value: Any, place: str) -> list[Any]:
         if not isinstance(value, list | tuple) or not least <= len(value) <= most:
@@ -131,20 +131,20 @@ def list_of(item: Check, least: int = 0, most: int = 10**6) -> Check:
 
 
 def integers(length: int | None, most: int) -> Check:
-    """A list or tuple of integers from 0 to `most`, as a list; quick for thousands."""
+    """Return a check for a list or tuple of integers from 0 to `most`, as a list; fast for thousands."""
 
     def check(value: Any, place: str) -> list[int]:
         if not isinstance(value, list | tuple) or len(value) != (len(value) if length is None else length):
             raise wrong(value, place, "a list of integers" if length is None else f"a list of {length} integers")
         if not all(type(entry) is int for entry in value) or (value and not 0 <= min(value) <= max(value) <= most):
-            raise InputError(f"{place} holds something else than integers from 0 to {most}")
+            raise InputError(f"{place} holds something other than integers from 0 to {most}")
         return list(value)
 
     return check
 
 
 def items(*checks: Check) -> Check:
-    """A list or tuple with one item for each check, as a list."""
+    """Return a check for a list or tuple with one item per check, as a list."""
 
     def check(value: Any, place: str) -> list[Any]:
         entries = list_of(lambda entry, _: entry, len(checks), len(checks))(value, place)
@@ -154,7 +154,7 @@ def items(*checks: Check) -> Check:
 
 
 def table_of(key: Check, value: Check, most: int = 10**6) -> Check:
-    """A dict with keys and values of one kind each."""
+    """Return a check for a dict with keys of one kind and values of one kind."""
 
     def check(table: Any, place: str) -> dict[Any, Any]:
         if not isinstance(table, dict) or len(table) > most:
@@ -169,7 +169,7 @@ def table_of(key: Check, value: Check, most: int = 10**6) -> Check:
 
 
 def record(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
-    """A dict with certain keys, each with its own check; other keys are dropped, as are optional ones that are None."""
+    """Return a check for a dict with a check per key; other keys are dropped, as are optional ones that are None."""
 
     def check(value: Any, place: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -187,7 +187,7 @@ def record(required: dict[str, Check], optional: dict[str, Check] | None = None)
 
 
 def tensor(*dtypes: torch.dtype, dims: int | None = None) -> Check:
-    """A tensor of numbers in memory, of one of the types, without gradients; `dims` is its number of dimensions."""
+    """Return a check for a dense CPU tensor of one of the types with `dims` dimensions, which is detached."""
 
     def check(value: Any, place: str) -> Tensor:
         if not isinstance(value, Tensor):
@@ -207,7 +207,7 @@ def tensor(*dtypes: torch.dtype, dims: int | None = None) -> Check:
 
 
 def from_json(contents: str, place: str) -> Any:
-    """The value of a JSON text. Raises InputError if it is damaged, or nested too deep to be read."""
+    """Return the value of a JSON text. Raise InputError if it is damaged, or nested too deep to be read."""
     try:
         return json.loads(contents)
     except (ValueError, RecursionError) as error:

@@ -1,9 +1,9 @@
-"""A model's weights in whatever a training script wraps them in.
+"""State dicts of a model within the dicts that training scripts wrap them in.
 
 A file may hold a state dict itself, or dicts of them: `{"model": ..}`, Lightning's `{"state_dict": ..}`, averaged
 weights next to the raw ones (`{"model_ema": ..}`, `{"ema": {"module": ..}}`). DistributedDataParallel, torch.compile
-and Lightning also prefix the names of the weights. Each state dict that is found goes by its path: the keys that lead
-to it and the prefix, as in `state_dict.model`.
+and Lightning also prefix the names of the weights. Each state dict is named by its path: the keys that lead to it and
+the prefix, as in `state_dict.model`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
         averaged: prefer averaged weights, if there are both; else the raw ones.
 
     Raises:
-        InputError: if there are none; says what is there.
+        InputError: if there are none; it names what is there instead.
     """
     for weights in (contents, contents.get("model")) if isinstance(contents, dict) else ():
         if isinstance(weights, dict) and CLASS_HEAD_OF_HUGGING_FACE in weights:
@@ -43,9 +43,9 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
     found = dict(_state_dicts(contents, (), set()))
     if not found:
         raise InputError(f"{source}: {_description(contents)}")
-    paths = sorted(found, key=lambda path: path != ("model",))  # stable: the first counts, except that ours goes first
+    paths = sorted(found, key=lambda path: path != ("model",))  # stable: the first one is taken, ours before all others
     path = next((path for path in paths if _averages(path) == averaged), paths[0])
-    rest = contents if path and path[0] in contents else {}  # next to the weights themselves are no other data
+    rest = contents if path and path[0] in contents else {}  # there is no other data next to the weights themselves
     if path == ("model",) and len(found) == 1:
         return rest | {"model": found[path]}, ""
     others = [_text(other) for other in found if other != path]
@@ -54,19 +54,19 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
     weights, line = found[path], f"{source}: taking the {kind}weights in {_text(path)}{left}"
     raw = next((other for other in paths if not _averages(other)), path) if _averages(path) else path
     constant = {key: value for key, value in found[raw].items() if key.startswith("backbone.") and key not in weights}
-    if constant:  # averages of parameters alone lack norm statistics; those of trained ones, frozen layers as well
+    if constant:  # averages of parameters lack norm statistics, and those of trained parameters lack frozen layers
         line += f", except for {counted(len(constant), 'tensor')} of the backbone without averages"
     return rest | {"model": weights | constant}, line
 
 
 def _state_dicts(contents: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """The state dicts in a dict, and in those that it wraps, each with its path."""
+    """Yield the state dicts in a dict, and in those that it wraps, each with its path."""
     if not isinstance(contents, dict) or id(contents) in seen or len(path) > MOST_WRAPPED:
         return
     seen.add(id(contents))  # so that dicts that contain each other many times cost nothing
     by_prefix: dict[tuple[str, ...], dict[str, Any]] = {}
     for key, value in contents.items():
-        if isinstance(key, str) and (path or isinstance(value, Tensor)):  # at the top level are other data, too
+        if isinstance(key, str) and (path or isinstance(value, Tensor)):  # the top level holds other data, too
             parts = key.split(".")
             length = next((i for i, part in enumerate(parts) if not _is_wrapper(part)), len(parts))
             name = ".".join(part for part in parts[length:] if part != "_orig_mod")

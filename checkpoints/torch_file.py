@@ -1,4 +1,4 @@
-"""Files of `torch.save` from strangers: tensors and plain data, or one line about what else is in them."""
+"""Untrusted files of `torch.save`: tensors and plain data are loaded, anything else is named in an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from checkpoints.pickle_scan import scan_pickle
 from util.errors import InputError, reason
 from util.files import check_is_file
 
-ZIP = b"PK\x03\x04"  # begins the files of torch 1.6 and later
+ZIP = b"PK\x03\x04"  # the first bytes of files of torch 1.6 and later
 PICKLES_BEFORE_ZIP = 5  # of earlier ones: magic number, version, system, contents, keys of storages
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -29,11 +29,11 @@ FROM_TORCH = {
 
 
 class NotPlain(Exception):
-    """The data of a type that is not loaded; the message names it."""
+    """Error for data of a type that is not loaded; the message names the type."""
 
 
 class NumpyType:
-    """A `numpy.dtype` of a file; the real one would take memory layouts from it."""
+    """Stand-in for a `numpy.dtype` in a file; the real one would accept any memory layout from it."""
 
     def __init__(self, code: str = "", *_: Any) -> None:
         self.name = code
@@ -42,18 +42,18 @@ class NumpyType:
         self.name = state[1].replace("|", "") + self.name
 
     def read(self, contents: bytes) -> np.ndarray:
-        """Return the numbers or texts in some bytes. Raises NotPlain for other types."""
+        """Return the numbers or texts in some bytes. Raise NotPlain for other types."""
         if not re.fullmatch(r"[<>=]?([biuf]\d{1,2}|U\d{1,9})", self.name):
             raise NotPlain(f"NumPy data of type {self.name[:60]}")
         return np.frombuffer(contents, self.name)
 
 
 class NumpyArray(list):
-    """A `numpy.ndarray` of a file, as lists of Python numbers."""
+    """Stand-in for a `numpy.ndarray` in a file, as lists of Python numbers."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, column_first, contents = state
-        if contents:  # without any, a shape could still ask for many empty lists
+        if contents:  # without any bytes, a shape could still ask for many empty lists
             self[:] = dtype.read(contents).reshape(shape, order="F" if column_first else "C").tolist()
 
 
@@ -81,7 +81,7 @@ def plain_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
 
-# What is built for the types that people's checkpoints hold besides those that torch loads by itself.
+# Replacements for types that are common in checkpoints, but that torch does not load by itself.
 STAND_INS: dict[str, Callable[..., Any]] = {
     "argparse.Namespace": argparse.Namespace,
     "collections.defaultdict": plain_dict,
@@ -105,10 +105,10 @@ def load_file(path: Path, source: str | Path) -> Any:
 
     Args:
         path: the file.
-        source: what it is called in errors.
+        source: the name of the file in errors.
 
     Raises:
-        InputError: if it cannot be read, or contains an object of any other type, which is named.
+        InputError: if it cannot be read, or contains an object of any other type, which it names.
     """
     check_is_file(path)
     try:
@@ -129,7 +129,7 @@ def load_file(path: Path, source: str | Path) -> Any:
 
 
 def _scan(path: Path, source: str | Path) -> None:
-    """Look through a file for what it would build; see `scan_pickle`."""
+    """Scan a file for what it would build; see `scan_pickle`."""
     allowed = FROM_TORCH | STAND_INS.keys()
     size = path.stat().st_size
     with path.open("rb") as file:

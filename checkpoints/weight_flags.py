@@ -1,4 +1,4 @@
-"""The flags of a model that its weights tell: sizes, layers, backbone. They do not tell --nheads and --dilation."""
+"""Flags of a model that follow from its weights: sizes, layers, backbone, but not --nheads and --dilation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-# The first dimension of a weight, and the layers of a stack.
+# Flags that are the first dimension of a weight, and those that are the number of layers of a stack.
 SIZES = {
     "hidden_dim": "transformer.decoder.norm.weight",
     "dim_feedforward": "transformer.decoder.layers.0.linear1.weight",
 }
 STACKS = {"enc_layers": "transformer.encoder.layers.", "dec_layers": "transformer.decoder.layers."}
 QUERIES = "query_embed.weight"
-BACKBONES = {  # a block that those below do not have
+BACKBONES = {  # a block that the smaller ones below do not have
     "resnet101": "backbone.0.body.layer3.22.conv3.weight",
     "resnet50": "backbone.0.body.layer3.5.conv3.weight",
     "resnet34": "backbone.0.body.layer3.5.conv1.weight",
@@ -24,7 +24,7 @@ LEARNED_POSITIONS = "backbone.1.row_embed.weight"
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the sizes of the transformer in a state dict; those that it does not tell are left out."""
+    """Return the sizes of the transformer in a state dict; those that do not follow from it are left out."""
     told = {flag: weights[key].shape[0] for flag, key in SIZES.items() if key in weights and weights[key].dim() > 0}
     for flag, prefix in STACKS.items():
         layers = {key.removeprefix(prefix).partition(".")[0] for key in weights if key.startswith(prefix)}
@@ -33,7 +33,7 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def flags_of(weights: Mapping[str, Tensor]) -> dict[str, int | str]:
-    """Return all flags that a state dict tells; a stack without a weight has no layers."""
+    """Return all flags that follow from a state dict; a stack without a weight has no layers."""
     told: dict[str, int | str] = dict.fromkeys(STACKS, 0) | sizes_of(weights)
     if QUERIES in weights and weights[QUERIES].dim() > 0:
         told["num_queries"] = weights[QUERIES].shape[0]

@@ -28,8 +28,8 @@ def annotate(
     """Return a copy of an RGB image with boxes (xyxy in pixels), a colour per label, and a text at each box.
 
     Lines and letters grow with the image. The first boxes are drawn on top of later ones. Boxes are clipped to the
-    image, and texts lie inside it. Texts do not overlap: in dense groups, later boxes have none. Fast enough for
-    thousands of photos.
+    image, and texts lie inside it. Texts do not overlap: in dense groups, later boxes have none. It is fast
+    enough for thousands of photos.
     """
     image = image.copy()
     draw = ImageDraw.Draw(image)

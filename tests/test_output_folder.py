@@ -312,7 +312,7 @@ def test_named_pipes_in_the_place_of_files(shapes, tmp_path, capsys):
         os.mkfifo(tmp_path / name)
     train(shapes, tmp_path, "--epochs", 2, "--resume", "auto")
     printed = capsys.readouterr().out
-    assert f"warning: {tmp_path}/checkpoint.pth: is a named pipe, not a file; looking for one before it" in printed
+    assert f"warning: {tmp_path}/checkpoint.pth: is a named pipe, not a file; trying an earlier one" in printed
     assert f"warning: {tmp_path}/log.txt: is a named pipe, not a file; a new log takes its place" in printed
     assert log_lines(tmp_path)[0] == before[0]
     assert all(path.is_file() or path.is_dir() for path in tmp_path.rglob("*"))
