@@ -4,5 +4,5 @@ import sys
 
 from util.preemption import stop_request
 
-if sys.argv[0] == "-m":  # Python is about to run one, whose imports take seconds; nobody else imports this package so
+if sys.argv[0] == "-m":  # only while `python -m` starts a tool, whose imports take seconds
     stop_request.install(importing=True)

@@ -1,10 +1,10 @@
-"""Measures how fast the models are here, beside what this machine can do and beside Hugging Face `transformers`.
+"""Measure the speed of the models, compared with this machine's limits and with Hugging Face `transformers`.
 
 Usage:
     python -m scripts.benchmark                       # everything, for the R50 model
     python -m scripts.benchmark --variants r50 r50dc5 r101 r101dc5 --parts inference --json speed.json
 
-Competitors take turns, and medians are shown: machines are noisy. Weights are random, images too.
+Competitors take turns, and medians are shown, because machines are noisy. Weights and images are random.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+if not __package__:  # run as a file: Python then looks for modules only in scripts/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.flags import check_early, parse_flags
@@ -43,7 +43,7 @@ PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by --
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     flags = parse_flags("benchmark", argv)
     check_device(flags.device)
     device = torch.device(flags.device)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe_machine(device: torch.device, precisions: list[str]) -> dict[str, Any]:
-    """What the numbers depend on, and the measured rates of large matrix products."""
+    """Return what the numbers depend on, and the measured rates of large matrix products."""
     names = [line for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
     cpu = names[0].split(":")[1].strip() if names else platform.processor()
     size = 8192 if device.type == "cuda" else 2048
@@ -86,14 +86,14 @@ def read_lines(path: str) -> list[str]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows as Markdown; columns without a value are left out."""
+    """Print rows as a Markdown table, without columns that have no values."""
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if any(row.get(name) for row in rows)]
     cells = [names, ["---"] * len(names), *([str(row.get(name, "")) for name in names] for row in rows)]
     print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells), flush=True)
 
 
 def count_gflop(variant: str, size: tuple[int, int], device: torch.device) -> float:
-    """Multiply-adds of an image × 2 / 10⁹, counted as a model computes to learn: with operators that are known."""
+    """Return the multiply-adds per image × 2 / 10⁹, counted in training mode, whose operators all have a known cost."""
     model, _ = build(variant, device)
     model.train().requires_grad_(True)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -106,7 +106,7 @@ def peak(run: Callable[[], Any], device: torch.device) -> float | None:
 
 
 def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Latency of one image by precision, in turns with `transformers`."""
+    """Measure the latency of one image by precision, in turns with `transformers`."""
     device = torch.device(flags.device)
     models = {"": build(variant, device, "--no_aux_loss")[0].eval()}
     gflop = count_gflop(variant, flags.size, device)
@@ -118,7 +118,7 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
     runs = {(amp, kind): inference(model, image, amp) for amp in flags.amp for kind, model in models.items()}
     if "none" in flags.amp:
         runs["none", ", attention weights in full"] = sdpa_kernel(SDPBackend.MATH)(runs["none", ""])
-    if "bf16" in flags.amp:  # weights that no forward pass has to convert
+    if "bf16" in flags.amp:  # weights that the forward passes do not have to convert
         converted = build(variant, device, "--no_aux_loss")[0].eval().bfloat16()
         runs["bf16", ", weights in bfloat16"] = inference(converted, image, "none")
     with peer_runs(variant, inference_of_peer, flags) as peers:
@@ -139,7 +139,7 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
 
 
 def measure_training(variant: str, flags: argparse.Namespace, _machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """A training step by batch size and precision, in turns with `transformers`, and where its time goes."""
+    """Measure training steps by batch size and precision, in turns with `transformers`, and the time of their parts."""
     device = torch.device(flags.device)
     rows = []
     for batch_size in flags.batch_sizes:
@@ -157,7 +157,7 @@ def measure_step(
     peer: PeerRun | None,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """The same for one batch size and precision."""
+    """Measure training steps of one batch size and precision."""
     steps = {"": TrainingStep(*build(variant, device), batch_size, amp, flags)}
     if flags.compile:
         steps[" compiled"] = TrainingStep(*build(variant, device), batch_size, amp, flags)

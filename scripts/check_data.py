@@ -1,9 +1,9 @@
-"""Looks through a data set before a training: what it holds, what will be left out, what is suspicious, how it looks.
+"""Check a data set before a training: what it holds, what will be left out, what is suspicious, how it looks.
 
     python -m scripts.check_data --coco_path /path/to/coco --output_dir output/check_data
 
-Takes main.py's flags; those of data, batches and model sizes count. Prints a report, and writes a page of pictures with
-boxes for each split. Every image is read. The exit code is 1 where some cannot be.
+It takes main.py's flags; those of data, batches and model sizes count. It prints a report, and writes a page of
+pictures with boxes for each split. Every image is read. The exit code is 1 if some cannot be.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+if not __package__:  # run as a file: Python then looks for modules only in scripts/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.flags import check_early, parse_flags
@@ -46,22 +46,22 @@ from util.files import replacing
 from util.logger import log, warn
 from util.text import counted
 
-PICTURES, COLUMNS = 12, 4  # of the page
-FEW_BOXES = 10  # of a class, which are hardly enough to learn it
-BATCHES = 2_000  # that are drawn to see how much is padded
-MOST_LINES = 10  # of a list
+PICTURES, COLUMNS = 12, 4  # per page
+FEW_BOXES = 10  # per class: fewer are hardly enough to learn it
+BATCHES = 2_000  # that are drawn to estimate the padding
+MOST_LINES = 10  # per list
 AREAS = (32**2, 96**2)  # COCO's bounds between small, medium and large
 
 
 @dataclass
 class Split:
-    """What was found in one split.
+    """Findings in one split.
 
     Attributes:
-        sizes: [M, 2] width and height of the images, 0 of those that cannot be read.
-        digests: of the image files, by their position; None where there is none.
-        unreadable: what is wrong with each image that cannot be used.
-        notes: name and notes of each image that can.
+        sizes: [M, 2] width and height of the images, 0 if they cannot be read.
+        digests: hashes of the image files, by position; None if there is no file.
+        unreadable: the problem of each image that cannot be used.
+        notes: name and notes of each image that can be used.
     """
 
     name: str
@@ -73,18 +73,18 @@ class Split:
 
     @cached_property
     def targets(self) -> np.ndarray:
-        """Which of all objects become targets: [N]."""
+        """Mask [N] of the objects that become targets."""
         return self.dataset.visible_objects()[1]
 
     def boxes_of(self, label: int) -> tuple[int, int]:
-        """How many targets a class has, and in how many images."""
+        """Return the number of targets of a class, and the number of images that have one."""
         of_class = self.targets & (self.dataset.records.objects.labels == label)
         return int(of_class.sum()), len(np.unique(self.dataset.records.image_of_object[of_class]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    args = resolve(parse_flags("check_data", argv), on_bad_image="skip")  # all of them are to be named
+    """Run the command line."""
+    args = resolve(parse_flags("check_data", argv), on_bad_image="skip")  # so that all bad images are named
     train = look_through("train", build_dataset("train", args))
     val = look_through("val", build_dataset("val", args, train.dataset.classes))
     for split in (train, val):
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def look_through(name: str, dataset: CocoDetection) -> Split:
-    """Reads all images of a data set."""
+    """Read all images of a data set."""
 
     def read(index: int) -> tuple[tuple[int, int], bytes | None, str, tuple[str, list[str]]]:
         name = dataset.records.file_name(index)
@@ -121,13 +121,13 @@ def look_through(name: str, dataset: CocoDetection) -> Split:
 
 
 def describe(split: Split, args: Flags) -> Iterator[str]:
-    """The lines on one split: images, boxes, what is left out, sizes, padding."""
+    """Yield the report's lines on one split: images, boxes, what is left out, sizes, padding."""
     dataset, records = split.dataset, split.dataset.records
     visible, targets = dataset.visible_objects()
     counts = np.bincount(records.image_of_object[targets], minlength=len(dataset))
     yield f"  images    {len(dataset):,}, {describe_sizes(split.sizes[split.sizes[:, 0] > 0])}"
     yield (
-        f"  targets   {targets.sum():,}: {counts.min()} to {counts.max()} an image, median {np.median(counts):g}; "
+        f"  targets   {targets.sum():,}: {counts.min()} to {counts.max()} per image, median {np.median(counts):g}; "
         f"{counted((counts == 0).sum(), 'image')} without any"
     )
     _, _, width, height = records.objects.boxes.T
@@ -151,7 +151,7 @@ def describe(split: Split, args: Flags) -> Iterator[str]:
 
 
 def describe_sizes(sizes: np.ndarray) -> str:
-    """The sizes of images, [M, 2], in a few words."""
+    """Describe the sizes of images, [M, 2], in a few words."""
     if len(sizes) == 0:
         return "none of which can be read"
     by_area = sorted({tuple(size) for size in sizes.tolist()}, key=lambda size: size[0] * size[1])
@@ -162,9 +162,9 @@ def describe_sizes(sizes: np.ndarray) -> str:
 
 
 def padding(split: Split, args: Flags) -> tuple[float, float]:
-    """The shares of images that get padding, and of pixels that are, in batches drawn at random.
+    """Return the shares of images with padding, and of pixels that are padding, in random batches.
 
-    Images are at the evaluation's size, without augmentation.
+    Images have the evaluation's size, without augmentation.
     """
     readable = split.sizes[split.sizes[:, 0] > 0].tolist()
     if not readable:
@@ -179,7 +179,7 @@ def padding(split: Split, args: Flags) -> tuple[float, float]:
 
 
 def class_table(train: Split, val: Split) -> Iterator[str]:
-    """A line for each class with its targets and images in both splits."""
+    """Yield a line per class with its targets and images in both splits."""
     classes = train.dataset.classes.names | val.dataset.classes.names
     ids = train.dataset.classes.ids | val.dataset.classes.ids
     width = max(map(len, ["name", *classes.values()]))
@@ -194,7 +194,7 @@ def class_table(train: Split, val: Split) -> Iterator[str]:
 
 
 def suspect(train: Split, val: Split, args: Flags) -> Iterator[str]:
-    """What is wrong, or may be."""
+    """Yield a line for everything that is wrong, or may be."""
     for split in (train, val):
         if bad := split.unreadable:
             yield f"{counted(len(bad), f'{split.name} image')} cannot be used: {listed(bad)}"
@@ -209,7 +209,7 @@ def suspect(train: Split, val: Split, args: Flags) -> Iterator[str]:
         yield f"{counted(len(never), 'class has', 'classes have')} no box to learn from: {listed(never)}"
     if few := [f"{named(label)} ({n})" for label, (n, _) in counts.items() if 0 < n < FEW_BOXES]:
         classes = counted(len(few), "class has", "classes have")
-        yield f"{classes} less than {FEW_BOXES} boxes to learn from: {listed(few)}"
+        yield f"{classes} fewer than {FEW_BOXES} boxes to learn from: {listed(few)}"
     if unscored := [named(label) for label, (n, m) in counts.items() if n and not m]:
         yield f"AP says nothing of {counted(len(unscored), 'class')} without a box in the val split: {listed(unscored)}"
     unknown = val.dataset.classes.names.keys() - train.dataset.classes.names.keys()
@@ -230,7 +230,7 @@ def listed(texts: Sequence[str]) -> str:
 
 
 def write_page(split: Split, folder: Path) -> Path:
-    """A page of images with boxes, drawn at random from those that have some, as `folder`/{split}.jpg."""
+    """Write a page of random images that have boxes, with these, as `folder`/{split}.jpg."""
     dataset = split.dataset
     readable = np.flatnonzero(split.sizes[:, 0])
     shown = np.intersect1d(np.unique(dataset.records.image_of_object[split.targets]), readable).tolist()
@@ -242,7 +242,7 @@ def write_page(split: Split, folder: Path) -> Path:
 
 
 def picture(dataset: CocoDetection, index: int) -> Image.Image:
-    """An image with its targets, at the size of a cell of the page."""
+    """Return an image with its targets, at the size of a cell of the page."""
     stored = dataset.load_image(index)
     image = ImageOps.contain(to_pil_image(stored.pixels), CELL)
     objects = dataset.records.objects_of(index)

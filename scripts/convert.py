@@ -1,4 +1,4 @@
-"""Carries a model to another format.
+"""Convert a model to another format.
 
 Usage: python -m scripts.convert conditional_detr_resnet50 output/hf_r50 --to transformers
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+if not __package__:  # run as a file: Python then looks for modules only in scripts/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.flags import check_early, parse_flags
@@ -33,7 +33,7 @@ FOR_INFERENCE = ("model", "args", "class_ids", "class_names")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     flags = parse_flags("convert", argv)
     convert(flags.source, flags.target, flags.to)
 
@@ -42,12 +42,12 @@ def convert(source: str, target: Path, to: str) -> None:
     """Write the model of `source`, as `load_checkpoint` reads it, to `target`, in a format of `SUFFIXES`.
 
     Raises:
-        InputError: where the target is taken or of the wrong suffix, the source not usable, or its model has no place
-            in the format.
+        InputError: if the target exists or has the wrong suffix, the source is not usable, or the format cannot hold
+            its model.
     """
     check_target(target, to)
     checkpoint = load_checkpoint(source)
-    detector = build_detector(checkpoint, source)  # which proves that flags and weights belong together
+    detector = build_detector(checkpoint, source)  # checks that flags and weights belong together
     checkpoint = {key: checkpoint[key] for key in FOR_INFERENCE if key in checkpoint}
     if to == "transformers":
         write_folder(target, checkpoint["model"], detector.args, detector.classes)
@@ -60,7 +60,7 @@ def convert(source: str, target: Path, to: str) -> None:
 
 
 def check_target(target: Path, to: str) -> None:
-    """Raises InputError for a target that exists, but for an empty folder to fill, or of another format's suffix."""
+    """Raise InputError for a target that exists, except for an empty folder to fill, or has another format's suffix."""
     if SUFFIXES[to] and target.suffix != SUFFIXES[to]:
         raise InputError(f"{target}: --to {to} writes a file, name it *{SUFFIXES[to]}")
     if target.exists() and (SUFFIXES[to] or not target.is_dir() or any(target.iterdir())):

@@ -1,8 +1,8 @@
-"""Shows what a trained model sees: predictions beside ground truth, and the curves of the run.
+"""Show the results of a trained model: predictions next to ground truth, and the curves of the run.
 
     python -m scripts.demo_pictures --output_dir output/demo
 
-Reads checkpoint.pth and log.txt of the run's folder; writes predictions.png, curves.png and curves.svg there.
+It reads checkpoint.pth and log.txt in the run's folder, and writes predictions.png, curves.png and curves.svg there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+if not __package__:  # run as a file: Python then looks for modules only in scripts/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.flags import check_early, parse_flags
@@ -33,13 +33,13 @@ from util.command import run_command
 from util.files import replacing
 
 PICTURES, COLUMNS = 6, 2  # of the page, each the ground truth and the detections of an image
-SIDE = 320  # pixels, the long side of either
+SIDE = 320  # pixels, the long side of both
 
 
 def draw_predictions(run: Path, threshold: float) -> Path:
-    """Draws the first val images that have boxes with their ground truth, beside it the detections above a score.
+    """Draw the first val images that have boxes: their ground truth, next to it the detections above a score.
 
-    After a few minutes of training the model still finds many an object twice: of detections that overlap by half, only
+    After a few minutes of training, the model still finds many objects twice: of detections that overlap by half, only
     the best is drawn.
     """
     detector = load_detector(str(run / "checkpoint.pth"))
@@ -62,7 +62,7 @@ def draw_predictions(run: Path, threshold: float) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     args = parse_flags("demo_pictures", argv)
     print(f"wrote {draw_predictions(args.output_dir, args.threshold)}")
     for path in plot_logs([args.output_dir], args.output_dir / "curves"):

@@ -1,4 +1,4 @@
-"""A trained model with all it takes to find objects in images: what the tools in this folder start from."""
+"""Detector: a trained model with everything needed to find objects in images, the basis of the tools in this folder."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Detector:
     """A model in evaluation mode, without auxiliary outputs.
 
     Attributes:
-        classes: what its labels stand for.
-        args: the flags of its training, completed by today's defaults.
+        classes: the classes of its labels.
+        args: the flags of its training, completed by the current defaults.
     """
 
     model: detector.Detector
@@ -47,17 +47,17 @@ class Detector:
         return self.model.query_embed.weight.device
 
     def resize(self, image: Tensor) -> Tensor:
-        """An image [3, h, w] at the size that the model is evaluated at (`args.min_size`, `args.max_size`)."""
+        """Resize an image [3, h, w] to the model's evaluation size (`args.min_size`, `args.max_size`)."""
         width, height = resized_size(image.shape[2], image.shape[1], self.args.min_size, self.args.max_size)
         return F.resize(image, [height, width])
 
     def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """What is found in uint8 images [3, h, w] of any sizes: as `PostProcess`, in their pixels, on the CPU."""
+        """Return the detections in uint8 images [3, h, w] of any sizes: like `PostProcess`, in pixels, on the CPU."""
         return self.detect([self.resize(image) for image in images], [image.shape[1:] for image in images])
 
     @torch.inference_mode()
     def detect(self, resized: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """The same for images that `resize` has prepared; `sizes` are (height, width) before it."""
+        """Return the same for images that `resize` has prepared; `sizes` are their (height, width) before it."""
         outputs = self.model([image.to(self.device) for image in resized])
         of_images = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
         of_images = [{name: value.cpu() for name, value in image.items()} for image in of_images]
@@ -67,14 +67,13 @@ class Detector:
 
 
 def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
-    """The detector of a checkpoint.
+    """Return the detector of a checkpoint.
 
     Args:
         source: as for `checkpoints.checkpoint.load_checkpoint`: a file, a folder, a URL or a hub entry's name.
 
     Raises:
-        InputError: where there is none, its weights do not fit the flags that it was trained with, or there is no such
-            device.
+        InputError: if there is no checkpoint, its weights do not fit its flags, or there is no such device.
     """
     check_device(str(device))
     try:
@@ -85,7 +84,7 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
 
 
 def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.device = "cpu") -> Detector:
-    """As `load_detector`, of a checkpoint that is loaded; `source` names it in errors."""
+    """Return the detector of a checkpoint that is already loaded; `source` names it in errors."""
     check_finite(checkpoint["model"], source)
     args = resolve(argparse.Namespace(**checkpoint["args"]), aux_loss=False)
     check_stored_flags(args, source)

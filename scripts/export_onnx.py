@@ -1,4 +1,4 @@
-"""Writes a model as ONNX, for ONNX Runtime and whatever else reads that format, once both compute the same.
+"""Write a model as ONNX, if ONNX Runtime computes the same outputs from it as PyTorch.
 
     python -m scripts.export_onnx --checkpoint CKPT|conditional_detr_resnet50 --output model.onnx [--postprocess]
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+if not __package__:  # run as a file: Python then looks for modules only in scripts/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.flags import check_early, parse_flags
@@ -40,27 +40,27 @@ from util.files import replacing
 from util.nested_tensor import NestedTensor
 
 OPSET = 17  # the first with LayerNormalization
-FOLDED = "folded_weight", "folded_bias"  # as initializers are named, where quantizers look for weights
-# What the same sums in another order may change, in logits, scores, and boxes as a part of the image. The norms amplify
-# rounding: PyTorch's own logits are up to 6e-5 from those in 64 bits.
+FOLDED = "folded_weight", "folded_bias"  # names of initializers, by which quantizers find weights
+# Tolerance for sums in another order, in logits, scores, and boxes relative to the image. The norms amplify rounding:
+# PyTorch's own logits differ from those in 64 bits by up to 6e-5.
 TOLERANCE = 1e-3
 BATCH_SIZES = (1, 2)
 SIZES = ((96, 128), (104, 112), (165, 131))  # height and width
 
 DOCUMENTATION = {
-    "images": "uint8 RGB [B, 3, H, W], resized as min_size and max_size of the metadata say; normalised inside",
+    "images": "uint8 RGB [B, 3, H, W], resized to the metadata's min_size and max_size; normalised inside",
     "padding_mask": "[B, H, W], True where an image is padded, at its right and bottom, to the batch's size",
     "target_sizes": "[B, 2], the (height, width) that the boxes refer to: that of the original images",
     "pred_logits": "[B, Q, K]; their sigmoids are the scores of the K labels, independent of each other",
     "pred_boxes": "[B, Q, 4], (centre x, centre y, width, height) relative to the image without padding",
     "scores": "[B, N], the highest of all queries and labels, in descending order",
-    "labels": "[B, N]; class_names and class_ids of the metadata say what they stand for",
+    "labels": "[B, N]; the metadata's class_names and class_ids describe them",
     "boxes": "[B, N, 4], (x1, y1, x2, y2) in pixels of target_sizes, not clipped",
 }
 
 
 class ExportedModel(nn.Module):
-    """A model as the file computes it: tensors in, tensors out, and the mask always looked at."""
+    """A model as the file computes it: tensors in, tensors out, and the mask is always used."""
 
     def __init__(self, model: detector.Detector, postprocess: PostProcess | None) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ExportedModel(nn.Module):
             self.outputs += ["scores", "labels", "boxes"]
 
     def forward(self, images: Tensor, padding_mask: Tensor, *target_sizes: Tensor) -> tuple[Tensor, ...]:
-        """Uint8 [B, 3, H, W], bool [B, H, W] and, with postprocessing, int64 [B, 2] to what `DOCUMENTATION` says."""
+        """Map uint8 [B, 3, H, W], bool [B, H, W] and, with postprocessing, int64 [B, 2] as `DOCUMENTATION` says."""
         predicted = self.model(NestedTensor(images, padding_mask))
         outputs = predicted["pred_logits"], predicted["pred_boxes"]
         return (*outputs, *self.postprocess.batched(predicted, *target_sizes)) if self.postprocess else outputs
@@ -82,7 +82,7 @@ class ExportedModel(nn.Module):
 
 @torch.no_grad()
 def fix_folded_weights(model: nn.Module) -> None:
-    """Keep what norms and convolutions fold to, so that the file holds the result and not the way to it."""
+    """Keep the weights that norms and convolutions fold to, so that the file holds the result, not its computation."""
     for body in model.modules():
         if not isinstance(body, FoldedBody):
             continue
@@ -99,7 +99,7 @@ def _kept(conv: FoldedConv2d, *_terms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def example_inputs(batch_size: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random images, masks that leave less of every further image, and sizes."""
+    """Return random images, masks that leave less of each further image, and sizes."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (batch_size, 3, height, width), dtype=torch.uint8, generator=generator)
     padding = torch.zeros(batch_size, height, width, dtype=torch.bool)
@@ -110,9 +110,9 @@ def example_inputs(batch_size: int, height: int, width: int, seed: int = 0) -> t
 
 
 def nearest_neighbours(graph: Any, x: Any, size: Any, *_scales: Any) -> Any:
-    """`interpolate(mode="nearest")` by the indices that PyTorch takes.
+    """Compute `interpolate(mode="nearest")` with the same indices as PyTorch.
 
-    ONNX's Resize divides by the inverse of the ratio, which for some sizes is rounded to the neighbouring pixel.
+    ONNX's Resize divides by the inverse of the ratio, whose rounding leads to the neighbouring pixel for some sizes.
     """
 
     def constant(value: float, dtype: torch.dtype) -> Any:
@@ -129,15 +129,16 @@ def nearest_neighbours(graph: Any, x: Any, size: Any, *_scales: Any) -> Any:
 
 
 def export(exported: ExportedModel) -> bytes:
-    """The contents of the file, without documentation.
+    """Return the contents of the file, without documentation.
 
-    By the exporter that traces, which all versions of PyTorch since 2.6 have; the newer one fails on older versions.
+    They come from the tracing exporter, which all versions of PyTorch since 2.6 have; the newer one fails on older
+    versions.
     """
     free = {"images": {0: "batch", 2: "height", 3: "width"}, "padding_mask": {0: "batch", 1: "height", 2: "width"}}
     names = [*exported.inputs, *exported.outputs]
     torch.onnx.register_custom_op_symbolic("aten::upsample_nearest2d", nearest_neighbours, OPSET)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of branches that depend on shapes, all of which `check` goes through
+        warnings.simplefilter("ignore")  # of branches that depend on shapes, all of which `check` covers
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             exported,
@@ -154,7 +155,7 @@ def export(exported: ExportedModel) -> bytes:
 
 @torch.no_grad()
 def describe(model: Any, exported: ExportedModel, detector: Detector) -> None:
-    """Adds to an `onnx.ModelProto` what its users need to know."""
+    """Add documentation for its users to an `onnx.ModelProto`."""
     outputs = exported(*example_inputs(1, 64, 96)[: len(exported.inputs)])
     for value, tensor in zip(model.graph.output, outputs, strict=True):
         for dim, size in zip(value.type.tensor_type.shape.dim[1:], tensor.shape[1:], strict=True):
@@ -174,11 +175,11 @@ def describe(model: Any, exported: ExportedModel, detector: Detector) -> None:
 
 
 def check(session: Any, exported: ExportedModel) -> None:
-    """Compares an `InferenceSession`'s outputs with PyTorch's; prints a line for each batch size and image size.
+    """Compare an `InferenceSession`'s outputs with PyTorch's; print a line for each batch size and image size.
 
-    Raises InputError for a difference beyond `TOLERANCE`.
+    Raise InputError for a difference beyond `TOLERANCE`.
     """
-    print(f"largest differences between ONNX Runtime and PyTorch (tolerated: {TOLERANCE:g})")
+    print(f"largest differences between ONNX Runtime and PyTorch (tolerance: {TOLERANCE:g})")
     for batch_size in BATCH_SIZES:
         for height, width in SIZES:
             inputs = example_inputs(batch_size, height, width, seed=height)[: len(exported.inputs)]
@@ -188,14 +189,14 @@ def check(session: Any, exported: ExportedModel) -> None:
             texts = [f"{name} {difference:.1e}" for name, difference in differences.items()]
             print(f"  {batch_size} × {height}×{width}: {', '.join(texts)}")
             if not all(difference <= TOLERANCE for difference in differences.values()):
-                raise InputError("ONNX Runtime and PyTorch compute too different outputs; no file was written")
+                raise InputError("the outputs of ONNX Runtime and PyTorch differ too much; no file was written")
 
 
 @torch.no_grad()
 def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[Tensor]) -> Iterator[tuple[str, float]]:
-    """The largest differences between the file's outputs and the model's, by output.
+    """Yield the largest difference between the file's and the model's values of each output.
 
-    Detections of nearly equal scores may change places: each is compared with the nearest one of its label.
+    Detections with nearly equal scores may swap places: each is compared with the nearest one of its label.
     """
     expected = exported.model(NestedTensor(*inputs[:2]))
     for name in ("pred_logits", "pred_boxes"):
@@ -204,7 +205,7 @@ def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[
         return
     scores, _, _ = exported.postprocess.batched(expected, inputs[2])
     yield "scores", (found["scores"] - scores).abs().max().item()
-    # All detections, and not just the highest: the last ones may be others.
+    # All detections, not only the highest: the last ones that are kept may differ.
     scores, labels, boxes = PostProcess(expected["pred_logits"][0].numel()).batched(expected, inputs[2])
     distance = (found["boxes"][:, :, None] - boxes[:, None]).abs().amax(-1) / inputs[2].max()  # [B, N, Q·K]
     distance = distance.maximum((found["scores"][:, :, None] - scores[:, None]).abs())
@@ -213,7 +214,7 @@ def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     flags = parse_flags("export_onnx", argv)
     onnx, onnxruntime = (need(name, "onnx onnxruntime", "export to ONNX") for name in ("onnx", "onnxruntime"))
     detector = load_detector(flags.checkpoint)

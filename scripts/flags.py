@@ -1,6 +1,6 @@
 """The flags of the tools in this folder.
 
-They are apart from the tools, and import nothing that takes long, so that --help and mistakes are answered at once.
+They are separate from the tools and import nothing slow, so that --help and wrong flags are answered at once.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ VARIANTS = ("r50", "r50dc5", "r101", "r101dc5")
 PARTS = ("inference", "training", "data", "evaluator")  # of the benchmark
 FORMATS = ("transformers", "safetensors", "checkpoint")
 CHECKPOINT = "a checkpoint, a URL or a hub entry's name"
-MAX_DETECTIONS = "most detections per image; unset: that of its training"
+MAX_DETECTIONS = "maximum number of detections per image; unset: that of its training"
 
 
 def parse_flags(
     tool: str, argv: Sequence[str] | None = None, flags: argparse.Namespace | None = None
 ) -> argparse.Namespace:
-    """Return the flags of a tool; those that `flags` holds already are not set to their defaults.
+    """Return the flags of a tool; those already in `flags` are not set to their defaults.
 
     Raises:
-        InputError: for a value that its flag does not take.
+        InputError: if a value is not valid for its flag.
     """
     parser = PARSERS[tool]()
     flags = parser.parse_args(argv, flags)
@@ -44,14 +44,14 @@ def parse_flags(
 
 
 def named(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """Yield the name of each flag, as users know it, and its value."""
+    """Yield the name of each flag as on the command line, and its value."""
     for action in parser._actions:
         if hasattr(flags, action.dest):
             yield (action.option_strings or [action.metavar or action.dest])[0], getattr(flags, action.dest)
 
 
 def check_early(tool: str) -> None:
-    """Answer --help and refuse wrong flags of a tool that is about to import what takes seconds."""
+    """Answer --help and refuse wrong flags before a tool's slow imports."""
     answer_early(lambda flags: parse_flags(tool, None, flags))
 
 
@@ -66,7 +66,7 @@ def parser_of(tool: str, description: str, **more: str) -> Parser:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add --device, as main.py has it."""
+    """Add --device as in main.py."""
     parser.add_argument(
         "--device", default="auto", type=resolve_device, help="cuda, cuda:N, cpu, or auto: a GPU if there is one"
     )
@@ -74,7 +74,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def benchmark() -> Parser:
     """Return the flags of `scripts.benchmark`."""
-    parser = parser_of("benchmark", "Measure how fast the models are here, next to Hugging Face transformers.")
+    parser = parser_of("benchmark", "Measure the speed of the models, next to Hugging Face transformers.")
     add = parser.add_argument
     add("--parts", nargs="+", default=[*PARTS], choices=PARTS, help="what to measure")
     add("--variants", nargs="+", default=["r50"], choices=VARIANTS, help="models to measure")
@@ -84,7 +84,7 @@ def benchmark() -> Parser:
     add("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16", "fp16"), help="precisions")
     add("--compile", action="store_true", help="also measure compiled models")
     add("--no_peer", action="store_true", help="without transformers")
-    add("--repeats", type=int, default=5, help="measurements, of which the median counts")
+    add("--repeats", type=int, default=5, help="measurements, whose median is reported")
     add("--json", help="file for the numbers")
     return parser
 
@@ -94,7 +94,7 @@ def check_data() -> Parser:
     return Parser(
         "check_data",
         usage="python -m scripts.check_data --coco_path PATH [flags of main.py]",
-        description="Look through a data set before a training.",
+        description="Check a data set before a training.",
         parents=[get_args_parser()],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -142,7 +142,7 @@ def plot_attention() -> Parser:
     add = parser.add_argument
     add("--checkpoint", required=True, help=CHECKPOINT)
     add("--image", required=True, type=Path, help="the image file to look at")
-    add("--output", default="attention.png", type=Path, help="the picture to write; its ending says the format")
+    add("--output", default="attention.png", type=Path, help="the picture to write; its suffix sets the format")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--top", default=3, type=int, metavar="N", help="draw the queries of the N best detections")
     which.add_argument("--queries", nargs="+", type=int, metavar="Q", help="draw these queries, counted from 0")
@@ -174,7 +174,7 @@ def predict() -> Parser:
     add("--max_size", default=None, type=int, help="largest long side; unset: that of its training")
     add("--max_detections", default=None, type=int, help=MAX_DETECTIONS)
     add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
-    add("--batch_size", default=4, type=int, help="images that the model looks at together")
+    add("--batch_size", default=4, type=int, help="images per forward pass")
     add_device(parser)
     add("--num_workers", default="auto", type=worker_count, help="threads that read and draw; auto: one per CPU")
     return parser

@@ -1,4 +1,4 @@
-"""Draw which packages import which, as the diagram of CONTRIBUTING.md: `python -m scripts.imports`."""
+"""Draw the diagram of the packages' imports in CONTRIBUTING.md: `python -m scripts.imports`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Files import only from packages in the lines below their own; those of one line do not import each other.
+# Files import only from packages in the lines below their own; packages in one line do not import each other.
 LAYERS = (
     ("scripts",),
     ("main", "hubconf"),
@@ -66,7 +66,7 @@ def diagram() -> str:
     """Return the packages as a Mermaid diagram, without the arrows that follow from others."""
     direct = package_imports()
     reached: dict[str, set[str]] = {}
-    for name in reversed(PACKAGES):  # from the bottom, so that what is imported comes first
+    for name in reversed(PACKAGES):  # from the bottom, so that imported packages come first
         reached[name] = direct[name].union(*(reached[other] for other in direct[name]))
     lines = [
         f"    {name} --> {other}"

@@ -1,8 +1,8 @@
-"""Finds objects in photos with a model from `scripts.export_onnx`: NumPy, Pillow and ONNX Runtime, no PyTorch.
+"""Find objects in photos with a model from `scripts.export_onnx`: NumPy, Pillow and ONNX Runtime, no PyTorch.
 
     python scripts/onnx_example.py model.onnx photo.jpg another.jpg --threshold 0.5
 
-A file to copy from: it uses nothing else of this project. It takes models with and without `--postprocess`.
+An example to copy: it uses nothing else from this project. It takes models with and without `--postprocess`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import onnxruntime
 from PIL import Image
 
 NUM_DETECTIONS = 100
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]  # not those that Pillow runs other programs for
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]  # without formats for which Pillow runs other programs
 
 
 def resize(image: Image.Image, min_size: int, max_size: int) -> Image.Image:
-    """The short side at `min_size`, or less where the long side would exceed `max_size`."""
+    """Scale the short side to `min_size`, or less if the long side would exceed `max_size`."""
     short, long = sorted(image.size)
     size = max(min(min_size, round(max_size * short / long)), 1)
     other = int(size * long / short)
@@ -29,7 +29,7 @@ def resize(image: Image.Image, min_size: int, max_size: int) -> Image.Image:
 
 
 def batch(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-    """Images of any sizes to `images` [B, 3, H, W], padded at the right and bottom, and `padding_mask` [B, H, W]."""
+    """Pad images of any sizes at the right and bottom to `images` [B, 3, H, W], with `padding_mask` [B, H, W]."""
     height, width = max(image.height for image in images), max(image.width for image in images)
     pixels = np.zeros((len(images), 3, height, width), np.uint8)
     padding = np.ones((len(images), height, width), bool)
@@ -40,7 +40,7 @@ def batch(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def postprocess(logits: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `--postprocess` does inside the model: scores and labels [B, N], boxes [B, N, 4] in pixels."""
+    """Return scores and labels [B, N] and boxes [B, N, 4] in pixels, as `--postprocess` does inside the model."""
     scores = (1 / (1 + np.exp(-logits))).reshape(len(logits), -1)  # [B, Q·K]
     best = np.argsort(-scores, axis=1, kind="stable")[:, :NUM_DETECTIONS]
     queries, labels = np.divmod(best, logits.shape[2])
@@ -50,14 +50,14 @@ def postprocess(logits: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> tup
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Finds objects in photos, without PyTorch.")
+    parser = argparse.ArgumentParser(description="Find objects in photos, without PyTorch.")
     parser.add_argument("model", help="file of scripts.export_onnx")
     parser.add_argument("images", nargs="+")
     parser.add_argument("--threshold", default=0.5, type=float, help="lowest score that is printed")
     flags = parser.parse_args()
     if not 0 <= flags.threshold <= 1:
         parser.error(f"--threshold {flags.threshold}: scores are between 0 and 1")
-    sys.stdout.reconfigure(errors="replace")  # names of classes and files may hold what a terminal's encoding lacks
+    sys.stdout.reconfigure(errors="replace")  # names of classes and files may hold characters that the terminal lacks
 
     session = onnxruntime.InferenceSession(flags.model, providers=["CPUExecutionProvider"])
     facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -83,5 +83,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except Exception as error:  # an example's way to tell of files that cannot be read
+    except Exception as error:  # enough for an example: one line about files that cannot be read
         sys.exit(f"error: {error}")

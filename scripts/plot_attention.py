@@ -1,9 +1,9 @@
-"""Draws where a model looks: the paper's Figure 1 for any image.
+"""Draw a model's attention: the paper's Figure 1 for any image.
 
     python -m scripts.plot_attention --checkpoint output/demo/checkpoint.pth --image photo.jpg --output attention.png
 
-For every query, beside what it detects: the spatial, the content and the combined attention of each head of a decoder
-layer.
+For every query, the page shows its detection next to the spatial, the content and the combined attention of each head
+of a decoder layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+if not __package__:  # run as a file: Python then looks for modules only in scripts/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.flags import check_early, parse_flags
@@ -42,16 +42,16 @@ from util.command import run_command
 from util.errors import InputError
 from util.files import replacing
 
-REFERENCE_POINT = {"marker": "P", "markersize": 9, "color": "white", "markeredgecolor": "black"}  # seen on any photo
-COLOURS = "inferno"  # equal steps of attention are equal steps to the eye
+REFERENCE_POINT = {"marker": "P", "markersize": 9, "color": "white", "markeredgecolor": "black"}  # visible on any photo
+COLOURS = "inferno"  # perceptually uniform
 DPI = 100  # pixels per inch
 MAP_WIDTH, MAP_HEIGHT = 1.3, 2.6  # at most; all lengths in inches
 GAP, LABELS, TITLE, FOOTER, MARGIN = 0.05, 0.85, 0.3, 0.4, 0.1
-LEAST_WIDTH = 6  # of the page: room for the footer
+LEAST_WIDTH = 6  # of the page, so that the footer fits
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     args = parse_flags("plot_attention", argv)
 
     formats = Figure().canvas.get_supported_filetypes()
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     image = detector.resize(read_image(args.image, max_megapixels=args.max_megapixels).pixels)
     seen = view(detector.model, image.to(detector.device), args.layer)
     if not all(part.isfinite().all() for part in (*seen.maps, seen.logits, seen.boxes)):
-        raise InputError(f"{args.checkpoint}: what the model computes of {args.image} is not finite: check its weights")
+        raise InputError(f"{args.checkpoint}: the model's outputs for {args.image} are not finite: check its weights")
     queries = args.queries or best_queries(seen, args.top)
     figure = draw_page(image, seen, queries, detector.classes)
     with replacing(args.output) as file:
@@ -80,13 +80,13 @@ def check_query_and_layer(args: argparse.Namespace, num_queries: int, num_layers
 
 
 def best_queries(seen: View, number: int) -> list[int]:
-    """The queries of the highest scores; of boxes that overlap by half, which show one object, only the best counts."""
+    """Return the queries with the highest scores; of boxes that overlap by half, only the best counts."""
     scores = seen.logits.amax(-1)
     return nms(box_cxcywh_to_xyxy(seen.boxes), scores, iou_threshold=0.5)[:number].tolist()
 
 
 class Layout:
-    """Where things are on the page, as rectangles for `Figure.add_axes`; photo and maps keep the image's shape."""
+    """Layout of the page, as rectangles for `Figure.add_axes`; photo and maps keep the image's shape."""
 
     def __init__(self, width: int, height: int, heads: int, blocks: int) -> None:
         scale = min(MAP_WIDTH / width, MAP_HEIGHT / height)
@@ -100,7 +100,7 @@ class Layout:
         self.page_height = blocks * self.block_height + FOOTER
 
     def rectangle(self, left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
-        """Inches from the page's upper left corner to (left, bottom, width, height) as shares of the page."""
+        """Convert inches from the page's upper left corner to (left, bottom, width, height) as shares of the page."""
         bottom = self.page_height - top - height
         return left / self.page_width, bottom / self.page_height, width / self.page_width, height / self.page_height
 
@@ -117,7 +117,7 @@ class Layout:
 
 
 def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classes) -> Figure:
-    """A block a query: its detection in the image [3, H, W], beside it the maps, a row a kind and a column a head."""
+    """Draw a block per query: its detection in the image [3, H, W] and the maps, a row per kind, a column per head."""
     height, width = image.shape[1:]
     heads = len(seen.maps.spatial)
     layout = Layout(width, height, heads, len(queries))
@@ -149,13 +149,13 @@ def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classe
 
 
 def draw_map(axes: Axes, backdrop: np.ndarray, attention: np.ndarray, box: Sequence[float]) -> None:
-    """Lays attention [H', W'] over an image of greys [H, W], and outlines a box (xyxy in pixels).
+    """Draw attention [H', W'] over a grey image [H, W], and outline a box (xyxy in pixels).
 
-    A cell is an equal share of the image, and its value belongs to its centre; between centres it is interpolated.
+    All cells cover equal parts of the image; values belong to their centres and are interpolated in between.
     """
     height, width = backdrop.shape
     attention = attention / attention.max()
-    extent = (0, width, height, 0)  # whole numbers are edges of pixels, not centres
+    extent = (0, width, height, 0)  # integers are edges of pixels, not centres
     axes.imshow(backdrop, "gray", vmin=0, vmax=1.5 * 255, extent=extent)  # dimmed
     shown = {"vmin": 0, "vmax": 1, "alpha": 0.4 + 0.5 * attention, "interpolation": "bilinear"}
     axes.imshow(attention, COLOURS, extent=extent, **shown)
@@ -165,7 +165,7 @@ def draw_map(axes: Axes, backdrop: np.ndarray, attention: np.ndarray, box: Seque
 
 
 def draw_footer(page: Figure, layout: Layout) -> None:
-    """What the colours mean."""
+    """Draw the legend of the colours."""
     axes = page.add_axes(layout.colour_bar())
     bar = page.colorbar(ScalarMappable(cmap=COLOURS), axes, orientation="horizontal", ticks=[0, 1])
     bar.ax.set_xticklabels(["0", "maximum"], fontsize=8)

@@ -2,7 +2,7 @@
 
     python -m scripts.plot_logs output/first output/second --output curves
 
-Reads log.txt of each folder, also that of the published code; writes curves.png and curves.svg.
+It reads log.txt in each folder, also of the published code, and writes curves.png and curves.svg.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+if not __package__:  # run as a file: Python then looks for modules only in scripts/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.flags import check_early, parse_flags
@@ -38,17 +38,16 @@ LEGEND_COLUMNS = 3
 COLOURS = mpl.colormaps["tab10"].colors
 TRAIN = {"linestyle": "--", "linewidth": 1.2, "markersize": 3}
 VAL = {"linestyle": "-", "linewidth": 1.6, "markersize": 3, "marker": "o"}
-# The least that the height of an axis stands for, so that noise looks like noise: a tenth of AP's range, and a tenth
-# of the largest loss.
+# Smallest range of an axis, so that noise looks like noise: a tenth of AP's range, and a tenth of the largest loss.
 MIN_AP_RANGE = 0.1
 MIN_LOSS_RANGE = 0.1
 
 
 def plot_logs(folders: Sequence[Path], output: Path) -> list[Path]:
-    """Draws the logs of runs into OUTPUT.png and OUTPUT.svg, and returns their paths.
+    """Draw the logs of runs into OUTPUT.png and OUTPUT.svg, and return their paths.
 
     Raises:
-        InputError: for a folder without a log or with one of no finished epoch, or where nothing can be written.
+        InputError: if a folder has no log or no finished epoch, or nothing can be written.
     """
     folders = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     figure = draw({distinct_name(folder, folders): read_run(folder) for folder in folders})
@@ -61,18 +60,18 @@ def plot_logs(folders: Sequence[Path], output: Path) -> list[Path]:
 
 
 def read_run(folder: Path) -> Log:
-    """The entries of a run's log that tell of its training."""
+    """Return the entries of a run's log that are about its training."""
     path = folder / "log.txt"
     check_is_file(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file; name folders that runs have as --output_dir")
+        raise InputError(f"{path}: no such file; name the --output_dir of runs")
     if not (log := [entry for entry in read_log(path) if "train_loss" in entry]):
         raise InputError(f"{path}: it holds no finished epoch (yet)")
     return log
 
 
 def distinct_name(folder: Path, folders: Sequence[Path]) -> str:
-    """The name of a folder, led by as many of those above as tell it from the other folders."""
+    """Return a folder's name, preceded by as many parent folders as distinguish it from the other folders."""
 
     def tail(path: Path, length: int) -> str:
         return "/".join(path.parts[-length:])
@@ -82,14 +81,14 @@ def distinct_name(folder: Path, folders: Sequence[Path]) -> str:
 
 
 def points(log: Log, key: str, index: int | None = None) -> tuple[list[int], list[float]]:
-    """The epochs, counted from 1, that have a value, and the values."""
+    """Return the epochs, counted from 1, that have a value, and the values."""
     values = [(entry["epoch"] + 1, number_in(entry, key, index)) for entry in log]
     known = [(epoch, value) for epoch, value in values if value is not None]
     return [epoch for epoch, _ in known], [value for _, value in known]
 
 
 def draw(logs: dict[str, Log]) -> Figure:
-    """A page with the losses and AP of all runs, by name; of a single one, AP50 too."""
+    """Draw a page with the losses and AP of all runs, by name; for a single run also AP50."""
     single = len(logs) == 1
     figure = Figure(figsize=(9, 3.4 if single else 3.4 + 0.25 * -(-len(logs) // LEGEND_COLUMNS)), layout="constrained")
     loss, precision = figure.subplots(1, 2)
@@ -122,7 +121,7 @@ def widened(low: float, high: float) -> tuple[float, float]:
 
 
 def add_legends(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:
-    """Names a single run above its curves, several below them by colour; and the styles of the lines."""
+    """Add the name of a single run above its curves, those of several below them; and the styles of the lines."""
     loss, precision = figure.axes
     if len(colours) == 1:
         figure.suptitle(*colours, fontsize=11, parse_math=False)
@@ -138,7 +137,7 @@ def add_legends(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     flags = parse_flags("plot_logs", argv)
     for path in plot_logs(flags.folders, flags.output):
         print(f"wrote {path}")

@@ -1,20 +1,21 @@
-"""Finds objects in images and videos, and shows them in pictures and in a gallery.
+"""Find objects in images and videos, and show them in pictures and in a gallery.
 
     python -m scripts.predict --checkpoint CHECKPOINT --output DIR INPUT...
 
 INPUT: image and video files, folders (with all below them), patterns such as 'photos/*.jpg'. DIR receives
 
-- `detections.json`: COCO's result format, all detections (100 an image), with the data's category ids and names;
-  `image_id` is the file's name or, with --annotations, the id that a COCO file gives it; that of a video's frame
-  is `clip.mp4#000123`, counted from 0, with its `time` in seconds;
-- `pictures/`: every image at its size with the boxes, names and scores above --threshold; videos as mp4 with
+- `detections.json`: COCO's result format, all detections (100 per image), with the data's category ids and names;
+  `image_id` is the file's name or, with --annotations, its id in a COCO file; that of a video's frame is
+  `clip.mp4#000123`, counted from 0, with its `time` in seconds;
+- `pictures/`: every image at full size with the boxes, names and scores above --threshold; videos as mp4 with
   their frame times, without sound;
 - `index.html`, a gallery with a slider for the score, and its images in `images/`, at most 1280 pixels long;
   up to 32 MB of them are in the page itself, too.
 
-An earlier prediction's files of the same names are replaced. Photos are turned as their EXIF orientation says; with
---annotations they are taken as stored, as in COCO's evaluation. Images of a batch have one shape, so that nothing is
-padded and --batch_size does not change what is found. What cannot be read is named and skipped, for an exit code of 1.
+Files of an earlier prediction with the same names are replaced. Photos are turned according to their EXIF orientation;
+with --annotations they are used as stored, as in COCO's evaluation. Images of a batch have one shape, so nothing is
+padded and --batch_size does not change the detections. Files that cannot be read are named and skipped; the exit code
+is then 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+if not __package__:  # run as a file: Python then looks for modules only in scripts/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.flags import check_early, parse_flags
@@ -60,19 +61,19 @@ from util.errors import InputError
 from util.logger import log, warn
 from util.text import counted
 
-MOST_PIXELS = 128_000_000  # of images that wait to be looked at, are, or wait to be drawn: 10 photos of a phone each
+MOST_PIXELS = 128_000_000  # of images in each stage (read, in the model, to be drawn): 10 photos of a phone
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Prediction:
-    """Finds objects in images and videos, draws them, and keeps what is to be written in the end.
+    """Prediction: finds objects in images and videos, draws them, and keeps what is written at the end.
 
     Args:
-        args: the command line's.
+        args: the flags of the command line.
         detector: the model.
         pool: threads that read and draw.
-        report: is told in a line about every input that cannot be used.
+        report: receives a line about every input that cannot be used.
     """
 
     def __init__(self, args: argparse.Namespace, detector: Detector, pool: Executor, report: Report) -> None:
@@ -85,7 +86,7 @@ class Prediction:
         self.entries: dict[Source, Entry] = {}  # of the gallery
 
     def images(self, sources: Sequence[Source]) -> None:
-        """Predicts on image files."""
+        """Predict on image files."""
         sizes = zip(sources, self._in_threads(self._size, sources), strict=True)
         usable = [(source, size) for source, size in sizes if self._is_usable(size)]
         limits = self.detector.args.min_size, self.detector.args.max_size
@@ -103,7 +104,7 @@ class Prediction:
                 bar.update()
 
     def video(self, source: Source) -> None:
-        """Predicts on a video file, up to where it is damaged."""
+        """Predict on a video file, up to the point where it is damaged."""
         try:
             reader = VideoReader(source.path, self.args.every)
         except InputError as error:
@@ -133,7 +134,7 @@ class Prediction:
         self.entries[source] = video_entry(str(source), path.relative_to(self.args.output))
 
     def coco_results(self, sources: Iterable[Source]) -> Iterator[dict[str, Any]]:
-        """The COCO results of all detections, in the order of the sources."""
+        """Yield the COCO results of all detections, in the order of the sources."""
         for source in sources:
             for image_id, detections, time in self.detections.get(source, ()):
                 boxes = box_convert(detections["boxes"], "xyxy", "xywh")
@@ -142,7 +143,7 @@ class Prediction:
                     yield result if time is None else result | {"time": round(float(time), 6)}
 
     def summary(self) -> str:
-        """Say how many boxes are drawn or, if none is, how far the threshold is from the best."""
+        """Return a line with the number of boxes that are drawn or, if there are none, the highest score."""
         scores = [found["scores"] for of_source in self.detections.values() for _, found, _ in of_source]
         number = sum(int((of_image >= self.args.threshold).sum()) for of_image in scores)
         if number:
@@ -159,7 +160,7 @@ class Prediction:
         return bounded_batches(items, self.args.batch_size, weigh, MOST_PIXELS)
 
     def _detect(self, batches: Iterable[Iterable[Photo | InputError]]) -> Iterator[Photo]:
-        """The photos of batches, with what the model finds."""
+        """Yield the photos of batches with their detections."""
         for batch in batches:
             photos = [photo for photo in batch if self._is_usable(photo)]
             if not photos:
@@ -167,10 +168,10 @@ class Prediction:
             sizes = [photo.size[::-1] for photo in photos]
             for detections in self.detector.detect([photo.resized for photo in photos], sizes):
                 photos[0].detections = detections
-                yield photos.pop(0)  # to be held no longer than until it is drawn
+                yield photos.pop(0)  # so that it is not kept after it is drawn
 
     def _is_usable(self, item: Any) -> bool:
-        """Reports what is an error; errors come as values, since threads go on meanwhile."""
+        """Report errors, which are passed as values, so that other threads can continue."""
         if isinstance(item, InputError):
             self.report(str(item))
         return not isinstance(item, InputError)
@@ -196,7 +197,7 @@ class Prediction:
         return Photo(source, image_id, pixels, size, self.detector.resize(pixels), (frame.time, frame.duration))
 
     def _until_damaged(self, source: Source, reader: VideoReader) -> Iterator[tuple[Source, Frame]]:
-        """The frames of a video that can be read."""
+        """Yield the frames of a video that can be read."""
         try:
             for frame in reader:
                 yield source, frame
@@ -204,7 +205,7 @@ class Prediction:
             self.report(f"{source}: {error}")
 
     def _draw(self, photo: Photo) -> tuple[Photo, Entry]:
-        """Saves the pictures of an image."""
+        """Save the pictures of an image."""
         name = file_name(photo.source, ".jpg")
         save(
             photo.annotated(self.args.threshold, self.detector.classes),
@@ -219,7 +220,7 @@ class Prediction:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool and returns its exit code."""
+    """Run the tool and return its exit code."""
     args = parse_flags("predict", argv)
     problems: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Repeat the training step that ended a run because it was not finite, and find the first module that is not.
+"""Repeat the training step that ended a run because it was not finite, and find the first module where this happens.
 
 Usage: python -m scripts.replay output/run/nonfinite-epoch0003-step000012-process0.pth
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, for which Python looks for modules in scripts/ alone
+if not __package__:  # run as a file: Python then looks for modules only in scripts/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.flags import check_early, parse_flags
@@ -42,7 +42,7 @@ Dump = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     flags = parse_flags("replay", argv)
     check_device(flags.device)
     device = torch.device(flags.device)
@@ -86,8 +86,8 @@ def limits_of(dump: Dump, device: torch.device) -> list[str]:
 def repeat(dump: Dump, device: torch.device, source: str) -> tuple[dict[str, Tensor], str]:
     """Repeat a step, of the file `source`, with the kernels, precision and flags of its run.
 
-    Returns the weighted losses with the norm of the gradients, which is left out for several processes, since it is
-    that of their mean; and a sentence about the first module or gradient that is not finite.
+    Return the weighted losses and, unless there were several processes, whose mean gradient is not known here, the norm
+    of the gradients; and a sentence about the first module or gradient that is not finite.
     """
     args = resolve(argparse.Namespace(**dump["args"]))
     torch.set_num_threads(dump["threads"])
@@ -95,7 +95,7 @@ def repeat(dump: Dump, device: torch.device, source: str) -> tuple[dict[str, Ten
     if args.deterministic:
         use_deterministic_kernels()
     losses, fault = take_step(dump, args, device, source, look=not args.compile)
-    if args.compile:  # compiled code has no modules to look into
+    if args.compile:  # compiled code has no modules to watch
         _, fault = take_step(dump, args, device, source, look=True)
     return losses, fault
 

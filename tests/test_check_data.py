@@ -36,7 +36,7 @@ def test_a_good_data_set(tmp_path, capsys):
     circles = [entry for entry in data["annotations"] if entry["category_id"] == 1]
     images = len({entry["image_id"] for entry in circles})
     assert f"   1  circle             {len(circles)}       {images} " in report
-    assert f"targets   {len(data['annotations'])}: 1 to 3 an image" in report
+    assert f"targets   {len(data['annotations'])}: 1 to 3 per image" in report
     assert "nothing suspicious" in report
     for split in ("train", "val"):
         assert Image.open(tmp_path / "out" / f"{split}.jpg").size == (4 * 408 + 8, 3 * 308 + 8)
@@ -82,7 +82,7 @@ def test_suspicions(check):
     assert "(image id 1): cannot be decoded" in report
     assert "images have more boxes than the model's 1 query can find: pass --num_queries 2 or more" in report
     assert "1 class has no box to learn from: star" in report
-    assert "classes have less than 10 boxes to learn from: circle (" in report
+    assert "classes have fewer than 10 boxes to learn from: circle (" in report
     assert "1 class of the val split is not in the training file: moon" in report
     assert "1 image is in both splits, so that AP is too high: 000003.jpg" in report
     assert "1 training image is a copy of another" in report

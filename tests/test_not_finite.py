@@ -78,7 +78,7 @@ def test_outputs_that_are_not_finite(broken, photo, shapes, tmp_path, parse):
     with pytest.raises(InputError, match="the model's detections in an image are not finite: check its weights"):
         predict.main(["--checkpoint", str(checkpoint), "--output", str(out), str(photo)])
     assert not (out / "detections.json").exists()
-    with pytest.raises(InputError, match=r"checkpoint.pth: what the model computes of .*photo.png is not finite"):
+    with pytest.raises(InputError, match=r"checkpoint.pth: the model's outputs for .*photo.png are not finite"):
         plot_attention.main(["--checkpoint", str(checkpoint), "--image", str(photo), "--output", str(out / "a.png")])
 
 

@@ -1,4 +1,4 @@
-"""Measures what the host does in a run: loading images, and scoring detections."""
+"""Benchmarks of the host's work in a run: loading images, and scoring detections."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from models.detector import IMAGENET_MEAN, IMAGENET_STD
 from scripts.benchmarking.timing import alternate
 from util.nested_tensor import collate_fn
 
-WIDTH, HEIGHT = 640, 480  # as most photos of COCO
+WIDTH, HEIGHT = 640, 480  # like most photos of COCO
 BATCH_SIZE = 2
-OBJECTS, DETECTIONS = 7, 100  # an image
+OBJECTS, DETECTIONS = 7, 100  # per image
 NUM_CATEGORIES = 80
 
 
 def random_coco(rng: np.random.Generator, images: int) -> dict[str, Any]:
-    """COCO instance annotations of images that need not exist."""
+    """Return COCO instance annotations of images that need not exist."""
     annotations = []
     for number in range(images * OBJECTS):
         x, y, width, height = (*rng.uniform(0, 300, 2), *rng.uniform(20, 180, 2))
@@ -56,7 +56,7 @@ def random_coco(rng: np.random.Generator, images: int) -> dict[str, Any]:
 
 
 def write_photos(folder: Path, rng: np.random.Generator, images: int) -> None:
-    """JPEGs with edges and noise, whose size in bytes is about that of photos."""
+    """Write JPEGs with edges and noise, whose size in bytes is about that of photos."""
     for i in range(images):
         coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((WIDTH, HEIGHT))
         noisy = np.asarray(coarse).astype(int) + rng.integers(-12, 13, (HEIGHT, WIDTH, 1))
@@ -64,7 +64,7 @@ def write_photos(folder: Path, rng: np.random.Generator, images: int) -> None:
 
 
 def loading_runs(folder: Path, images: int, split: str) -> dict[str, Callable[[], None]]:
-    """One core's loading of all images of a folder in batches, here and by PIL up to normalised floats."""
+    """Return runs that load all images of a folder in batches on one core, here and by PIL up to normalised floats."""
     annotations = folder / "annotations.json"
     annotations.write_text(json.dumps(random_coco(np.random.default_rng(0), images)), encoding="utf-8")
     dataset = CocoDetection(folder, annotations, make_coco_transforms(split))
@@ -86,7 +86,7 @@ def loading_runs(folder: Path, images: int, split: str) -> dict[str, Callable[[]
 
 
 def augment_by_pil(image: Image.Image, rng: random.Random) -> Image.Image:
-    """The recipe's flip, resize and crop of an image alone, without its boxes."""
+    """Apply the recipe's flip, resize and crop to an image without boxes."""
     sizes = range(480, 801, 32)
     if rng.random() < 0.5:
         image = F.hflip(image)
@@ -106,7 +106,7 @@ def resize_by_pil(
 
 
 def scoring_runs(rng: np.random.Generator, images: int) -> dict[str, Callable[[], None]]:
-    """The scoring of random detections, here at the end, and by pycocotools image by image with a sum at the end."""
+    """Return runs that score random detections: here all at the end, by pycocotools per image with a sum at the end."""
     truth = index(random_coco(rng, images))
     corners = torch.from_numpy(rng.uniform(0, 300, (images, DETECTIONS, 2)))
     boxes = torch.cat([corners, corners + torch.from_numpy(rng.uniform(20, 180, (images, DETECTIONS, 2)))], dim=-1)
@@ -145,7 +145,7 @@ def scoring_runs(rng: np.random.Generator, images: int) -> dict[str, Callable[[]
 
 
 def measure_data(repeats: int) -> list[dict[str, Any]]:
-    """Loading batches of 640×480 JPEGs on one core, in turns with PIL up to normalised floats."""
+    """Measure loading of batches of 640×480 JPEGs on one core, in turns with PIL up to normalised floats."""
     images, rows = 16, []
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder), np.random.default_rng(0), images)
@@ -161,7 +161,7 @@ def measure_data(repeats: int) -> list[dict[str, Any]]:
 
 
 def measure_evaluator(repeats: int) -> list[dict[str, Any]]:
-    """Scoring 1,000 images with 100 detections each, in turns with pycocotools image by image."""
+    """Measure scoring of 1,000 images with 100 detections each, in turns with pycocotools image by image."""
     runs = scoring_runs(np.random.default_rng(0), images=1000)
     seconds = alternate(runs, torch.device("cpu"), min(repeats, 3))
     return [{"scoring 1,000 × 100": f"boxes{kind}", "s": round(value, 2)} for kind, value in seconds.items()]
@@ -169,7 +169,7 @@ def measure_evaluator(repeats: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As loading processes compute."""
+    """Run the block with a single thread, as loading processes do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What the benchmark measures of this code: a variant's model on random images, and a step of its training."""
+"""Benchmarks of this code: a variant's model on random images, and a step of its training."""
 
 from __future__ import annotations
 

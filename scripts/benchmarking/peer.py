@@ -1,6 +1,6 @@
-"""The benchmark's competitor: Hugging Face `transformers`, in a process of its own.
+"""The benchmark's competitor: Hugging Face `transformers`, in a separate process.
 
-There it shares no memory with this code, which would be handed from one to the other.
+In its own process, it does not reuse memory that this code has allocated, nor the other way round.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Runs = dict[str, Callable[[], None]]  # by --amp
 
 @dataclass
 class PeerRun:
-    """A run of the other process, which is at the other end of `pipe`."""
+    """Run in the other process, at the other end of `pipe`."""
 
     pipe: Connection
     amp: str
@@ -38,7 +38,7 @@ class PeerRun:
         self.ask("run")
 
     def peak_mib(self) -> float | None:
-        """As `scripts.benchmarking.timing.peak_mib`."""
+        """Return the result of `scripts.benchmarking.timing.peak_mib` in the other process."""
         return self.ask("peak")
 
     def ask(self, request: str) -> Any:
@@ -46,14 +46,14 @@ class PeerRun:
             self.pipe.send((request, self.amp))
             return self.pipe.recv()
         except (EOFError, OSError) as error:
-            raise InputError("the process of transformers has ended; --no_peer measures without it") from error
+            raise InputError("the process of transformers has ended; pass --no_peer to measure without it") from error
 
 
 @contextmanager
 def peer_runs(variant: str, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any) -> Iterator[Runs]:
-    """Within it, what `make(flags, *args)` returns can be run in a process of its own.
+    """Yield the runs that `make(flags, *args)` returns in another process, which exists within the block.
 
-    Nothing where `--no_peer` says so, transformers is not installed, or has no such variant.
+    There are none with `--no_peer`, or if transformers is not installed or has no such variant.
     """
     if flags.no_peer or variant != "r50" or find_spec("transformers") is None:
         yield {}
@@ -71,7 +71,7 @@ def peer_runs(variant: str, make: Callable[..., Runs], flags: argparse.Namespace
 
 
 def serve(pipe: Connection, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any) -> None:
-    """What the process does: runs what it is asked for, until it is ended."""
+    """Run what the other process is asked for, until it is ended."""
     device = torch.device(flags.device)
     use_fast_kernels(device)  # TF32 for both
     runs = make(flags, *args)
@@ -86,19 +86,19 @@ def serve(pipe: Connection, make: Callable[..., Runs], flags: argparse.Namespace
 
 
 def inference_of_peer(flags: argparse.Namespace) -> Runs:
-    """Forward passes of one image."""
+    """Return forward passes of one image."""
     model = build_peer(flags.device).eval()
     image = random_images(1, flags.size, torch.device(flags.device)) / 255
     return {amp: inference(model, image, amp) for amp in flags.amp}
 
 
 def training_of_peer(flags: argparse.Namespace, batch_size: int) -> Runs:
-    """Steps on a batch."""
+    """Return training steps on a batch."""
     return {amp: PeerStep(batch_size, amp, flags) for amp in flags.amp}
 
 
 def build_peer(device: str) -> nn.Module:
-    """The R50 model of `transformers`, doing the same work."""
+    """Return the R50 model of `transformers`, doing the same work."""
     from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
 
     config = ConditionalDetrConfig(
@@ -113,13 +113,13 @@ def build_peer(device: str) -> nn.Module:
     )
     model = ConditionalDetrForObjectDetection(config)
     for name, parameter in model.named_parameters():
-        if "backbone" in name:  # as it comes it trains none of the backbone; the recipe trains the last three stages
+        if "backbone" in name:  # its default is a frozen backbone; the recipe trains the last three stages
             parameter.requires_grad_(any(f"stages.{i}" in name for i in (1, 2, 3)))
     return model.to(device)
 
 
 class PeerStep:
-    """The recipe's step on a batch of random images, by the model of `transformers` and its own losses."""
+    """The recipe's step on a batch of random images, with the model and losses of `transformers`."""
 
     def __init__(self, batch_size: int, amp: str, flags: argparse.Namespace) -> None:
         self.device = torch.device(flags.device)

@@ -1,4 +1,4 @@
-"""Comparing how long things take on machines where nothing takes as long twice."""
+"""Timing that compares runs on machines whose speed varies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def alternate(runs: dict[Hashable, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Hashable, float]:
-    """The median seconds of every run; they take turns, after two rounds that do not count."""
+    """Return the median seconds of every run; they take turns, after two rounds that do not count."""
     seconds: dict[Hashable, list[float]] = {name: [] for name in runs}
     for turn in range(-2, repeats):
         for name, run in runs.items():
@@ -30,7 +30,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
-    """The most GPU memory that a run adds to what is there before it, in MiB; None on CPUs."""
+    """Return the peak GPU memory that a run adds to what is allocated before it, in MiB; None on CPUs."""
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)

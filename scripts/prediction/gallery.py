@@ -1,8 +1,8 @@
 """The gallery: one page that shows detections over their images, with a slider for the score.
 
-The page works from disk and needs no network. As long as its images are few, it holds them itself, and can be sent
-around alone; a browser would take minutes to open a thousand within a page. More of them, and videos, stay files of the
-page's folder, which are loaded as they come into view. Boxes are drawn by the page, so that the slider acts at once.
+The page works from disk and needs no network. It contains a small number of images itself, so that it can be sent as a
+single file; with a thousand of them, a browser would take minutes to open it. Further images, and videos, stay files in
+the page's folder, which are loaded as they come into view. The page draws the boxes, so that the slider acts at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from datasets.classes import Classes
 from evaluation.pictures import colour_of, text_colour
 from util.files import replacing
 
-LOWEST_SCORE = 0.05  # below, there is little but noise
+LOWEST_SCORE = 0.05  # lower scores are mostly noise
 MOST_BYTES = 32 * 2**20  # of images within the page
 TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -29,13 +29,13 @@ Entry = dict[str, Any]
 
 
 def image_entry(name: str, file: Path, size: tuple[int, int], detections: dict[str, Tensor]) -> Entry:
-    """An image of the page.
+    """Return the entry of an image.
 
     Args:
-        name: what it is called.
-        file: where it is, from the page's folder.
-        size: its (width, height), that boxes are measured by.
-        detections: what `PostProcess` returns.
+        name: its name on the page.
+        file: its path relative to the page's folder.
+        size: its (width, height), to which the boxes refer.
+        detections: the result of `PostProcess`.
     """
     shown = detections["scores"] >= LOWEST_SCORE
     width, height = size
@@ -49,12 +49,12 @@ def image_entry(name: str, file: Path, size: tuple[int, int], detections: dict[s
 
 
 def video_entry(name: str, file: Path) -> Entry:
-    """A video of the page, which has its boxes drawn into it."""
+    """Return the entry of a video, into which its boxes are drawn."""
     return {"name": name, "file": file, "video": True, "boxes": []}
 
 
 def write_gallery(path: Path, entries: Sequence[Entry], classes: Classes, threshold: float) -> None:
-    """Writes the page; the slider stands at `threshold` first."""
+    """Write the page; the slider starts at `threshold`."""
     labels = sorted({box[0] for entry in entries for box in entry["boxes"]})
     images = [entry["file"] for entry in entries if "video" not in entry]
     if sum((path.parent / image).stat().st_size for image in images) <= MOST_BYTES:
@@ -74,7 +74,7 @@ def write_gallery(path: Path, entries: Sequence[Entry], classes: Classes, thresh
         },
         "entries": [entry | {"file": addresses.get(entry["file"]) or _address(entry["file"])} for entry in entries],
     }
-    # Within a script element only "<" could end it; JSON has it in texts alone, where an escape means the same.
+    # Only "<" could end a script element. JSON has it only in texts, in which it can be escaped.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
     with replacing(path) as file:
@@ -82,12 +82,12 @@ def write_gallery(path: Path, entries: Sequence[Entry], classes: Classes, thresh
 
 
 def _address(file: Path) -> str:
-    """A relative path as a URL, whatever bytes its name has."""
+    """Return a relative path as a URL, also for names that are not valid text."""
     return quote(os.fsencode(file.as_posix()))
 
 
 def _contents(file: Path) -> str:
-    """A JPEG file as a URL that holds it."""
+    """Return a URL that contains a JPEG file."""
     return f"data:image/jpeg;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 

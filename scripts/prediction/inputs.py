@@ -1,4 +1,4 @@
-"""Finding the images and videos that a command line names, and reading images ahead of their use."""
+"""Search for the images and videos that a command line names, and reading of images ahead of their use."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Source:
     """An image or video file.
 
     Attributes:
-        path: where it is.
-        name: what it is called in messages, and where its picture goes; no two files share one. Relative to the folder
-            given, with more of the path where files of several folders would have the same.
-        image_id: its id in `detections.json`: the name, or what an annotation file says.
+        path: its location.
+        name: its unique name in messages and of its picture: the path relative to the given folder, with more of the
+            path if files of several folders would have the same name.
+        image_id: its id in `detections.json`: the name, or its id in an annotation file.
     """
 
     path: Path
@@ -49,14 +49,14 @@ class Source:
 
 
 def find_sources(patterns: Iterable[str], report: Report, leave_out: Path | None = None) -> list[Source]:
-    """The files that paths, folders (with all below them) and glob patterns name, each once.
+    """Return the files that paths, folders (with all below them) and glob patterns name, each once.
 
     Args:
-        patterns: as given on the command line. In folders only files with the suffixes of images and videos count.
-        report: is told in a line about every pattern without a file.
+        patterns: those of the command line. In folders, only files with the suffixes of images and videos count.
+        report: receives a line about every pattern without a file.
         leave_out: a folder that is not searched, since the tool's output goes there.
     """
-    found: dict[Path, tuple[str, ...]] = {}  # file: the parts of its name
+    found: dict[Path, tuple[str, ...]] = {}  # the parts of each file's name
     for pattern in patterns:
         matches = [Path(pattern)] if os.path.lexists(pattern) else _glob(pattern)
         files = [pair for match in matches for pair in _files(match, report, leave_out)]
@@ -70,7 +70,7 @@ def find_sources(patterns: Iterable[str], report: Report, leave_out: Path | None
 
 
 def _glob(pattern: str) -> list[Path]:
-    """What a pattern matches, `**` folders at any depth; what is no pattern matches nothing."""
+    """Return the matches of a pattern, in which `**` stands for folders at any depth; none for an invalid pattern."""
     root = Path(Path(pattern).anchor)
     try:
         return sorted(root.glob(str(Path(pattern).relative_to(root))))
@@ -79,7 +79,7 @@ def _glob(pattern: str) -> list[Path]:
 
 
 def _files(path: Path, report: Report, leave_out: Path | None) -> Iterator[tuple[Path, Path]]:
-    """A file, or a folder's images and videos in the order of their names; each with the folder that names start at."""
+    """Yield a file, or a folder's images and videos by name, each with the folder to which its name is relative."""
     if not path.is_dir():
         folder = path.parent.resolve()
         yield folder / path.name, folder
@@ -94,7 +94,7 @@ def _files(path: Path, report: Report, leave_out: Path | None) -> Iterator[tuple
 
 
 def _distinct_names(files: dict[Path, tuple[str, ...]]) -> list[str]:
-    """Each file's name, with as many of the folders above as it takes for all to differ."""
+    """Return each file's name, with as many parent folders as are needed for all names to differ."""
     for more in count():
         names = ["/".join(path.parts[max(1, len(path.parts) - len(parts) - more) :]) for path, parts in files.items()]
         if len(set(names)) == len(names):
@@ -102,10 +102,10 @@ def _distinct_names(files: dict[Path, tuple[str, ...]]) -> list[str]:
 
 
 def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Report) -> list[Source]:
-    """Return the sources with the image ids of a COCO file, which names them by as much of their path as it likes.
+    """Return the sources with the image ids of a COCO file, which names them by any part of the end of their path.
 
-    Its names may differ as those of training data may (`datasets.image_files`). Sources that it does not list are
-    reported and left out, and all but the first of one image.
+    Its names may differ as those of training data may (`datasets.image_files`). Sources that it does not list,
+    and all but the first of each image, are reported and left out.
 
     Raises:
         InputError: if the file is not usable.
@@ -134,7 +134,7 @@ def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Repo
 def bounded_batches(
     items: Iterable[Item], number: int, weigh: Callable[[Item], int], most: int
 ) -> Iterator[list[Item]]:
-    """Yield the items in lists of at most `number`, shorter ones if together they would weigh more than `most`."""
+    """Yield the items in lists of at most `number`, or fewer if their total weight would exceed `most`."""
     batch, load = [], 0
     for item in items:
         weight = weigh(item)
@@ -155,9 +155,9 @@ def prefetch(
     weigh: Callable[[Item], int] = lambda item: 0,
     most: int = 0,
 ) -> Iterator[Result]:
-    """Yield `function` of every item, in order; the pool works on some that are not asked for yet.
+    """Yield `function` of every item, in order; the pool works ahead of the caller.
 
-    They are at most `ahead` items, or fewer if together they would weigh more than `most`.
+    It works on at most `ahead` items, or fewer if their total weight would exceed `most`.
     """
     pending: deque[tuple[Future, int]] = deque()
     for item in items:
@@ -165,6 +165,6 @@ def prefetch(
         while len(pending) >= ahead or (pending and sum(w for _, w in pending) + weight > most):
             yield pending.popleft()[0].result()
         pending.append((pool.submit(function, item), weight))
-        del item  # a picture is not to be kept here as well
+        del item  # so that a picture is not kept here as well
     while pending:
         yield pending.popleft()[0].result()

@@ -16,24 +16,24 @@ from scripts.prediction.inputs import Source
 from util.errors import InputError, reason
 
 GALLERY_SIDE = 1280  # pixels: enough for a screen, a tenth of a photo's bytes
-MAX_JPEG_SIDE = 65_500  # pixels; what the format holds
+MAX_JPEG_SIDE = 65_500  # pixels; the format's limit
 
-Detections = dict[str, Tensor]  # of an image, as `PostProcess` gives it
+Detections = dict[str, Tensor]  # of an image, as returned by `PostProcess`
 
 
 @dataclass
 class Photo:
-    """An image on its way: threads read and draw it, the model looks at it in between.
+    """An image that threads read and draw, with the model's forward pass in between.
 
     Attributes:
-        source: the file that it comes from.
+        source: the file of the image.
         image_id: its id in `detections.json`.
         pixels: uint8 [3, h, w].
-        size: the (width, height) of the file, which boxes are relative to; `pixels` of huge images are fewer.
+        size: the (width, height) of the file, to which boxes refer; `pixels` of huge images are fewer.
         resized: `pixels` at the model's size.
         frame: (time, duration) of a video's frame, in seconds.
         notes: what a user should know about how the file was read.
-        detections: what the model found; empty before.
+        detections: the detections of the model; empty before.
     """
 
     source: Source
@@ -57,17 +57,17 @@ class Photo:
 
 
 def weight_of(photo: Photo | InputError) -> int:
-    """Return the number of pixels that a photo holds, 0 for an error in its place."""
+    """Return the number of pixels that a photo holds, 0 for an error instead of a photo."""
     return photo.pixels[0].numel() if isinstance(photo, Photo) else 0
 
 
 def file_name(source: Source, suffix: str) -> str:
-    """What a source's picture is called: as itself, with a suffix for its format where it has another."""
+    """Return the name of a source's picture: its own, followed by `suffix` if it has another one."""
     return source.name if source.name.lower().endswith(suffix) else source.name + suffix
 
 
 def save(image: Image.Image, path: Path, longest: int) -> None:
-    """Writes a JPEG file, scaled down where a side exceeds `longest`; the image may be changed."""
+    """Write a JPEG file, scaled down if a side exceeds `longest`; the image may be changed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.thumbnail((longest, longest))

@@ -1,4 +1,4 @@
-"""Reading videos frame by frame and writing them, by PyAV (an extra)."""
+"""Reading of videos frame by frame, and writing, by PyAV (an extra)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from util.command import need
 from util.errors import InputError, reason
 from util.text import counted
 
-MISSING_SECONDS = 1  # by which a header may overstate the length of the pictures, for example by that of the sound
+MISSING_SECONDS = 1  # by which a header may overstate the pictures' length, e.g. since the sound is longer
 MAX_DELAY = 10  # seconds; a video that begins later was cut from a longer recording, and begins at 0 here
 MPEG4_MAX_TICKS = 65_535  # per second
 
@@ -26,9 +26,9 @@ class Frame(NamedTuple):
 
     Attributes:
         number: counted from 0.
-        time: when it is shown, in seconds.
-        duration: how long it is shown, in seconds.
-        pixels: uint8 [H, W, 3], turned as the file says.
+        time: the start of its display, in seconds.
+        duration: of its display, in seconds.
+        pixels: uint8 [H, W, 3], with the file's rotation applied.
     """
 
     number: int
@@ -44,7 +44,7 @@ class VideoReader:
     read if others should follow.
 
     Attributes:
-        rate: frames per second, on average, of those that are kept.
+        rate: the average number of kept frames per second.
         time_base: the unit of the time stamps in seconds.
         length: the number of frames that are kept, often an estimate; None if the file does not say.
 
@@ -128,13 +128,13 @@ def write_video(
 ) -> Iterator[Callable[[Image.Image, Fraction, Fraction], None]]:
     """Write an mp4 file of H.264 pictures, or of MPEG-4 ones if that is missing; sound is not written.
 
-    Yields the function that adds a picture, with the time and the duration of its frame in seconds.
+    Yield the function that adds a picture, with the time and the duration of its frame in seconds.
 
     Args:
         path: the file.
         rate: frames per second, on average.
-        time_base: the unit that times are rounded to, in seconds.
-        size: (width, height); an odd side becomes a pixel smaller, as both formats want it.
+        time_base: the unit to which times are rounded, in seconds.
+        size: (width, height); an odd side becomes a pixel smaller, since both formats need even sides.
 
     Raises:
         InputError: if it cannot be written.
@@ -145,7 +145,7 @@ def write_video(
     if codec == "mpeg4":
         time_base = max(time_base, Fraction(1, MPEG4_MAX_TICKS)).limit_denominator(MPEG4_MAX_TICKS)
     earliest = 0
-    durations: dict[int, int] = {}  # by time stamp: encoders leave the last frame's to the average rate
+    durations: dict[int, int] = {}  # by time stamp: encoders give the last frame the average duration
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
