@@ -1,4 +1,4 @@
-"""What all command lines share: how they read flags and end on mistakes, and libraries that only some of them need."""
+"""Common parts of all command lines: reading of flags, ending on mistakes, and optional libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from util.text import printable
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors take one line."""
+    """Argument parser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, as argparse does."""
@@ -39,7 +39,7 @@ def answer_early(check: Callable[[argparse.Namespace], Any]) -> None:
 def run_command(main: Callable[[], Any]) -> None:
     """Run a tool and exit with the status that it returns (None: 0).
 
-    A mistake of the user ends in one line and exit code 1, Ctrl-C in one line and 130, SIGTERM in one line and 143.
+    A user's mistake ends in one line and exit code 1, Ctrl-C in one line and 130, SIGTERM in one line and 143.
     """
     replace_unprintable_characters()
     ignore_image_warnings()
@@ -47,7 +47,7 @@ def run_command(main: Callable[[], Any]) -> None:
     try:
         status = main()
     except Exception as error:
-        if stop_request.raised:  # C++ code may have made it an error of another type
+        if stop_request.raised:  # C++ code may have turned it into an error of another type
             stop_request.raise_if_asked()
         if not (line := what_to_do(error)):
             raise
@@ -56,36 +56,36 @@ def run_command(main: Callable[[], Any]) -> None:
 
 
 def replace_unprintable_characters() -> None:
-    """Makes standard output and error replace what their encoding lacks, such as accents in cp1252, not raise."""
+    """Make standard output and error replace characters that their encoding lacks instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # in notebooks and tests it may be another object
             stream.reconfigure(errors="replace")
 
 
 def ignore_image_warnings() -> None:
-    """Keep Pillow's warnings about the metadata of images, which prevent no image from being used, from this process.
+    """Ignore Pillow's warnings about the metadata of images, which do not prevent their use, in this process.
 
-    The filter is global, so that it holds in all threads: only command lines and the processes they start may set it.
+    The filter is global, so it applies to all threads: only command lines and the processes they start may set it.
     """
     warnings.filterwarnings("ignore", module="PIL")
 
 
 def error_line(message: str) -> str:
-    """Return the line about a mistake, without control characters; red where standard error is a terminal."""
-    from termcolor import colored  # which the hub entries do without
+    """Return the line about a mistake, without control characters; red if standard error is a terminal."""
+    from termcolor import colored  # which the hub entries do not need
 
     return colored("error: ", "red", no_color=not sys.stderr.isatty()) + printable(message)
 
 
 def need(module: str, packages: str, purpose: str) -> ModuleType:
-    """An optional library's module.
+    """Return a module of an optional library.
 
     Args:
         module: its name, as for `import`.
-        packages: what pip installs it by.
-        purpose: what it is needed for: the beginning of the error.
+        packages: the names by which pip installs it.
+        purpose: what it is needed for, the beginning of the error.
 
-    Raises InputError where it is not installed.
+    Raise InputError if it is not installed.
     """
     try:
         return importlib.import_module(module)

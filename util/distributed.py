@@ -1,6 +1,6 @@
-"""Joining the process group, and what the processes tell each other.
+"""The process group: joining it, and communication between the processes.
 
-Nothing is unpickled from the network: values travel as tensors, texts as JSON in them.
+Nothing is unpickled from the network: values are sent as tensors, which hold texts as JSON.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ def is_main_process() -> bool:
 
 
 def is_first_of_node() -> bool:
-    """Whether this process fetches the files that all processes of its machine read."""
+    """Return whether this process fetches the files that all processes of its machine read."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Wait for all processes."""
     if is_dist_avail_and_initialized():
         dist.barrier()
 
 
 def leave_process_group(orderly: bool = True) -> None:
-    """Ends what `init_distributed_mode` began.
+    """Leave the process group that `init_distributed_mode` has joined.
 
-    Where a run does not end in order, NCCL might wait for processes that are gone: the process's own end ends it.
+    If a run ends because of an error, NCCL might wait for processes that are gone; it then ends with this process.
     """
     if is_dist_avail_and_initialized() and (orderly or dist.get_backend() != "nccl"):
         dist.destroy_process_group()
 
 
 def init_distributed_mode(args: argparse.Namespace) -> None:
-    """Joins the process group that torchrun, torch.distributed.launch or srun announces in the environment.
+    """Join the process group that torchrun, torch.distributed.launch or srun announces in the environment.
 
-    Sets `args.rank`, `args.world_size`, `args.gpu` (the local rank) and `args.distributed`. Without a launcher, nothing
-    is joined and `args.distributed` is False.
+    Set `args.rank`, `args.world_size`, `args.gpu` (the local rank) and `args.distributed`. Without a launcher, there is
+    no group and `args.distributed` is False.
 
-    Raises InputError if the local rank has no GPU of its own while `args.device` is CUDA, or if the processes do not
-    meet.
+    Raise InputError if the local rank has no GPU of its own while `args.device` is CUDA, or if the processes cannot
+    connect.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -86,7 +86,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
         if args.gpu >= torch.cuda.device_count():
             raise InputError(
                 f"process {args.gpu} of this node has no GPU: torch sees {torch.cuda.device_count()}; "
-                "start as many processes a node as it has GPUs, or pass --device cpu"
+                "start as many processes per node as it has GPUs, or pass --device cpu"
             )
         torch.cuda.set_device(args.gpu)
     try:
@@ -103,7 +103,7 @@ def join_process_group(args: argparse.Namespace, on_cuda: bool) -> None:
     """Join the other processes at `args.dist_url`, and wait until all have."""
     env = os.environ
     store, *_ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size))
-    if env.get("GROUP_WORLD_SIZE") == "1":  # the store outlives a restart, with the dead addresses
+    if env.get("GROUP_WORLD_SIZE") == "1":  # the store survives a restart, and still holds old addresses
         store = dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group(
         backend="nccl" if on_cuda else "gloo",
@@ -116,18 +116,18 @@ def join_process_group(args: argparse.Namespace, on_cuda: bool) -> None:
 
 
 def first_slurm_node(nodes: str) -> str:
-    """The first host of SLURM's compressed list: "gpu[03-05,9],login1" to "gpu03"."""
+    """Return the first host of SLURM's compressed list, such as "gpu03" for "gpu[03-05,9],login1"."""
     prefix, number = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes).groups()
     return prefix + (number or "")
 
 
 def distribute(model: nn.Module, device: torch.device, trained_norms: bool, trains: bool) -> nn.Module:
-    """Return the model as it runs on several processes, all with the state of the first; a single process keeps it.
+    """Wrap a model for several processes, all with the state of the first one; return it unchanged for one process.
 
     Args:
-        device: where the model is; of a GPU, the current one.
-        trained_norms: batch norms learn: they see the images of all processes, on GPUs (torch has no other such norm).
-        trains: gradients will be asked for.
+        device: the device of the model; if it is a GPU, the current one.
+        trained_norms: batch norms are trained: on GPUs, they see the images of all processes (torch cannot on CPUs).
+        trains: gradients will be computed.
     """
     if not is_dist_avail_and_initialized():
         return model
@@ -136,7 +136,7 @@ def distribute(model: nn.Module, device: torch.device, trained_norms: bool, trai
         model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     device_ids = [torch.cuda.current_device()] if on_cuda else None
     broadcast_state(model)
-    # Keep running statistics equal step by step; the argument's name differs between versions of torch. Without it,
+    # Keep running statistics equal in every step; the argument's name differs between versions of torch. Without it,
     # DistributedDataParallel may not send the buffers at its construction either, hence `broadcast_state`.
     known = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -158,8 +158,8 @@ def broadcast_state(model: nn.Module) -> None:
 def settle_buckets(model: DistributedDataParallel) -> None:
     """Take a step that changes nothing, after which DistributedDataParallel lays out its gradient buckets again.
 
-    The layout decides the order in which gradients are summed; a resumed run is to begin with that of the run that it
-    continues.
+    The layout decides the order in which gradients are summed; a resumed run must start with the same layout as the run
+    that it continues.
     """
     device = next(model.parameters()).device
     outputs = model.eval()(torch.zeros(1, 3, 64, 64, device=device))
@@ -168,7 +168,7 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
 
 def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a nest of dicts, lists and tuples."""
+    """Yield the tensors in nested dicts, lists and tuples."""
     if isinstance(outputs, Tensor):
         yield outputs
     elif isinstance(outputs, dict | list | tuple):
@@ -177,7 +177,7 @@ def tensors_of(outputs: Any) -> Iterator[Tensor]:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, in rank order: [N_rank, ...] on each to [sum of N_rank, ...] on all.
+    """Gather the rows of all processes in rank order, from [N_rank, ...] on each to [sum of N_rank, ...] on all.
 
     The processes may hold different numbers of rows; dtype and the other sizes are the same on all.
     """
@@ -195,9 +195,9 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 
 def all_gather_plain(value: Any) -> list[Any]:
-    """What each process says, in rank order, on all of them.
+    """Gather a value from each process, in rank order, on all of them.
 
-    Values are what JSON can carry: numbers (floats arrive bit for bit), texts, lists and dicts with texts as keys.
+    Values must be valid JSON: numbers (floats arrive bit for bit), texts, lists and dicts with texts as keys.
     """
     line = torch.frombuffer(bytearray(json.dumps(value) + "\n", "ascii"), dtype=torch.uint8)
     return [json.loads(text) for text in bytes(all_gather_rows(line).tolist()).splitlines()]
@@ -217,7 +217,7 @@ def broadcast_bytes(value: bytes) -> bytes:
 
 
 def reduce_sum(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, on all of them."""
+    """Return the sum of a tensor over all processes, on all of them."""
     if get_world_size() > 1:
         value = value.clone()
         dist.all_reduce(value)
@@ -225,7 +225,7 @@ def reduce_sum(value: Tensor) -> Tensor:
 
 
 def reduce_dict(values: dict[str, Tensor], average: bool = True) -> dict[str, Tensor]:
-    """The mean (or sum) over all processes of a dict of scalars that has the same keys on each."""
+    """Return the mean (or sum) over all processes of a dict of scalars, which has the same keys on each."""
     if get_world_size() == 1 or not values:
         return values
     names = sorted(values)

@@ -1,11 +1,11 @@
-"""Errors that the user can mend, and the line that says how."""
+"""Errors that the user can fix, and the line that says how."""
 
 from __future__ import annotations
 
 import re
 import sys
 
-# The words of gloo, NCCL and their store about a process that is gone, and about one that does not answer.
+# Messages of gloo, NCCL and their store about a process that is gone, and about one that does not answer.
 GONE = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|socket (is )?closed|pair closure|remote process"
     r"|communicator was aborted|failed to recv|connectFullMesh",
@@ -23,7 +23,7 @@ class InputError(ValueError):
 
     @property
     def line(self) -> str:
-        """The message alone: a data-loading worker's error arrives wrapped in the text of its stack trace."""
+        """Message without a stack trace, in whose text the error of a data-loading worker arrives."""
         return str(self).rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
 
 
@@ -35,12 +35,12 @@ def reason(error: BaseException) -> str:
 
 
 def what_to_do(error: Exception) -> str:
-    """One line about an error that the user can mend; "" for any other."""
+    """Return a line about an error that the user can fix; "" for any other."""
     if isinstance(error, InputError):
         return error.line
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return f"out of memory, lower --batch_size, --max_size or the size of the model ({reason(error)})"
-    torch = sys.modules.get("torch")  # importing it takes seconds, and without it none of the following has happened
+    torch = sys.modules.get("torch")  # not imported here, which takes seconds; without it, none of these errors occurs
     if torch is None:
         return ""
     if isinstance(error, torch.OutOfMemoryError):
@@ -49,11 +49,11 @@ def what_to_do(error: Exception) -> str:
         if GONE.search(str(error)):
             return (
                 "another process of this run has died or stopped; its own last line says why, and if there is none, "
-                "the system has killed it, perhaps for want of memory"
+                "the system has killed it, perhaps for lack of memory"
             )
         return "another process of this run has not answered in time: it hangs, or has much more to do than this one"
     if str(error).startswith("DataLoader worker"):
-        return f"a process that loads data has died, perhaps for want of memory: lower --num_workers ({reason(error)})"
+        return f"a process that loads data has died, perhaps for lack of memory: lower --num_workers ({reason(error)})"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that an interruption at any moment leaves either the old or the new contents."""
+"""Writing of files such that an interruption at any moment leaves either the old or the new contents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from util.errors import InputError, reason
 from util.locks import try_lock
 
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.tmp")
-ABANDONED = 3600  # seconds without a byte, after which nobody is downloading a file any more
+ABANDONED = 3600  # seconds without a new byte, after which a download counts as abandoned
 LONGEST_STEM = 50  # characters of at most 4 bytes each, so that a temporary name has fewer than 255 bytes
 SPECIAL_FILES = {
     stat.S_IFDIR: "a folder",
@@ -30,22 +30,22 @@ SPECIAL_FILES = {
     stat.S_IFBLK: "a device",
 }
 
-# By folder, what raises InputError once that folder is no longer the one that this process has locked.
+# The function that raises InputError if a folder is no longer the one that this process has locked, by folder.
 folder_checks: dict[Path, Callable[[], None]] = {}
-_being_written: set[Path] = set()  # by this process, whose own locks do not keep it out
+_being_written: set[Path] = set()  # by this process, which its own locks do not keep out
 
 
 @contextlib.contextmanager
 def replacing(path: Path, keep_old_as: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a file to write to, which takes the place of `path` once it is completely on the disk.
+    """Open a file for writing, which replaces `path` once it is completely on the disk.
 
     Args:
-        path: what is written; its folder is made if need be.
-        keep_old_as: where the old file goes; between the two renames only `path` is missing.
+        path: the file; its folder is created if necessary.
+        keep_old_as: new path of the old file; between the two renames, only `path` is missing.
 
     Raises:
-        InputError: the disk is full, the folder is not writable, or a folder that this process has locked is gone;
-            what was there before is intact.
+        InputError: if the disk is full, the folder is not writable, or a folder that this process has locked is gone;
+            the old file is intact.
     """
     check_folder(path)
     temporary = None
@@ -83,7 +83,7 @@ def save_on_master(contents: Any, path: str | Path, keep_old_as: Path | None = N
 
 
 def _create_temporary(stem: Path) -> tuple[BinaryIO, Path]:
-    """Open a new file whose name begins like `stem` and is its own, and lock it as long as it is open."""
+    """Open a new file with a unique name that begins with `stem`, and lock it while it is open."""
     while True:
         temporary = stem.with_name(f"{stem.name}.{secrets.token_hex(4)}.tmp")
         _being_written.add(temporary)
@@ -93,13 +93,13 @@ def _create_temporary(stem: Path) -> tuple[BinaryIO, Path]:
         if temporary.exists():
             return file, temporary
         _being_written.discard(temporary)
-        file.close()  # `remove_leftovers` of another process came between the two lines above
+        file.close()  # another process called `remove_leftovers` between creation and lock
 
 
 def remove_leftovers(folder: Path, pattern: str = ".*.tmp") -> None:
-    """Remove the temporary files that dead processes have left in a folder, of those that match a pattern."""
+    """Remove the temporary files that match a pattern and were left in a folder by dead processes."""
     for path in folder.glob(pattern):
-        with contextlib.suppress(OSError):  # one that cannot be removed does no harm
+        with contextlib.suppress(OSError):  # a file that cannot be removed does no harm
             is_ours = TEMPORARY.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode)
             if is_ours and path not in _being_written:
                 _remove_if_dead(path)
@@ -107,7 +107,7 @@ def remove_leftovers(folder: Path, pattern: str = ".*.tmp") -> None:
 
 def _remove_if_dead(path: Path) -> None:
     if os.name == "nt":
-        path.unlink()  # Windows refuses where a process has the file open
+        path.unlink()  # Windows refuses if a process has the file open
         return
     with path.open("r+b") as file:
         if try_lock(file):
@@ -115,13 +115,13 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def download(url: str, path: Path, hash_prefix: str | None = None, progress: bool = True) -> None:
-    """Download a file; torch does so under a temporary name of its own, which the next process to need it cleans up.
+    """Download a file; torch uses temporary names for this, and the next download removes those that were abandoned.
 
     Args:
         hash_prefix: the beginning of the file's SHA-256; None: any.
 
     Raises:
-        OSError, RuntimeError: it cannot be had, or is another file.
+        OSError, RuntimeError: if it cannot be downloaded, or has another hash.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
@@ -141,11 +141,11 @@ def check_folder(path: Path) -> None:
 def special_file(path: Path) -> str:
     """Return what a path is other than a regular file, such as "a named pipe"; "" for a regular or missing file.
 
-    To open such a thing may wait forever.
+    Opening such a file may block forever.
     """
     try:
         return SPECIAL_FILES.get(stat.S_IFMT(path.stat().st_mode), "")
-    except (OSError, ValueError):  # a path with a NUL byte cannot be there either
+    except (OSError, ValueError):  # a path with a NUL byte cannot exist either
         return ""
 
 

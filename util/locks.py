@@ -1,4 +1,4 @@
-"""Locks on open files that the operating system releases when their process ends, however it ends."""
+"""Locks on open files, which the operating system releases whenever and however their process ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-    FAR = 2**30  # beyond what is in the file: Windows lets nobody else read the locked bytes
+    FAR = 2**30  # beyond the end of the file: on Windows, nobody else can read locked bytes
 
     def _lock(file: BinaryIO) -> None:
         file.seek(FAR)
@@ -20,7 +20,7 @@ except ImportError:  # Windows
 else:
 
     def _lock(file: BinaryIO) -> None:
-        # A lock of `flock` would live on in every forked process that loads data; this one belongs to its process.
+        # A lock of `flock` would survive in every forked process that loads data; this one belongs to a single process.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -30,7 +30,7 @@ def try_lock(file: BinaryIO) -> bool:
     On POSIX the lock ends as soon as this process closes any handle of the file, not only this one.
 
     Raises:
-        OSError: the file system has no locks.
+        OSError: if the file system has no locks.
     """
     try:
         _lock(file)

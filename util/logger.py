@@ -1,4 +1,4 @@
-"""What a run tells its user: coloured lines, running averages, a progress bar on terminals."""
+"""Output of a run for its user: coloured lines, running averages, a progress bar on terminals."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def log(message: str = "", color: str | None = None) -> None:
 
 
 def warn(message: str) -> None:
-    """Print a line that the user should not overlook."""
+    """Print a warning that the user should not overlook."""
     log(printable(f"warning: {message}"), "yellow")
 
 
 class SmoothedValue:
-    """A series of numbers: their latest, the median and mean of the last `window_size`, the mean of all."""
+    """Series of numbers: the latest one, the median and mean of the last `window_size`, and the mean of all."""
 
     def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})") -> None:
         self.window: deque[float] = deque(maxlen=window_size)
@@ -83,15 +83,15 @@ class SmoothedValue:
 
 
 def is_shown(name: str) -> bool:
-    """Whether a scalar is for people to look at; per-layer and unweighted losses are only averaged."""
+    """Return whether a scalar is shown to users; per-layer and unweighted losses are only averaged."""
     return not re.search(r"_(\d+|unscaled)$", name)
 
 
 class MetricLogger:
     """Running averages of named scalars and the lines that show them.
 
-    Scalars may be tensors: they stay on the device until a line is printed or an average is asked for, and are then
-    fetched together, so that a training step never waits for its own logging.
+    Scalars may be tensors: they stay on the device until a line is printed or an average is needed, and are then
+    fetched together, so that a training step never waits for its logging.
     """
 
     def __init__(self, delimiter: str = "  ") -> None:
@@ -108,7 +108,7 @@ class MetricLogger:
         self._meters[name] = meter
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages so far, as plain data."""
+        """Return the averages so far, as plain data."""
         return {name: meter.state_dict() for name, meter in self.meters.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class MetricLogger:
             self._meters[name].load_state_dict(meter)
 
     def update(self, leave_out: float | Tensor = 0.0, **values: float | Tensor) -> None:
-        """Adds a value to each average, unless `leave_out` turns out to be other than 0."""
+        """Add a value to each average, unless `leave_out` is not 0."""
         values = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
         self._pending.append((leave_out, values))
 
@@ -132,7 +132,7 @@ class MetricLogger:
                     self._meters[name].update(value)
 
     def synchronize_between_processes(self) -> None:
-        """Makes `global_avg` the mean over the steps of all processes."""
+        """Make `global_avg` the mean over the steps of all processes."""
         if get_world_size() == 1:
             return
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -145,11 +145,11 @@ class MetricLogger:
             self._meters[name].total, self._meters[name].count = total, int(count)
 
     def averages(self) -> dict[str, float]:
-        """The mean over all steps of every scalar."""
+        """Return the mean of every scalar over all steps."""
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
     def shown(self) -> dict[str, SmoothedValue]:
-        """The meters that the lines show."""
+        """Return the meters that are shown to users."""
         return {name: meter for name, meter in self.meters.items() if is_shown(name)}
 
     def __str__(self) -> str:
@@ -160,7 +160,7 @@ class MetricLogger:
     ) -> Iterator:
         """Yield from `iterable` (of known length) and show averages, times and memory every `print_freq` items.
 
-        A terminal gets a progress bar, a file plain lines with the remaining time, also of the whole run if `later`
+        A terminal shows a progress bar, files get plain lines. Both have the remaining time, also of the run if `later`
         items follow in later epochs. If an interrupted epoch is resumed after `start` items, the iterable yields only
         the remaining ones but has the length of all.
         """
@@ -202,7 +202,7 @@ class MetricLogger:
 
 
 def peak_memory_mib() -> float:
-    """The most memory used so far, in MiB: of the GPU where one is in use, else of this process (NaN on Windows)."""
+    """The most memory used so far, in MiB: of the GPU if one is in use, else of this process (NaN on Windows)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     try:

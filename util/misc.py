@@ -1,4 +1,4 @@
-"""The helpers that notebooks and forks import from `util.misc`; each lives in the module that its topic names."""
+"""Helpers that notebooks and forks import from `util.misc`; they are defined in modules named after their topics."""
 
 from util.box_ops import inverse_sigmoid
 from util.distributed import (

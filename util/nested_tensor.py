@@ -15,8 +15,8 @@ from torch import Tensor
 class NestedTensor:
     """Images padded to one size: `tensors` [B, 3, H, W] and `mask` [B, H, W], True on padding.
 
-    `has_padding` False says that the mask is False throughout, which the host could not read off a GPU without waiting;
-    attention is faster then.
+    `has_padding` is False if the mask is False everywhere, which the host could not read from a GPU without waiting;
+    attention is then faster.
     """
 
     def __init__(self, tensors: Tensor, mask: Tensor, has_padding: bool = True) -> None:
@@ -25,12 +25,12 @@ class NestedTensor:
         self.has_padding = has_padding
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
-        """The batch on a device, with the channels first in memory (`collate_fn`)."""
+        """Return the batch on a device, with the channels first in memory (see `collate_fn`)."""
         tensors, mask = (t.to(device, non_blocking=non_blocking) for t in self.decompose())
         return NestedTensor(tensors.contiguous(), mask, self.has_padding)
 
     def pin_memory(self) -> NestedTensor:
-        """Called by the data loader when it pins batches for the copy to the GPU."""
+        """Pin the batch for the copy to the GPU; the data loader calls this."""
         return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.has_padding)
 
     def decompose(self) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ class NestedTensor:
 def nested_tensor_from_tensor_list(
     images: Sequence[Tensor], memory_format: torch.memory_format = torch.contiguous_format
 ) -> NestedTensor:
-    """Pads [3, h, w] images with zeros at the right and bottom to the largest height and width among them."""
+    """Pad [3, h, w] images with zeros at the right and bottom to the largest height and width among them."""
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
     dtype, device = images[0].dtype, images[0].device
@@ -61,9 +61,9 @@ def nested_tensor_from_tensor_list(
 
 
 class Targets(tuple):
-    """The targets of a batch, dicts of small tensors, which leave a worker as arrays.
+    """The targets of a batch, dicts of small tensors, which workers send as arrays.
 
-    Each tensor would take a file and a mapping of shared memory, in the worker and in the main process.
+    Each tensor would need a file and a mapping of shared memory, in the worker and in the main process.
     """
 
     def __reduce__(self) -> tuple:
@@ -75,10 +75,10 @@ def _targets_of_arrays(targets: list[dict[str, np.ndarray]]) -> Targets:
 
 
 def collate_fn(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, Targets]:
-    """(image, target) pairs to (padded images, targets).
+    """Convert (image, target) pairs to (padded images, targets).
 
-    The channels stay last in memory, as images are decoded: to reorder them costs a worker as much as the resize, and
-    the device next to nothing.
+    The channels stay last in memory, as images are decoded: reordering them costs a worker as much as the resize, but
+    costs the device almost nothing.
     """
     images, targets = zip(*batch, strict=True)
     return nested_tensor_from_tensor_list(images, torch.channels_last), Targets(targets)

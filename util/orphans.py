@@ -1,4 +1,4 @@
-"""Ending processes whose parent has ended without being able to end them.
+"""Ending of processes whose parent has ended without being able to end them.
 
 This module needs nothing but Python itself, so that it can be set up before imports that take seconds.
 """
@@ -14,8 +14,8 @@ import time
 def end_with_launcher() -> None:
     """End this process soon after the launcher, if torchrun or torch.distributed.launch has started it.
 
-    By itself, it would train on, next to the processes of a launcher that is started again. The end of any other parent
-    means nothing: shells end before what `nohup` or a scheduler keeps alive.
+    Otherwise, it would continue to train, next to the processes of a launcher that is started again. The end of any
+    other parent means nothing: shells end before the processes that `nohup` or a scheduler keeps alive.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid(), "the launcher")
@@ -26,7 +26,7 @@ def end_with(parent: int, name: str) -> None:
 
     Args:
         parent: the parent's process id.
-        name: what the printed line calls it; "" prints nothing.
+        name: its name in the printed line; "" prints nothing.
     """
     threading.Thread(target=_watch, args=(parent, name), daemon=True).start()
 
@@ -35,6 +35,6 @@ def _watch(parent: int, name: str) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     if name:
-        with contextlib.suppress(OSError):  # the launcher may have been the reader
+        with contextlib.suppress(OSError):  # the reader of the output may have been the launcher
             os.write(2, f"{name} (process {parent}) has ended, and so does process {os.getpid()}\n".encode())
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Numbers that keep their precision where a model computes in 16 bits."""
+"""Precision: parts of a model that stay in float32 while the rest computes in 16 bits."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """bfloat16 and float16 to float32; others as they are."""
+    """Convert bfloat16 and float16 to float32; return other tensors unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -4,9 +4,9 @@ SIGTERM comes from schedulers and torchrun before they kill; SIGUSR1 is what `sb
 minutes before the time limit; SIGINT is Ctrl-C.
 
 Python runs a signal's handler in the main thread, between two of its instructions. An exception that the handler raises
-therefore comes out of any line, also of one that reads a file, where it must not be taken for a fault of the file. The
-main thread cannot run the handler at all while it waits in C++ code, as for other processes. What it misses, a thread
-makes up for. This module needs nothing but Python itself, so that it can be set up before imports that take seconds.
+can therefore occur in any line, also in one that reads a file, where it must not be mistaken for an error of the file.
+The main thread cannot run the handler while it waits in C++ code, for example for other processes. In this case, a
+second thread handles the signal. This module needs only Python itself, so that it can be set up before slow imports.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from collections.abc import Iterator
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
 EXIT_CODE = 75  # of main.py after SIGTERM or SIGUSR1: "try again later" (EX_TEMPFAIL of sysexits.h)
-INTERRUPTED = 128 + signal.SIGINT  # the exit code after Ctrl-C, as shells have it
-PATIENCE = 3  # seconds that a process has to end by itself where it has nothing to finish
-# Launchers pass on a Ctrl-C that the terminal has sent to the processes already: what arrives so soon is the same one.
+INTERRUPTED = 128 + signal.SIGINT  # the exit code after Ctrl-C, as in shells
+PATIENCE = 3  # seconds for a process to end by itself if it has nothing to finish
+# Launchers forward a Ctrl-C that the terminal has already sent to the processes: a second one this soon is the same.
 SAME_REQUEST = 2 if "RANK" in os.environ or "SLURM_PROCID" in os.environ else 0  # seconds
 
 
 class Stopped(SystemExit):
     """This process was asked to stop; `code` is its exit code.
 
-    It is no `Exception`: code that takes any exception for a damaged file lets it pass.
+    It is not an `Exception`, so that code which takes any exception for a damaged file does not catch it.
     """
 
 
 class StopRequest:
-    """The request to stop this process, once a signal has brought it, and the handler of these signals.
+    """The request to stop this process, which is true after a signal, and the handler of these signals.
 
-    By default, the signal raises `Stopped` at once. While work is `deferred`, it is only noted: the work looks at the
-    truth of this object where it can stop, and raises `Stopped` itself.
+    By default, a signal raises `Stopped` at once. Within `deferred`, it is only noted: the code there checks the truth
+    value of this object where it can stop, and raises `Stopped` itself.
     """
 
     def __init__(self) -> None:
-        self.exit_code = 0  # other than 0 once a signal has arrived
+        self.exit_code = 0  # not 0 once a signal has arrived
         self.importing = False
         self.deferring = False
-        self.raised = False  # whatever error follows is then a consequence
+        self.raised = False  # any error that follows is then a consequence
         self.installed = False
         self.code_if_preempted: int | None = None
 
@@ -60,9 +60,9 @@ class StopRequest:
     def __call__(self, number: int, _frame: object) -> None:
         """Handle a signal."""
         if self:
-            if not self.installed and number == signal.SIGINT:  # else the thread does it
+            if not self.installed and number == signal.SIGINT:  # else the thread does this
                 raise Stopped(INTERRUPTED)
-            return  # an exception on its way must not be replaced by another
+            return  # an exception that is being handled must not be replaced by another
         self.exit_code = self._code_after(number)
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self.deferring:
@@ -73,10 +73,10 @@ class StopRequest:
         _tell(f"{name}: finishing this step" + "; press it again to stop at once" * (number == signal.SIGINT))
 
     def install(self, code_if_preempted: int | None = None, importing: bool = False) -> None:
-        """Make this process, which a command line has started, obey signals from now on until its end.
+        """Make this process, which a command line has started, handle signals from now on until its end.
 
         Args:
-            code_if_preempted: the exit code after SIGTERM and SIGUSR1, by default 128 and the signal's number.
+            code_if_preempted: the exit code after SIGTERM and SIGUSR1, by default 128 plus the signal's number.
             importing: until the next call, a signal ends the process without an exception.
         """
         self.code_if_preempted = code_if_preempted
@@ -90,10 +90,8 @@ class StopRequest:
         signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self)
-        atexit.register(
-            ignore_signals
-        )  # as Python ends, it hands signals back to the system, which would end it at once
-        if hasattr(os, "register_at_fork"):  # processes that load data are forked, and would otherwise begin with these
+        atexit.register(ignore_signals)  # Python ends by restoring the system's handlers, which end it at once
+        if hasattr(os, "register_at_fork"):  # forked processes that load data would otherwise inherit these
             os.register_at_fork(
                 before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
                 after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
@@ -110,10 +108,10 @@ class StopRequest:
     def deferred(self) -> Iterator[None]:
         """Note signals within the block instead of raising anything.
 
-        Where no command line has called `install`, as in a notebook, signals are handled within the block only.
+        If no command line has called `install`, as in a notebook, signals are handled only within the block.
         """
         self.raise_if_asked()
-        here = not self.installed and threading.current_thread() is threading.main_thread()  # others may not
+        here = not self.installed and threading.current_thread() is threading.main_thread()  # other threads may not
         before = {number: signal.signal(number, self) for number in SIGNALS if here}
         self.deferring = True
         try:
@@ -123,7 +121,7 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
             if not self.installed:
-                self.exit_code, self.raised = 0, False  # the next run may be another one
+                self.exit_code, self.raised = 0, False  # the next run starts without a request
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -132,7 +130,7 @@ class StopRequest:
         self.raise_if_asked()
         yield
         self.deferring = True
-        self.raise_if_asked()  # where the exception was lost: Python drops those raised in `__del__`, for example
+        self.raise_if_asked()  # if the exception was lost: Python drops those raised in `__del__`, for example
 
     def _code_after(self, number: int) -> int:
         return self.code_if_preempted if self.code_if_preempted and number != signal.SIGINT else 128 + number
@@ -154,11 +152,11 @@ class StopRequest:
                 timer.start()
 
 
-stop_request = StopRequest()  # signals are the process's, and so is the request
+stop_request = StopRequest()  # one for the process, like signals
 
 
 def end_now(code: int) -> None:
-    """End this process and those that load its data, before any of its threads can print that they are gone."""
+    """End this process and those that load its data, before any of its threads can report that these are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     kill_workers()
@@ -172,7 +170,7 @@ def _end_without_main_thread(code: int) -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore signals: in processes that load data, which receive them too, and in a process that is about to end."""
+    """Ignore signals, in processes that load data, which also receive them, and in a process that is about to end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -197,7 +195,7 @@ def _kill_children() -> None:
 
 
 def _tell(line: str) -> None:
-    """Print a line on the main process, past Python's own stream, which the main thread may be writing to."""
+    """Print a line on the main process without Python's stream, to which the main thread may be writing."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        with contextlib.suppress(OSError):  # nobody may be reading any more
+        with contextlib.suppress(OSError):  # the reader may be gone
             os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())

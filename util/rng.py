@@ -1,4 +1,4 @@
-"""The random number generators of a process: seeding, saving and restoring them."""
+"""Random number generators of a process: seeding, saving and restoring them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds every generator that a library might draw from."""
+    """Seed every generator that a library might draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
 def torch_rng_states() -> dict[str, Tensor]:
-    """The states of torch's generators, on the host and of the current GPU; reading them waits for no device."""
+    """Return the states of torch's generators for the CPU and the current GPU, without waiting for it."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -26,14 +26,14 @@ def torch_rng_states() -> dict[str, Tensor]:
 
 
 def set_torch_rng_states(states: dict[str, Tensor]) -> None:
-    """Goes on where `torch_rng_states` was called."""
+    """Restore the generators to the states that `torch_rng_states` returned."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
 
 def all_rng_states() -> dict[str, Any]:
-    """The states of torch's, NumPy's and Python's generators as plain data, which JSON can carry."""
+    """Return the states of torch's, NumPy's and Python's generators as plain data, which is valid JSON."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": {device: state.tolist() for device, state in torch_rng_states().items()},
@@ -43,7 +43,7 @@ def all_rng_states() -> dict[str, Any]:
 
 
 def set_all_rng_states(states: dict[str, Any]) -> None:
-    """Goes on where `all_rng_states` was called."""
+    """Restore the generators to the states that `all_rng_states` returned."""
     set_torch_rng_states({k: torch.tensor(state, dtype=torch.uint8) for k, state in states["torch"].items()})
     np.random.set_state(tuple(states["numpy"]))
     version, keys, gauss = states["python"]

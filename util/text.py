@@ -1,17 +1,17 @@
-"""Text from files made fit for terminals, pictures and pages."""
+"""Text from files, made safe for terminals, pictures and pages."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# Control and format characters, such as those of escape sequences and of right-to-left overrides; halves of characters;
-# separators of lines and paragraphs.
+# Control and format characters, such as those of escape sequences and of right-to-left overrides; halves of surrogate
+# pairs; separators of lines and paragraphs.
 UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-JOINERS = "\u200c\u200d"  # format characters that some scripts and emoji need, and that move nothing
+JOINERS = "\u200c\u200d"  # format characters that some scripts and emoji need, and that are harmless
 
 
 def printable(text: object) -> str:
-    r"""Return a text as one line without control characters: each becomes its escape, such as \n or \x1b."""
+    r"""Return a text as one line in which control characters are replaced by escapes, such as \n or \x1b."""
     text = str(text)
     if text.isascii() and text.isprintable():
         return text
