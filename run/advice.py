@@ -1,20 +1,20 @@
-"""What can be said about a training before it starts: warnings of settings under which it is bound to fail."""
+"""Warnings before a training starts about settings with which it is bound to fail."""
 
 from __future__ import annotations
 
 from flags.resolve import Flags
 from util.text import counted
 
-RECIPE_IMAGES = 16  # per step, which the published learning rates are meant for
+RECIPE_IMAGES = 16  # per step, for which the published learning rates are meant
 RECIPE_LR = 1e-4
-# Fewer steps teach a transformer from random weights next to nothing. The demo's three layers, on the easiest of data,
-# take as many; COCO's recipe takes 370,000 for twelve.
+# With fewer steps, a transformer from random weights learns almost nothing. The demo's three layers, on very easy data,
+# need as many; COCO's recipe takes 370,000 for twelve.
 STEPS_A_LAYER = 600
 MOST_DROPS = 6  # of the learning rate to a tenth; float32 holds seven digits
 
 
 def lr_factor(flags: Flags, images: int) -> float:
-    """Return what `--lr_scale` multiplies the learning rates by, for N images per step instead of the recipe's 16."""
+    """Return the factor of `--lr_scale` for the learning rates, for N images per step instead of the recipe's 16."""
     exponent = {"none": 0, "sqrt": 0.5, "linear": 1}[flags.lr_scale]
     return (images / RECIPE_IMAGES) ** exponent
 
@@ -51,7 +51,7 @@ def advice(flags: Flags, images: int, steps: int, from_scratch: bool) -> list[st
 
 
 def suggested_start(flags: Flags) -> str:
-    """Return the published model with this backbone, else any file."""
+    """Return the name of the published model with this backbone, else a placeholder for a file."""
     if flags.backbone not in ("resnet50", "resnet101"):
         return "CHECKPOINT"
     return f"conditional_detr_{flags.backbone}{'_dc5' if flags.dilation else ''}"

@@ -9,10 +9,10 @@ from util.distributed import reduce_sum
 
 
 class Agreement:
-    """Brings all processes to the same answers: yes where any of them says yes.
+    """Agreement of all processes on yes-or-no answers: yes if any of them says yes.
 
-    Reading a tensor of a GPU makes the host wait for it. So the device uses the answers at once, and the host reads
-    them a step later, when the matching has just waited for the device anyway.
+    Reading a tensor of a GPU makes the host wait for it. The device therefore uses the answers at once, and the host
+    reads them one step later, when the matching has just waited for the device anyway.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Agreement:
         self.copied: torch.cuda.Event | None = None
 
     def reach(self, *answers: Tensor) -> Tensor:
-        """Return the common answers as a float tensor [N] of zeros and ones on the device, of one bool [] each."""
+        """Return the common answers as a float tensor [N] of zeros and ones on the device; `answers` are N bools []."""
         common = reduce_sum(torch.stack(answers).float()).clamp(max=1)
         self.answers, self.copied = common, None
         if common.is_cuda:

@@ -1,4 +1,4 @@
-"""The data of a run, and the classes that its model tells apart."""
+"""The data of a run, and the classes that its model distinguishes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from util.text import counted
 
 @dataclass(frozen=True)
 class Data:
-    """Batches to learn from and to evaluate on.
+    """Batches for training and evaluation.
 
     Attributes:
         train: None if the run only evaluates.
-        val: the split that is evaluated on.
+        val: the split for evaluation.
         classes: those of the model: the checkpoint's, else those of the first data set.
         num_classes: the size of the class head.
     """
@@ -36,12 +36,12 @@ class Data:
 
     @property
     def datasets(self) -> list[CocoDetection]:
-        """The data sets, that of training first."""
+        """Data sets of the run, that of training first."""
         return [loader.dataset for loader in (self.train, self.val) if loader is not None]
 
     @property
     def all_classes(self) -> Classes:
-        """The model's classes and those of the data: either may know some that the other does not."""
+        """Return the model's classes and those of the data: each may have some that the other does not."""
         return self.classes | self.val.dataset.classes
 
 
@@ -49,7 +49,7 @@ def load_data(start: Start) -> Data:
     """Read the annotations that the flags name.
 
     Raises:
-        InputError: for files that are missing or not usable, and for data from which nothing would be learned.
+        InputError: if files are missing or not usable, or nothing would be learned from the data.
     """
     flags = start.flags
     known = classes_of(start.checkpoint, start.source) if start.checkpoint else None
@@ -67,7 +67,7 @@ def load_data(start: Start) -> Data:
 
 
 def check_trains(flags: Flags, loader: DataLoader) -> None:
-    """Raise InputError for data from which nothing would be learned, and warn about too few for one batch."""
+    """Raise InputError if nothing would be learned from the data; warn if --overfit has fewer images than a batch."""
     dataset = loader.dataset
     dataset.check_trains()
     if flags.accum_steps > len(loader):

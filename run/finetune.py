@@ -1,4 +1,4 @@
-"""Starting a training from another model's weights: `--finetune`."""
+"""Start of a training from another model's weights: `--finetune`."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ BATCH_COUNTER = "num_batches_tracked"  # of trained norms; frozen ones have none
 def start_from(
     model: nn.Module, classes: Classes, checkpoint: dict[str, Any], source: str, args: argparse.Namespace
 ) -> bool:
-    """Fills a model with all weights of a checkpoint that fit it, and says which did not.
+    """Fill a model with all weights of a checkpoint that fit it, and name those that did not.
 
-    The class head's rows go by the names of the classes, whatever their ids; a class that the checkpoint does not know
-    keeps its initial row.
+    Rows of the class head are matched by the names of the classes, not by their ids; a class that the checkpoint does
+    not know keeps its initial row.
 
     Args:
-        model: as it was built.
-        classes: those that the model is to tell apart.
-        checkpoint: of `checkpoints.checkpoint.load_checkpoint`.
-        source: what it is called in messages.
-        args: the model's flags, which are compared with the checkpoint's where something does not fit.
+        model: newly built.
+        classes: the classes that the model shall distinguish.
+        checkpoint: the result of `checkpoints.checkpoint.load_checkpoint`.
+        source: its name in messages.
+        args: the model's flags, which are compared with the checkpoint's if something does not fit.
 
-    Returns whether the backbone was filled.
+    Return whether the backbone was filled.
 
-    Raises InputError where nothing fits.
+    Raise InputError if nothing fits.
     """
     check_finite(checkpoint["model"], source)
     theirs, ours = checkpoint["model"], model.state_dict()
@@ -67,7 +67,7 @@ def start_from(
 
 
 def has_head(weights: dict[str, Tensor], width: int) -> bool:
-    """Return whether there is a whole class head, from whose rows those of a model of some width can be copied."""
+    """Return whether weights contain a whole class head, whose rows a model of this width can use."""
     weight, bias = (weights.get(name) for name in CLASS_HEAD)
     if weight is None or bias is None or bias.dim() != 1:
         return False
@@ -75,14 +75,14 @@ def has_head(weights: dict[str, Tensor], width: int) -> bool:
 
 
 def matching_rows(ours: Classes, theirs: Classes) -> list[tuple[int, int]]:
-    """The pairs of labels whose names agree, but for case and blanks."""
+    """Return the pairs of labels whose names agree, except for case and blanks."""
     label_of = {normalized(name): label for label, name in theirs.names.items()}
     pairs = [(label, label_of.get(normalized(name))) for label, name in ours.names.items()]
     return [(label, their_label) for label, their_label in pairs if their_label is not None]
 
 
 def describe_classes(classes: Classes, rows: Iterable[tuple[int, int]]) -> str:
-    """Which classes the head already tells apart, and which are new to it."""
+    """Describe which classes the head already knows, and which are new to it."""
     kept = {label for label, _ in rows}
     known = [name for label, name in classes.names.items() if label in kept]
     new = [name for label, name in classes.names.items() if label not in kept]
@@ -91,7 +91,7 @@ def describe_classes(classes: Classes, rows: Iterable[tuple[int, int]]) -> str:
 
 
 def describe_misfits(names: list[str], ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
-    """The first few tensors with their shapes on both sides."""
+    """Describe the first few tensors with their shapes on both sides."""
     shapes = ((name, shape_text(ours.get(name)), shape_text(theirs.get(name))) for name in names)
     return shortened([f"{name} is {here} here and {there} there" for name, here, there in shapes], 3)
 

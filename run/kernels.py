@@ -1,4 +1,4 @@
-"""Which kernels a run uses: fast ones, compiled ones, or those that always compute the same."""
+"""Kernels of a run: fast ones, compiled ones, or deterministic ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 
 def use_fast_kernels(device: torch.device) -> None:
-    """On GPUs, matrix products of float32 in TF32, and attention without cuDNN.
+    """Use TF32 for float32 matrix products, and attention without cuDNN, on GPUs.
 
-    cuDNN plans its attention anew for every shape, and in training nearly every batch has a shape of its own.
+    cuDNN plans its attention again for every shape, and in training nearly every batch has a different shape.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -20,16 +20,16 @@ def use_fast_kernels(device: torch.device) -> None:
 
 
 def compile_model(model: nn.Module, **options: Any) -> None:
-    """Compiles a model's transformer in place, so that its keys stay; `options` are those of `nn.Module.compile`.
+    """Compile a model's transformer in place, so that its keys stay; `options` are those of `nn.Module.compile`.
 
-    One compilation then serves images of all sizes, another those without padding. The backbone is left as it is: its
-    convolutions would be compiled anew for every size, for minutes, and after eight sizes no more at all.
+    One compilation then serves images of all sizes, another one batches without padding. The backbone is not compiled:
+    its convolutions would be compiled again for every size, for minutes, and after eight sizes not any more.
     """
     model.transformer.compile(dynamic=True, **options)
 
 
 def use_deterministic_kernels() -> None:
-    """The same numbers from the same machine every time, also on GPUs, where sums otherwise depend on timing."""
+    """Make a run reproducible on the same machine, also on GPUs, where sums otherwise depend on timing."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

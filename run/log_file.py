@@ -1,6 +1,6 @@
-"""log.txt: one line of JSON an epoch, none twice and none missing, however often a run is interrupted.
+"""log.txt: one line of JSON per epoch, none twice and none missing, however often a run is interrupted.
 
-A log may also come from elsewhere, or be damaged: nothing in it stops a reader.
+A log may also come from elsewhere, or be damaged: readers skip what they cannot use.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from util.files import check_folder, replacing, special_file
 from util.logger import warn
 from util.text import counted
 
-LONGEST_LINE = 2**20  # bytes; an epoch takes some thousands
+LONGEST_LINE = 2**20  # bytes; an epoch takes a few thousand
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Return the entries of a log file in its order, without the lines that are no entries.
+    """Return the entries of a log file in order, without lines that are not entries.
 
-    There are none in a missing file, nor in something other than a file.
+    There are none in a missing file, nor in anything other than a file.
     """
     return [entry for _, entry in _lines(Path(path)) if entry]
 
 
 def number_in(entry: dict[str, Any], key: str, index: int | None = None) -> float | None:
-    """Return the number that an entry has under a key, or at a place of the list there; None if it has none."""
+    """Return the number that an entry has under a key, or at an index of the list there; None if it has none."""
     value = entry.get(key)
     if index is not None:
         value = value[index] if isinstance(value, list) and len(value) > index else None
@@ -38,9 +38,9 @@ def number_in(entry: dict[str, Any], key: str, index: int | None = None) -> floa
 
 
 def best_epoch(path: str | Path) -> tuple[float, int | None]:
-    """Return the highest AP on val in a log file, of equal ones the first, and its epoch.
+    """Return the highest AP on val in a log file, the first of equal ones, and its epoch.
 
-    They are minus infinity and None where nothing was evaluated.
+    They are minus infinity and None if nothing was evaluated.
     """
     aps = [(number_in(entry, "test_coco_eval_bbox", 0), entry["epoch"]) for entry in read_log(path)]
     known = [(ap, epoch) for ap, epoch in aps if ap is not None and math.isfinite(ap)]
@@ -48,7 +48,7 @@ def best_epoch(path: str | Path) -> tuple[float, int | None]:
 
 
 def best_ap(path: str | Path) -> float:
-    """Return the highest AP on val in a log file; minus infinity where nothing was evaluated."""
+    """Return the highest AP on val in a log file; minus infinity if nothing was evaluated."""
     return best_epoch(path)[0]
 
 
@@ -67,9 +67,9 @@ def append_log(path: str | Path, entry: dict[str, Any]) -> None:
 
 
 def trim_log(path: str | Path, epoch: int) -> None:
-    """Drop entries of `epoch` and later ones, which are about to be trained again, and lines that are no entries.
+    """Drop entries of `epoch` and later ones, which are about to be trained again, and lines that are not entries.
 
-    Something other than a file, such as a named pipe, gives way to an empty log.
+    Anything other than a file, such as a named pipe, is replaced by an empty log.
     """
     path = Path(path)
     if not is_main_process() or not path.exists():
@@ -91,7 +91,7 @@ def trim_log(path: str | Path, epoch: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Yield the lines of a log that are not blank, ended by a line feed, each with its entry, or None if it is none."""
+    """Yield the lines of a log that are not blank, ended by a line feed, each with its entry, or None."""
     if not path.exists() or special_file(path):
         return
     try:
@@ -108,7 +108,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def _without_nan(value: Any) -> Any:
-    """Return a value of an entry with null for the numbers that JSON lacks: NaN and infinity."""
+    """Return a value of an entry with null for numbers that JSON lacks: NaN and infinity."""
     if isinstance(value, list):
         return list(map(_without_nan, value))
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -125,5 +125,5 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file; a named pipe is an error where it would wait for a reader."""
+    """Open a file; a named pipe without a reader is an error instead of a wait."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)

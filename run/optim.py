@@ -12,7 +12,7 @@ from util.errors import InputError
 
 
 def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trained parameters: group 0 all but the backbone's, group 1 the backbone's, decay on all."""
+    """Return AdamW over the trained parameters: group 0 all except the backbone's, group 1 these, decay on all."""
     groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr_backbone}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -21,9 +21,9 @@ def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_deca
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: str) -> None:
-    """Takes over the moments of a saved optimizer state; learning rates and decay stay those of this run.
+    """Restore the moments of a saved optimizer state; learning rates and decay stay those of this run.
 
-    Raises InputError where the saved one trained other parameters.
+    Raise InputError if the saved one trained other parameters.
     """
     state = optimizer.state_dict()
     here, there = (
@@ -39,13 +39,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
         shape = parameters[number].shape if number < len(parameters) else None
         if moments["exp_avg"].shape != shape or moments["exp_avg_sq"].shape != shape:
             raise InputError(
-                f"{source}: the optimizer's moments number {number} have not the shape of a trained weight"
+                f"{source}: the optimizer's moments number {number} do not have the shape of a trained weight"
             )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": state["param_groups"]})
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, lr_drop: int, start_epoch: int = 0) -> StepLR:
-    """The step schedule as it stands at `start_epoch`; call `step()` after every epoch."""
+    """Return the step schedule at `start_epoch`; call `step()` after every epoch."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
         for _ in range(max(start_epoch - 1, 0) // lr_drop):  # StepLR itself steps once, into `start_epoch`

@@ -20,23 +20,23 @@ from util.files import check_is_file, folder_checks, remove_leftovers, special_f
 from util.locks import try_lock
 from util.logger import log, warn
 
-# An evaluation has a lock of its own: it writes other files than a training run, which may go on in the same folder.
+# An evaluation has a separate lock: it writes other files than a training run, which may use the folder meanwhile.
 TRAINING_LOCK, EVALUATION_LOCK = ".train.lock", ".eval.lock"
 TRAINING_FILES = ("checkpoint.pth", "checkpoint_previous.pth", "checkpoint_best.pth", "log.txt")
 PATIENCE = 60  # seconds for the end of the process that holds the lock
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")  # set by schedulers, which start jobs again without anyone waiting
+JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")  # set by schedulers, which restart jobs when nobody is watching
 LONGEST_COMMAND = 200  # characters
 
 
 @contextlib.contextmanager
 def claim_output_dir(args: argparse.Namespace) -> Iterator[Path | None]:
-    """Make the folder of `--output_dir` if need be and keep other runs out of it within the block; None without one.
+    """Create the folder of `--output_dir` if necessary and keep other runs out of it within the block; None if unset.
 
-    The lock is the main process's, and all processes wait for it. What dead runs have left half-written is removed.
+    The main process holds the lock, and all processes wait for it. Temporary files of dead runs are removed.
 
     Raises:
-        InputError: on all processes, where another run uses the folder, or where it cannot be used.
+        InputError: on all processes, if another run uses the folder, or it cannot be used.
     """
     if not args.output_dir:
         yield None
@@ -62,7 +62,7 @@ def claim_output_dir(args: argparse.Namespace) -> Iterator[Path | None]:
 
 
 def make_output_dir(name: str) -> Path:
-    """Return the folder of `--output_dir`, made if need be."""
+    """Return the folder of `--output_dir`, created if necessary."""
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def make_output_dir(name: str) -> Path:
 
 
 def check_contents(folder: Path, args: argparse.Namespace) -> None:
-    """Raise InputError where a run could not write its files, for folders in the place of files and the reverse."""
+    """Raise InputError if a run could not write its files: for folders instead of files, and the reverse."""
     for path in (folder / name for name in TRAINING_FILES if not args.eval):
         if path.is_dir():
             raise InputError(f"{path}: is a folder, not a file; move it elsewhere")
@@ -85,16 +85,16 @@ def check_contents(folder: Path, args: argparse.Namespace) -> None:
 
 
 def is_restarted() -> bool:
-    """Return whether torchrun or a scheduler has started this run again, or may have."""
+    """Return whether torchrun or a scheduler has, or may have, restarted this run."""
     counts = [os.environ.get(name, "0") for name in RESTART_COUNTS]
     return any(count.isdecimal() and int(count) > 0 for count in counts) or any(name in os.environ for name in JOBS)
 
 
 class FolderLock:
-    """A lock on a folder, which ends with this process.
+    """Lock on a folder, which ends with this process.
 
     Args:
-        path: the file in that folder that is locked and names its holder; deleted on release.
+        path: the file in the folder that is locked and names its holder; deleted on release.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,7 +107,7 @@ class FolderLock:
         """Take the lock, within `patience` seconds if another process holds it.
 
         Raises:
-            InputError: another process holds it, which the message names.
+            InputError: if another process holds it, which the message names.
         """
         deadline = time.monotonic() + patience
         waiting = False
@@ -126,7 +126,7 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise InputError if the folder was deleted since the lock was taken, even if it was made again."""
-        # A file with the same text is ours on file systems that number a file differently now and then.
+        # Some file systems change the number of a file now and then; a file with the same text is ours.
         if self._is_in_place() or self._holder() == self.description:
             return
         user = f" and is in use by {self._holder()}" if self.path.exists() else ""
@@ -152,7 +152,7 @@ class FolderLock:
                     self.file.truncate(0)
                     self.file.write(self.description.encode())
                     return True
-                self.file.close()  # its holder has deleted it, as it ended
+                self.file.close()  # its holder has deleted it at its end
         except OSError as error:
             raise InputError(f"--output_dir {self.folder}: not writable ({error.strerror})") from error
         self.file.close()
@@ -175,13 +175,13 @@ class FolderLock:
             return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except OSError:  # what is done next fails, too, and says it in its own words
+        except OSError:  # the next operation fails, too, with a better message
             return True
 
     def _holder(self) -> str:
-        """Return what the file says about its holder; not to be called by the holder while the file is in place.
+        """Return the file's description of its holder, who must not call this while the file exists.
 
-        To close any handle of the file would release the lock.
+        Closing any handle of the file would release the lock.
         """
         try:
             with self.path.open("rb") as file:
@@ -192,7 +192,7 @@ class FolderLock:
 
 
 def describe_this_process() -> str:
-    """Return process, host, start and command, as a part of a line."""
+    """Return process, host, start and command, as part of a line."""
     command = shlex.join(sys.orig_argv)
     if len(command) > LONGEST_COMMAND:
         command = f"{command[:LONGEST_COMMAND]}.."

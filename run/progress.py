@@ -1,4 +1,4 @@
-"""The position of a training run within an epoch: what resuming it exactly needs besides weights and optimizer."""
+"""Position of a training run within an epoch: what exact resume needs besides weights and optimizer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from util.rng import all_rng_states, set_all_rng_states
 
 
 class Progress:
-    """The position within an epoch and what has been gathered on the way there.
+    """Position within an epoch, and what has been gathered up to there.
 
     Attributes:
-        step: the finished steps of the epoch under way.
+        step: the number of finished steps of the current epoch.
         logger: the running averages over these steps, of this process.
     """
 
@@ -23,23 +23,23 @@ class Progress:
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        """Begin an epoch with nothing gathered."""
+        """Start an epoch with nothing gathered."""
         self.step = 0
         self.logger = MetricLogger()
         self.logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data; `processes` holds what differs by process, in rank order. To be called on all processes."""
+        """Return plain data; `processes` holds what differs by process, in rank order. Call this on all processes."""
         mine = {"random": all_rng_states(), "meters": self.logger.state_dict()}
         return {"step": self.step, "processes": all_gather_plain(mine)}
 
     def restore(self, checkpoint: dict[str, Any], images_per_step: int, source: str) -> None:
-        """Continue from a checkpoint with this state in it; a published one, without, is an epoch's end.
+        """Continue from a checkpoint with this state; a published one, which has none, is the end of an epoch.
 
-        With other numbers of processes or of `images_per_step` of each, the position is after the images already seen.
+        If the number of processes or their `images_per_step` changed, the position is after the images already seen.
 
         Raises:
-            InputError: if a generator does not take its state; `source` names the checkpoint.
+            InputError: if a generator does not accept its state; `source` names the checkpoint.
         """
         if "processes" not in checkpoint:
             return
@@ -56,6 +56,6 @@ class Progress:
                     f"{source}: a random state is not one of this version's generators ({reason(error)})"
                 ) from error
             self.logger.load_state_dict(mine["meters"])
-        else:  # a process that the run did not have has nothing gathered, under the same names
+        else:  # a process that the run did not have starts with the same names and nothing gathered
             nothing = SmoothedValue().state_dict()
             self.logger.load_state_dict(dict.fromkeys(processes[0]["meters"], nothing))

@@ -1,4 +1,4 @@
-"""Where a run begins: at random weights, at another model's, or where a checkpoint was written."""
+"""Start of a run: from random weights, from another model's, or from where a checkpoint was written."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Checkpoint = dict[str, Any]
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """Start of a run: its flags, its checkpoint and its first epoch.
 
     Attributes:
         flags: those of the run; the ones that define the model are the checkpoint's.
-        checkpoint: what is resumed or evaluated; None for a new training.
+        checkpoint: the checkpoint that is resumed or evaluated; None for a new training.
         source: the name of the checkpoint in messages.
-        other_model: the checkpoint whose weights a new training starts from as far as they fit; None without.
+        other_model: the checkpoint from whose fitting weights a new training starts; None without one.
         epoch: the first epoch to train.
         unlogged: the run was interrupted between the checkpoint of an epoch and its line in the log.
     """
@@ -54,12 +54,12 @@ class Start:
 
     @property
     def resumes(self) -> bool:
-        """Training continues where the checkpoint was written; else its model is where a new one starts."""
+        """True if training continues where the checkpoint was written; else a new one starts from its model."""
         return self.checkpoint is not None and holds_training(self.checkpoint)
 
     @property
     def finished(self) -> bool:
-        """All epochs are trained and logged."""
+        """True if all epochs are trained and logged."""
         return self.resumes and not self.flags.eval and self.epoch >= self.flags.epochs and not self.unlogged
 
     def num_classes(self, needed: int) -> int:
@@ -73,11 +73,11 @@ class Start:
         return stored
 
     def fill(self, model: Detector, classes: Classes) -> None:
-        """Give a model the weights that the run begins with; those of a new training are the main process's to read.
+        """Give a model the initial weights of the run; those of a new training are read only by the main process.
 
         Args:
-            model: as it was built.
-            classes: those that it tells apart.
+            model: newly built.
+            classes: the classes that it distinguishes.
         """
         flags = self.flags
         if self.checkpoint:
@@ -92,10 +92,10 @@ class Start:
 
 
 def find_start(flags: Flags, output_dir: Path | None) -> Start:
-    """Read the checkpoint that a run begins with, if there is one, on all processes.
+    """Read the checkpoint that a run starts from, if there is one, on all processes.
 
     Raises:
-        InputError: for a checkpoint that cannot be used, flags that contradict it, or epochs that are all trained.
+        InputError: if the checkpoint cannot be used, flags contradict it, or there are no epochs left to train.
     """
     checkpoint, source = read_checkpoint(flags)
     if checkpoint:
@@ -115,9 +115,9 @@ def find_start(flags: Flags, output_dir: Path | None) -> Start:
 
 
 def read_checkpoint(flags: Flags) -> tuple[Checkpoint | None, str]:
-    """Return the checkpoint that `--resume` names and where it came from; (None, "") if there is none.
+    """Return the checkpoint that `--resume` names and its source; (None, "") if there is none.
 
-    The main process chooses for all, which may see the folder at different moments.
+    The main process chooses for all processes, which may see the folder at different moments.
     """
     training = not flags.eval
     resume = what_to_resume(flags)
@@ -145,7 +145,7 @@ def what_to_resume(flags: argparse.Namespace) -> str:
 
 
 def check_folder_is_new(flags: Flags) -> None:
-    """Raise InputError for a new run in the folder of another one, whose checkpoints it would replace."""
+    """Raise InputError for a new run in the folder of another one, since it would replace its checkpoints."""
     if not flags.eval and flags.output_dir and all_gather_plain(has_checkpoint(flags.output_dir))[0]:
         raise InputError(
             f"--output_dir {flags.output_dir} holds the checkpoints of a run: continue it by --resume auto, "
@@ -154,12 +154,12 @@ def check_folder_is_new(flags: Flags) -> None:
 
 
 def with_model_flags(flags: Flags, checkpoint: Checkpoint, source: str) -> Flags:
-    """Return the flags with those that the checkpoint's model was built with, and print what that changes.
+    """Return the flags with those of the checkpoint's model, and print what that changes.
 
-    An evaluation takes the size of images as well, if none was set on purpose.
+    An evaluation also takes the size of images from it, unless one was set on purpose.
 
     Raises:
-        InputError: for a flag that was set on purpose and contradicts the checkpoint's model, with both values.
+        InputError: if a flag that was set on purpose contradicts the checkpoint's model; it gives both values.
     """
     stored = stored_flags(checkpoint)
     if contradictions := changed_flags(flags, checkpoint, [flag for flag in MODEL_FLAGS if flag in flags.given]):
@@ -189,7 +189,7 @@ def has_checkpoint(output_dir: str) -> bool:
 
 
 def how_to_resume(flags: argparse.Namespace) -> str:
-    """Return what the user of a stopped run can do next, as the end of a line."""
+    """Return advice for the user of a stopped run, as the end of a line."""
     if flags.eval:
         return "the evaluation is not finished"
     if not flags.output_dir:
@@ -200,7 +200,7 @@ def how_to_resume(flags: argparse.Namespace) -> str:
 
 
 def check_same_on_all(checkpoint: Checkpoint, source: str) -> None:
-    """Raise InputError if processes have read different files under one name."""
+    """Raise InputError if processes have read different files of the same name."""
     places = all_gather_plain([checkpoint.get("epoch"), checkpoint.get("step")])
     if different := [rank for rank, place in enumerate(places) if place != places[0]]:
         raise InputError(
@@ -215,11 +215,11 @@ def holds_training(checkpoint: Checkpoint) -> bool:
 
 
 def first_epoch(checkpoint: Checkpoint | None, source: str, flags: Flags) -> int:
-    """Return where training begins: after the checkpoint's epoch, or at `--start_epoch` if it holds only a model."""
+    """Return the first epoch to train: after the checkpoint's, or `--start_epoch` if it holds only a model."""
     if checkpoint and holds_training(checkpoint):
         return checkpoint["epoch"] + 1
     if checkpoint:
-        warn(f"{source} holds a model but no state of the training: its weights are where a new run starts")
+        warn(f"{source} holds a model but no state of the training: a new run starts from its weights")
     return flags.start_epoch
 
 

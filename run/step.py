@@ -1,4 +1,4 @@
-"""The training step, as training, replay and benchmark take it."""
+"""The training step of training, replay and benchmark."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step:
-    """A step on one or more batches, which count as one large batch.
+    """Training step on one or more batches, which count as one large batch.
 
     Args:
-        model: as it trains, on one or several processes.
+        model: the model, wrapped if there are several processes.
         criterion: its losses.
-        optimizer: of its parameters.
-        max_norm: gradients are clipped to this total norm; 0: not at all.
+        optimizer: the optimizer of its parameters.
+        max_norm: gradients are clipped to this total norm; 0: no clipping.
         amp: the precision of the model's forward pass, none or a key of `AUTOCAST`.
         accum_steps: the number of batches.
         guard: decides about steps that are not finite; by default the first one ends the run.
@@ -62,10 +62,10 @@ class Step:
     def __call__(self, batches: Batches, epoch: int = 0, number: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """Take the step on batches that are on the device, the `number`-th of an epoch.
 
-        Returns its losses, and 1 if it was left out because it was not finite on some process, else 0.
+        Return its losses, and 1 if it was skipped because it was not finite on some process, else 0.
 
         Raises:
-            InputError: if the previous step was left out, once too often.
+            InputError: if the previous step was skipped, and this exceeds the limit.
         """
         targets = [target for _, of_batch in batches for target in of_batch]
         num_boxes = self.criterion.mean_num_boxes(targets, self.device)
@@ -87,8 +87,8 @@ class Step:
     ) -> dict[str, Tensor]:
         """Add the scaled gradients of the batches to those of the parameters, and return the losses of the step.
 
-        `num_boxes` is that of all batches; `after_matching` is called for each batch, before its gradients are
-        computed: the matching has just waited for the device.
+        `num_boxes` is that of all batches; `after_matching` is called for each batch before its gradients are
+        computed, when the matching has just waited for the device.
         """
         parts: list[dict[str, Tensor]] = []
         for samples, targets in batches:
@@ -105,13 +105,13 @@ class Step:
             return self.model(samples)
 
     def clip_gradients(self) -> Tensor:
-        """Bring the gradients to their true scale, clip them, and return their total norm before that."""
+        """Unscale the gradients, clip them, and return their total norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
 
     def step_optimizer(self, leave_out: Tensor) -> None:
         """Let the optimizer change the weights, unless `leave_out` is 1; the host does not wait for its value."""
-        if self.optimizer.defaults.get("fused"):  # these look at `found_inf` on the device
+        if self.optimizer.defaults.get("fused"):  # fused optimizers read `found_inf` on the device
             self.optimizer.found_inf = leave_out
             self.optimizer.step()
             del self.optimizer.found_inf
@@ -119,20 +119,20 @@ class Step:
             self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run continues with, besides the weights and the optimizer, as plain data."""
+        """Return the state that a resumed run needs besides the weights and the optimizer, as plain data."""
         return {"scaler": self.scaler.state_dict(), "skipped": self.guard.skipped}
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from a checkpoint with this state in it; a published one does not have it."""
+        """Continue from a checkpoint with this state; a published one has none."""
         self.guard.skipped = checkpoint.get("skipped", 0)
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
 
     def settle(self) -> None:
-        """Learn what the processes agreed on about the previous step.
+        """Read and handle the answers of the processes about the previous step.
 
         Raises:
-            InputError: if it was not finite, once too often.
+            InputError: if it was not finite, and this exceeds the limit.
         """
         taken, self.unsettled = self.unsettled, None
         if taken is None:
@@ -149,12 +149,12 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
 
 
 def sync_gradients(model: nn.Module, last: bool) -> AbstractContextManager:
-    """Return the context of a batch's forward pass; processes send gradients after the last of a step only."""
+    """Return the context of a batch's forward pass; processes send gradients only after the last batch of a step."""
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def logged_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
-    """Return what a step reports: the total `loss`, its weighted parts, `class_error`, and all as `.._unscaled`."""
+    """Return the losses for the log: the total `loss`, its weighted parts, `class_error`, and all as `.._unscaled`."""
     weighted = {name: losses[name] * weight for name, weight in weights.items()}
     unscaled = {f"{name}_unscaled": value for name, value in losses.items()}
     return {"loss": sum(weighted.values()), "class_error": losses["class_error"], **weighted, **unscaled}

@@ -1,4 +1,4 @@
-"""The dump of a training step that was not finite, which `run.step_guard` writes and `scripts.replay` repeats."""
+"""Dump of a training step that was not finite, which `run.step_guard` writes and `scripts.replay` repeats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANDOM_STATE = tensor(torch.uint8, dims=1)
 
 
 def batch(value: Any, place: str) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
-    """A batch: images [B, 3, H, W], their padding mask [B, H, W] and B targets."""
+    """Return a batch after checks: images [B, 3, H, W], their padding mask [B, H, W] and B targets."""
     if not isinstance(value, list | tuple) or len(value) != 3:
         raise InputError(f"{place} is not a batch of images, masks and targets")
     images = tensor(*FLOATS, torch.uint8, dims=4)(value[0], f"{place}[0]")
@@ -51,7 +51,7 @@ DUMP: Check = record(
 
 
 def load_dump(source: str) -> dict[str, Any]:
-    """Return the contents of a dump, on the CPU. Raises InputError if the file is not one that a run has left."""
+    """Return the contents of a dump, on the CPU. Raise InputError if the file was not written by a run."""
     contents = load_file(Path(source), source)
     if not isinstance(contents, dict) or not {"batches", "place"} <= contents.keys():
         raise InputError(f"{source}: not the dump of a step")

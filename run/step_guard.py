@@ -1,7 +1,7 @@
-"""Keeps steps that are not finite away from the weights, and reports them with all that it takes to repeat them.
+"""Guard against steps that are not finite: they do not change the weights, and can be repeated from a dump.
 
-To look at a loss, the host would have to wait for its device in every step. So the device itself leaves the optimizer's
-step out (`run.step`), and the host reports it one step later.
+To read a loss, the host would have to wait for the device in every step. Therefore the device itself skips the
+optimizer's step (`run.step`), and the host reports this one step later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Batches = list[tuple[NestedTensor, list[dict[str, Tensor]]]]
 
 @dataclass
 class TakenStep:
-    """Everything needed to report a step and to repeat it. Tensors are on the device."""
+    """All that is needed to report a step and to repeat it. Tensors are on the device."""
 
     place: dict[str, int]
     batches: Batches
@@ -37,13 +37,13 @@ class TakenStep:
 
 
 class StepGuard:
-    """Watches over the steps of a training run.
+    """Guard over the steps of a training run.
 
     Args:
-        model: whose weights and running statistics a step that is not finite leaves as they were.
+        model: its weights and running statistics stay unchanged by steps that are not finite.
         max_skipped: the number of such steps in a run that are only reported; one more ends it.
-        dump_dir: where the step that ends the run is written for `scripts.replay`; None: nowhere.
-        description: goes into that dump next to the weights: the flags.
+        dump_dir: the folder to which the step that ends the run is written for `scripts.replay`; None: no dump.
+        description: stored in that dump next to the weights: the flags.
 
     `skipped` is the number of such steps so far.
     """
@@ -65,21 +65,21 @@ class StepGuard:
         self.statistics_before: list[Tensor] = []
 
     def begin(self, epoch: int, number: int, batches: Batches, num_boxes: Tensor) -> TakenStep:
-        """Take note of a step before the model sees its batches; `num_boxes` is what its losses are divided by."""
+        """Record a step before the model sees its batches; its losses are divided by `num_boxes`."""
         place = {"epoch": epoch, "step": number, "process": get_rank()}
         self.statistics_before = [buffer.clone() for buffer in self.statistics]
         return TakenStep(place, batches, num_boxes, torch_rng_states())
 
     @staticmethod
     def look_at(step: TakenStep, losses: dict[str, Tensor], norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two bools [] on the device: this process's step must be left out, and it counts as a failure.
+        """Return two bools [] on the device: this process's step must be skipped, and it counts as a failure.
 
         Args:
-            step: takes the other arguments for a report.
+            step: stores the other arguments for a report.
             losses: with the total `loss`.
             norm: the total norm of the gradients.
-            scale: of the loss. float16 gradients may overflow: the scaler then tries a smaller scale, and only at a
-                scale of 1 does that count as a failure.
+            scale: of the loss. float16 gradients may overflow: the scaler then tries a smaller scale, and this only
+                counts as a failure at a scale of 1.
         """
         step.losses = {name: value.detach() for name, value in losses.items()} | {"gradient norm": norm}
         step.scale = scale
@@ -87,7 +87,7 @@ class StepGuard:
         return loss_fails | norm_fails, loss_fails | (norm_fails & (scale <= 1))
 
     def undo_statistics(self, left_out: Tensor) -> None:
-        """Give the running statistics of trained norms their values from before the step, if `left_out` is 1."""
+        """Reset the running statistics of trained norms to their values before the step, if `left_out` is 1."""
         for buffer, before in zip(self.statistics, self.statistics_before, strict=True):
             buffer.copy_(torch.where(left_out > 0, before, buffer))
 
@@ -95,7 +95,7 @@ class StepGuard:
         """Report a step that failed.
 
         Raises:
-            InputError: if it is one too many, after it was written to `dump_dir`.
+            InputError: if it exceeds the limit, after it was written to `dump_dir`.
         """
         self.skipped += 1
         values = {name: value.item() for name, value in step.losses.items()}
@@ -109,11 +109,11 @@ class StepGuard:
             warn(f"not finite in {place}, skipped ({self.skipped} of at most {self.max_skipped}): {story}")
             return
         advice = self._dump(step) + "lower --lr, or continue without such steps by --skip_nonfinite N"
-        barrier()  # the first process to end may take the others with it, and some still write
+        barrier()  # the end of one process may end the others, and some still write
         raise InputError(f"training diverged in {place}, weights are as before: {story}; {advice}")
 
     def _dump(self, step: TakenStep) -> str:
-        """Write the step to a file, and return what the error says about it."""
+        """Write the step to a file, and return the part of the error about it."""
         if self.dump_dir is None:
             return ""
         name = "nonfinite-epoch{epoch:04}-step{step:06}-process{process}.pth".format(**step.place)

@@ -1,4 +1,4 @@
-"""The end of a training run: what it reached, where its files are, and the commands to use its model."""
+"""Summary of a training run: what it achieved, where its files are, and the commands to use its model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVALUATION_FLAGS = (
 
 
 def summary(flags: Flags, output_dir: Path) -> list[str]:
-    """Return the lines that end a run.
+    """Return the lines at the end of a run.
 
     Args:
         flags: those of the run.

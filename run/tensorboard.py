@@ -1,4 +1,4 @@
-"""Curves and pictures of a run for TensorBoard, which is needed for this alone."""
+"""Curves and pictures of a run for TensorBoard, which is needed only here."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from util.logger import MetricLogger, is_shown
 from util.text import printable
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L")
-FLUSH_SECONDS = 10  # so that curves are nearly live
-PARTS = {"train": "train_", "val": "test_"}  # runs as TensorBoard calls them, and the prefix of their keys in the log
+FLUSH_SECONDS = 10  # so that curves are almost live
+PARTS = {"train": "train_", "val": "test_"}  # TensorBoard's runs, and the prefix of their keys in the log
 
 
 class TensorBoard:
-    """Writes what TensorBoard calls runs: `train` and `val` by epoch, laid over each other, and `steps` by step.
+    """Writer of TensorBoard's runs: `train` and `val` per epoch, in the same charts, and `steps` per step.
 
     Args:
         folder: None writes nothing.
-        draw: the pictures of an evaluation, by name.
+        draw: returns the pictures of an evaluation, by name.
 
-    As a context manager, it writes out at its end what is still on the way.
+    As a context manager, it writes everything that is still buffered at its end.
 
-    Its methods raise InputError where the folder cannot be written to, or was deleted.
+    Its methods raise InputError if the folder cannot be written to, or was deleted.
     """
 
     def __init__(self, folder: Path | None, draw: Callable[[Any], Iterable[tuple[str, Image.Image]]]) -> None:
@@ -40,7 +40,7 @@ class TensorBoard:
         self.writers: dict[str, Any] = {}
 
     def begin(self, epochs: int, steps: int) -> None:
-        """Goes on where `epochs` and `steps` are finished: what an earlier run wrote beyond is no longer shown."""
+        """Continue after `epochs` and `steps`: what an earlier run wrote beyond these is no longer shown."""
         if self.folder:
             writer = need("torch.utils.tensorboard", "tensorboard", "--tensorboard").SummaryWriter
             for name, finished in {**dict.fromkeys(PARTS, epochs), "steps": steps}.items():
@@ -48,13 +48,13 @@ class TensorBoard:
                     self.writers[name] = writer(self.folder / name, purge_step=finished + 1, flush_secs=FLUSH_SECONDS)
 
     def write_step(self, steps: int, logger: MetricLogger) -> None:
-        """The averages over the latest steps, behind `steps` of the run."""
+        """Write the averages over the latest steps, after `steps` of the run."""
         if self.writers:
             averages = {name: meter.avg for name, meter in logger.shown().items() if meter.window}
             self._write("steps", "steps", averages, steps)
 
     def write_epoch(self, epochs: int, entry: dict[str, Any], evaluator: Any) -> None:
-        """The epoch's line of the log, and the pictures of its evaluation, if it had one (else None)."""
+        """Write the epoch's line of the log, and the pictures of its evaluation, if it had one (else None)."""
         if not self.writers:
             return
         for part, prefix in PARTS.items():
@@ -82,7 +82,7 @@ class TensorBoard:
         check_folder(self.folder)
         try:
             yield
-        except Exception as error:  # OSError, or one of TensorFlow's own types where that is installed
+        except Exception as error:  # OSError, or one of TensorFlow's own types if that is installed
             check_folder(self.folder)
             raise InputError(f"{self.folder}: cannot be written ({reason(error)})") from error
 
@@ -93,13 +93,13 @@ class TensorBoard:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             for writer in self.writers.values():
-                # What ends the run is more important than what fails after it.
+                # The error that ends the run is more important than one that follows it.
                 with contextlib.suppress(*[InputError] * (kind is not None)), self._writing():
                     writer.close()
         finally:
             threading.excepthook = self.excepthook
 
     def _report(self, failure: threading.ExceptHookArgs) -> None:
-        """Keep quiet about the writers' own threads: what fails in them is raised by the next call of the writer."""
+        """Ignore errors of the writers' own threads, which the next call of the writer raises."""
         if not type(failure.thread).__module__.startswith("tensorboard."):
             self.excepthook(failure)
