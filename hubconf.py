@@ -1,4 +1,4 @@
-"""torch.hub entries: the four published models in one line each.
+"""torch.hub entries: the published models in one line each.
 
     model = torch.hub.load("OWNER/REPOSITORY", "conditional_detr_resnet50", pretrained=True)
     outputs = model([image])  # uint8 [3, h, w], or float and normalised
@@ -38,40 +38,59 @@ def conditional_detr_resnet50(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ) -> _Entry:
     """Conditional DETR with ResNet-50. Published after 50 epochs: 41.0 AP on COCO val2017."""
-    return _build("conditional_detr_resnet50", "resnet50", False, pretrained, num_classes, return_postprocessor)
+    return _build("conditional_detr_resnet50", pretrained, num_classes, return_postprocessor)
 
 
 def conditional_detr_resnet50_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ) -> _Entry:
     """Conditional DETR with a dilated ResNet-50. Published after 50 epochs: 43.7 AP on COCO val2017."""
-    return _build("conditional_detr_resnet50_dc5", "resnet50", True, pretrained, num_classes, return_postprocessor)
+    return _build("conditional_detr_resnet50_dc5", pretrained, num_classes, return_postprocessor)
 
 
 def conditional_detr_resnet101(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ) -> _Entry:
     """Conditional DETR with ResNet-101. Published after 50 epochs: 42.8 AP on COCO val2017."""
-    return _build("conditional_detr_resnet101", "resnet101", False, pretrained, num_classes, return_postprocessor)
+    return _build("conditional_detr_resnet101", pretrained, num_classes, return_postprocessor)
 
 
 def conditional_detr_resnet101_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ) -> _Entry:
     """Conditional DETR with a dilated ResNet-101. Published after 50 epochs: 45.0 AP on COCO val2017."""
-    return _build("conditional_detr_resnet101_dc5", "resnet101", True, pretrained, num_classes, return_postprocessor)
+    return _build("conditional_detr_resnet101_dc5", pretrained, num_classes, return_postprocessor)
 
 
-def _build(
-    name: str, backbone: str, dilation: bool, pretrained: bool, num_classes: int, return_postprocessor: bool
-) -> _Entry:
+def detr_resnet50(pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False) -> _Entry:
+    """DETR with ResNet-50. Published after 500 epochs: 42.0 AP on COCO val2017."""
+    return _build("detr_resnet50", pretrained, num_classes, return_postprocessor)
+
+
+def detr_resnet50_dc5(pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False) -> _Entry:
+    """DETR with a dilated ResNet-50. Published after 500 epochs: 43.3 AP on COCO val2017."""
+    return _build("detr_resnet50_dc5", pretrained, num_classes, return_postprocessor)
+
+
+def detr_resnet101(pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False) -> _Entry:
+    """DETR with ResNet-101. Published after 500 epochs: 43.5 AP on COCO val2017."""
+    return _build("detr_resnet101", pretrained, num_classes, return_postprocessor)
+
+
+def detr_resnet101_dc5(pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False) -> _Entry:
+    """DETR with a dilated ResNet-101. Published after 500 epochs: 44.9 AP on COCO val2017."""
+    return _build("detr_resnet101_dc5", pretrained, num_classes, return_postprocessor)
+
+
+def _build(name: str, pretrained: bool, num_classes: int, return_postprocessor: bool) -> _Entry:
     if pretrained and num_classes != _NUM_CLASSES:
         raise ValueError(f"num_classes={num_classes}: the pretrained weights have {_NUM_CLASSES} classes")
     with _own_packages():
         from checkpoints.checkpoint import check_finite, load_checkpoint, load_model_weights
+        from checkpoints.published import PUBLISHED
         from models import build_model
 
-        flags = argparse.Namespace(backbone=backbone, dilation=dilation, aux_loss=False)
+        flags = argparse.Namespace(**PUBLISHED[name].flags, aux_loss=False)
         model, _, postprocessors = build_model(flags, num_classes)
         if pretrained:
             checkpoint = load_checkpoint(name)

@@ -145,8 +145,8 @@ def print_summary(flags: Flags, data: Data, model: Detector) -> None:
         warn(f"{val.annotation_file} has no boxes: AP cannot be measured, and no best checkpoint is kept")
     total, trained = count_parameters(model)
     log(
-        f"model: {total:,} parameters, {0 if flags.eval else trained:,} of them trained; {flags.backbone}"
-        f"{' dilated' if flags.dilation else ''}, {counted(flags.num_queries, 'query')}, "
+        f"model: {flags.model} with {flags.backbone}{' dilated' if flags.dilation else ''}, {total:,} parameters, "
+        f"{0 if flags.eval else trained:,} of them trained; {counted(flags.num_queries, 'query')}, "
         f"class ids 0 to {data.num_classes - 1}"
     )
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.checkpoint_schema import check_checkpoint
+from checkpoints.published import PUBLISHED, known_flags
 from checkpoints.state_dicts import with_plain_weights
 from checkpoints.torch_file import load_file
-from checkpoints.weight_flags import flags_of
+from checkpoints.weight_flags import flags_of, model_of
 from datasets.classes import Classes
 from flags.limits import check_model, check_numbers
 from flags.resolve import IMAGE_SIZES, MODEL_FLAGS
@@ -28,16 +29,6 @@ from util.errors import InputError
 from util.files import download
 from util.text import counted
 
-PUBLISHED = {
-    f"conditional_detr_{model}": "https://github.com/DeppMeng/ConditionalDETR/releases/download/v1.0/"
-    f"ConditionalDETR_{name}_epoch50.pth"
-    for model, name in {
-        "resnet50": "r50",
-        "resnet50_dc5": "r50dc5",
-        "resnet101": "r101",
-        "resnet101_dc5": "r101dc5",
-    }.items()
-}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -55,7 +46,7 @@ def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any
         InputError: if it is missing, unreadable, contains more than tensors and plain data, holds no model, or if any
             value is not of the expected kind.
     """
-    path = _local_path(PUBLISHED.get(str(source), str(source)))
+    path = _local_path(PUBLISHED[str(source)].url if str(source) in PUBLISHED else str(source))
     if path.is_dir():
         from checkpoints.huggingface import read_folder  # these import packages that the hub entries do not need
 
@@ -73,7 +64,9 @@ def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any
         from util.logger import log  # needs packages that the hub entries do not need
 
         log(line)
-    return check_checkpoint(contents, source, training)
+    checkpoint = check_checkpoint(contents, source, training)
+    checkpoint["args"] = known_flags(str(source), checkpoint["model"]) | checkpoint["args"]
+    return checkpoint
 
 
 def _known_names(source: str) -> str:
@@ -116,13 +109,14 @@ def load_latest_checkpoint(
 
 
 def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
-    """Return the number of logits of a checkpoint's class head. Raise InputError if it has none."""
+    """Return the number of classes that a checkpoint's model tells apart. Raise InputError if it has no class head."""
     head = checkpoint["model"].get("class_embed.bias")
-    if head is None or head.dim() != 1 or len(head) == 0:
+    no_object = model_of(checkpoint["model"]) == "detr"
+    if head is None or head.dim() != 1 or len(head) <= no_object:
         raise InputError(
             f"{source}: it has no class head (class_embed.bias); start a training from its other weights by --finetune"
         )
-    return len(head)
+    return len(head) - no_object
 
 
 def classes_of(checkpoint: dict[str, Any], source: str | Path) -> Classes:
@@ -144,8 +138,8 @@ def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: I
 
 
 def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags of a checkpoint's run; published checkpoints, which do not store this one, have frozen norms."""
-    return checkpoint["args"] and {"backbone_norm": "frozen"} | checkpoint["args"]
+    """Return the flags of a checkpoint's run; published ones, which lack some, have frozen norms."""
+    return checkpoint["args"] and {"backbone_norm": "frozen", "model": "conditional_detr"} | checkpoint["args"]
 
 
 def check_stored_flags(args: argparse.Namespace, source: str | Path) -> None:
@@ -225,10 +219,16 @@ def _local_path(source: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{Path(url.path).name}"
     if is_first_of_node() and not path.exists():
         try:
-            download(source, path, progress=is_main_process())
+            download(source, path, sha256_of(path.stem), progress=is_main_process())
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"{source}: could not be downloaded ({error}); place the file at {path} or name another by its path"
             ) from error
     barrier()
     return path
+
+
+def sha256_of(stem: str) -> str | None:
+    """Return the digits with which a file's SHA-256 begins, if its name ends in them, as torch.hub's files do."""
+    digits = re.search(r"-([0-9a-f]{8})$", stem)
+    return digits[1] if digits else None

@@ -30,6 +30,7 @@ from checkpoints.schema import (
 )
 from checkpoints.weight_flags import sizes_of
 from flags.limits import check_numbers
+from flags.parser import MODELS
 from util.errors import InputError
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -41,7 +42,7 @@ NUMBERS = (
     *("lr", "lr_backbone", "batch_size", "weight_decay", "epochs", "lr_drop", "clip_max_norm", "accum_steps", "seed"),
     *("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "dropout", "nheads", "num_queries", "num_classes"),
     *("set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
-    *("focal_alpha", "min_size", "max_size", "max_detections", "max_megapixels", "overfit"),
+    *("focal_alpha", "eos_coef", "min_size", "max_size", "max_detections", "max_megapixels", "overfit"),
 )
 SWITCHES = (
     *("dilation", "aux_loss", "pre_norm", "masks", "checkpoint_activations", "compile", "deterministic"),
@@ -52,6 +53,7 @@ TEXTS = (
     *("train_images", "train_annotations", "val_images", "val_annotations", "on_bad_image"),
 )
 CHOICES = {
+    "model": MODELS,
     "backbone_norm": ("frozen", "batch"),
     "amp": ("none", "bf16", "fp16"),
     "lr_scale": ("none", "sqrt", "linear"),

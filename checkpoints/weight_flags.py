@@ -20,7 +20,13 @@ BACKBONES = {  # a block that the smaller ones below do not have
     "resnet18": "backbone.0.body.layer3.1.conv1.weight",
 }
 BATCH_COUNTER = "backbone.0.body.bn1.num_batches_tracked"
+CROSS_ATTENTION_OF_DETR = "transformer.decoder.layers.0.multihead_attn.in_proj_weight"
 LEARNED_POSITIONS = "backbone.1.row_embed.weight"
+
+
+def model_of(weights: Mapping[str, Tensor]) -> str:
+    """Return the model that a state dict is of, as `--model` names it."""
+    return "detr" if CROSS_ATTENTION_OF_DETR in weights else "conditional_detr"
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -39,6 +45,7 @@ def flags_of(weights: Mapping[str, Tensor]) -> dict[str, int | str]:
         told["num_queries"] = weights[QUERIES].shape[0]
     if backbone := next((name for name, key in BACKBONES.items() if key in weights), None):
         told["backbone"] = backbone
+    told["model"] = model_of(weights)
     told["backbone_norm"] = "batch" if BATCH_COUNTER in weights else "frozen"
     told["position_embedding"] = "learned" if LEARNED_POSITIONS in weights else "sine"
     return told

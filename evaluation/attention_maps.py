@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.conditional_detr import ConditionalDETR
+from models.attention import CrossAttention, split_heads
+from models.detector import Detector
+from models.detr import DETR
 
 
 class AttentionMaps(NamedTuple):
@@ -34,7 +37,7 @@ class View(NamedTuple):
     """Attention and predictions of a model on one image.
 
     maps: those of the requested layer, [h, Q, H, W].
-    reference: [Q, 2], the (x, y) of each query's reference point.
+    reference: [Q, 2], the (x, y) of each query's reference point; None for DETR, which has none.
     logits, boxes: [Q, K] and [Q, 4], the predictions of the last layer. Points and boxes (cxcywh) are relative to the
         image.
 
@@ -42,7 +45,7 @@ class View(NamedTuple):
     """
 
     maps: AttentionMaps
-    reference: Tensor
+    reference: Tensor | None
     logits: Tensor
     boxes: Tensor
 
@@ -73,14 +76,37 @@ def recorded(*modules: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple[Any, .
             handle.remove()
 
 
+def maps_of_detr(layer: CrossAttention, inputs: tuple[Tensor, ...]) -> AttentionMaps:
+    """Return the maps of DETR, whose queries q = c_q + o_q meet keys that are sums, too (figure 1 of the paper).
+
+    The spatial map is the softmax of qᵀp_k, the content map that of qᵀc_k, after DETR's projections of the position p_k
+    and of the memory c_k; the bias of the keys, which moves no map, counts as content.
+
+    Args:
+        layer: a layer's cross-attention.
+        inputs: those of its call: x, query_pos, memory, position.
+    """
+    x, query_pos, memory, position, *_ = inputs
+    (w_q, w_k, _), (b_q, b_k, _) = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)
+    projected = F.linear(x + query_pos, w_q, b_q), F.linear(position, w_k), F.linear(memory, w_k, b_k)
+    query, p_k, c_k = (split_heads(part, layer.num_heads)[0] for part in projected)  # [h, Q, e], [h, S, e] twice
+    query = query * query.shape[-1] ** -0.5
+    spatial, content = query @ p_k.mT, query @ c_k.mT  # [h, Q, S]
+    return AttentionMaps(*(logits.softmax(-1) for logits in (spatial, content, content + spatial)))
+
+
 @torch.inference_mode()
-def view(model: ConditionalDETR, image: Tensor, layer: int = -1) -> View:
-    """Run a model in evaluation mode on one image [3, h, w], uint8 or normalised; return a layer's attention."""
-    attention = model.transformer.decoder.layers[layer].cross_attn
+def view(model: Detector, image: Tensor, layer: int = -1) -> View:
+    """Run a model in evaluation mode on one image [3, h, w], uint8 or normalised, and take a decoder layer apart."""
+    decoder_layer = model.transformer.decoder.layers[layer]
+    of_detr = isinstance(model, DETR)
+    attention = decoder_layer.multihead_attn if of_detr else decoder_layer.cross_attn
     with recorded(model.input_proj, model.transformer, attention) as calls:
         outputs = model([image])
     cells = calls[model.input_proj][1].shape[-2:]
-    (query, key, *_), _ = calls[attention]
-    maps = AttentionMaps(*(x.unflatten(-1, cells).cpu() for x in attention_maps(query[0], key[0])))
+    inputs, _ = calls[attention]
+    maps = maps_of_detr(attention, inputs) if of_detr else attention_maps(inputs[0][0], inputs[1][0])
+    maps = AttentionMaps(*(x.unflatten(-1, cells).cpu() for x in maps))
     _, reference, _ = calls[model.transformer][1]
-    return View(maps, reference.cpu(), outputs["pred_logits"][0].cpu(), outputs["pred_boxes"][0].cpu())
+    reference = None if reference is None else reference.cpu()
+    return View(maps, reference, outputs["pred_logits"][0].cpu(), outputs["pred_boxes"][0].cpu())

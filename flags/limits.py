@@ -66,6 +66,7 @@ LIMITS: dict[str, Number] = {
     "cls_loss_coef": COEFFICIENT,
     "bbox_loss_coef": COEFFICIENT,
     "giou_loss_coef": COEFFICIENT,
+    "eos_coef": COEFFICIENT,
     "focal_alpha": Number(float, 0.001, 0.999, "else the class loss ignores the objects, or all that is none"),
     "max_detections": Number(int, 1, 10_000, "more than the queries and classes of a model make"),
     "max_megapixels": Number(int, 1, 10_000, MEMORY),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from flags.limits import (
     BACKBONES,
@@ -21,6 +22,13 @@ from flags.limits import (
 from util.command import Parser
 from util.errors import InputError
 
+# The defaults that depend on the model. The parser's are those of Conditional DETR, as published; `flags.resolve` puts
+# others in the place of flags that are not given.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "conditional_detr": {},
+    "detr": {"num_queries": 100, "epochs": 300, "lr_drop": 200, "set_cost_class": 1, "cls_loss_coef": 1},
+}
+MODELS = tuple(DEFAULTS)
 MAX_AUTO_WORKERS = 16  # more feed no GPU faster
 
 
@@ -35,16 +43,26 @@ def worker_count(text: str) -> int:
     return min(max(cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), MAX_AUTO_WORKERS)
 
 
+def of_detr(flag: str) -> str:
+    """Return the part of a help text about a default that depends on the model."""
+    return f"; {DEFAULTS['detr'][flag]} for --model detr"
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags; the published ones have their published names and defaults."""
-    parser = Parser("Conditional DETR", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Conditional DETR and DETR", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("training").add_argument
     add("--lr", default=1e-4, type=float, help="learning rate")
     add("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
     add("--batch_size", default=2, type=int, help="images a process and step")
     add("--weight_decay", default=1e-4, type=float, help="weight decay")
-    add("--epochs", default=50, type=int, help="epochs to train")
-    add("--lr_drop", default=40, type=int, help="multiply the learning rates by 0.1 after every so many epochs")
+    add("--epochs", default=50, type=int, help="epochs to train" + of_detr("epochs"))
+    add(
+        "--lr_drop",
+        default=40,
+        type=int,
+        help="multiply learning rates by 0.1 every N epochs" + of_detr("lr_drop"),
+    )
     add("--clip_max_norm", default=0.1, type=float, help="largest total norm of the gradients; 0: no clipping")
 
     add(
@@ -57,6 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
 
     add = parser.add_argument_group("model").add_argument
+    add("--model", default="conditional_detr", choices=MODELS, help="what to train or evaluate")
     add("--backbone", default="resnet50", help=f"one of {', '.join(BACKBONES)}")
     add("--dilation", action="store_true", help="DC5: dilate the last stage instead of striding it")
     add("--backbone_weights", default="imagenet", help="imagenet, none, or a file with torchvision's weights")
@@ -68,7 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--hidden_dim", default=256, type=int, help="width of the transformer")
     add("--dropout", default=0.1, type=float, help="dropout in the transformer")
     add("--nheads", default=8, type=int, help="attention heads")
-    add("--num_queries", default=300, type=int, help="object queries")
+    add("--num_queries", default=300, type=int, help="object queries" + of_detr("num_queries"))
     add("--pre_norm", action="store_true", help="not supported: the model is defined with norms behind the residuals")
     add(
         "--num_classes",
@@ -84,15 +103,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("losses and matching").add_argument
     add("--max_detections", default=100, type=int, help="most detections per image; AP is that of 100, and of N above")
     add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses on the earlier decoder layers")
-    add("--set_cost_class", default=2, type=float, help="weight of the class in the matching cost")
+    add(
+        "--set_cost_class",
+        default=2,
+        type=float,
+        help="matching cost: weight of the class" + of_detr("set_cost_class"),
+    )
     add("--set_cost_bbox", default=5, type=float, help="weight of the L1 distance in the matching cost")
     add("--set_cost_giou", default=2, type=float, help="weight of the generalised IoU in the matching cost")
     add("--mask_loss_coef", default=1, type=float, help="not supported yet")
     add("--dice_loss_coef", default=1, type=float, help="not supported yet")
-    add("--cls_loss_coef", default=2, type=float, help="weight of the class loss")
+    add("--cls_loss_coef", default=2, type=float, help="weight of the class loss" + of_detr("cls_loss_coef"))
     add("--bbox_loss_coef", default=5, type=float, help="weight of the L1 loss")
     add("--giou_loss_coef", default=2, type=float, help="weight of the generalised IoU loss")
-    add("--focal_alpha", default=0.25, type=float, help="focal loss: weight of positives")
+    add("--focal_alpha", default=0.25, type=float, help="Conditional DETR's focal loss: weight of positives")
+    add("--eos_coef", default=0.1, type=float, help="DETR's cross-entropy: weight of 'no object'")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_file", default="coco", help="kind of data set: coco")
@@ -201,7 +226,7 @@ def command_line(flags: argparse.Namespace) -> argparse.Namespace:
     parser = Parser(
         "main.py",
         usage="%(prog)s --coco_path PATH [flags]",
-        description="Train and evaluate Conditional DETR.",
+        description="Train and evaluate Conditional DETR and DETR.",
         parents=[get_args_parser()],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

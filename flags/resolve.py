@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from flags.parser import get_args_parser
+from flags.parser import DEFAULTS, get_args_parser
+from util.errors import InputError
 
 COCO_NUM_CLASSES = 91  # ids run to 90
 
 # The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
 MODEL_FLAGS = (
+    "model",
     "backbone",
     "dilation",
     "backbone_norm",
@@ -39,6 +41,7 @@ TRAINING_FLAGS = (
     *IMAGE_SIZES,
     "seed",
 )
+RESOLVED = "resolved"  # is True among flags of which none takes another default any more
 OF_ONE_PROCESS = ("rank", "gpu", "distributed", "local_rank")  # which checkpoints do not keep
 
 
@@ -67,8 +70,21 @@ def resolve(args: argparse.Namespace, **values: Any) -> Flags:
     Args:
         args: the flags of `get_args_parser`, of a checkpoint, or resolved ones.
         values: take the place of those of `args`, without counting as given.
+
+    Defaults that depend on the model are those of its model, as long as they are not given.
+
+    Raises:
+        InputError: for a model that is not known.
     """
-    return Flags(defaults() | vars(args) | values, given_flags(args))
+    given = given_flags(args)
+    default = defaults()
+    flags = default | vars(args) | values
+    if flags["model"] not in DEFAULTS:
+        raise InputError(f"--model {flags['model']}: choose one of {', '.join(DEFAULTS)}")
+    if not getattr(args, RESOLVED, False) or flags["model"] != args.model:
+        of_model = {name: default[name] for names in DEFAULTS.values() for name in names} | DEFAULTS[flags["model"]]
+        flags |= {name: value for name, value in of_model.items() if name not in given and name not in values}
+    return Flags(flags | {RESOLVED: True}, given)
 
 
 def defaults() -> dict[str, Any]:

@@ -9,15 +9,16 @@ from torch import nn
 from flags.limits import check_model, check_numbers
 from flags.resolve import COCO_NUM_CLASSES, MODEL_FLAGS, resolve
 from models.backbone import Backbone, BackboneWithPosition
-from models.classification import FocalSigmoid
+from models.classification import FocalSigmoid, SoftmaxWithNoObject
 from models.conditional_detr import build_conditional_detr
 from models.criterion import BoxLoss, CardinalityError, ClassError, ClassLoss, SetCriterion
 from models.detector import Detector
+from models.detr import build_detr
 from models.matcher import HungarianMatcher
 from models.position_encoding import build_position_embedding
 from models.postprocess import PostProcess
 
-MODELS = {"conditional_detr": build_conditional_detr}
+MODELS = {"conditional_detr": build_conditional_detr, "detr": build_detr}
 
 
 def build_model(
@@ -39,7 +40,7 @@ def build_model(
     check_numbers(flags, flags=MODEL_FLAGS)
     check_model(flags)
     backbone = Backbone(flags.backbone, dilation=flags.dilation, norm=flags.backbone_norm, train=trained_part(flags))
-    model = MODELS["conditional_detr"](
+    model = MODELS[flags.model](
         BackboneWithPosition(backbone, build_position_embedding(flags.position_embedding, flags.hidden_dim)),
         num_classes=num_classes or flags.num_classes or COCO_NUM_CLASSES,
         num_queries=flags.num_queries,
@@ -52,7 +53,7 @@ def build_model(
         aux_loss=flags.aux_loss,
         checkpoint_activations=flags.checkpoint_activations,
     )
-    classification = FocalSigmoid(flags.focal_alpha)
+    classification = SoftmaxWithNoObject(flags.eos_coef) if flags.model == "detr" else FocalSigmoid(flags.focal_alpha)
     matcher = HungarianMatcher(flags.set_cost_class, flags.set_cost_bbox, flags.set_cost_giou, classification)
     terms = [
         ClassLoss(classification, flags.cls_loss_coef),

@@ -96,14 +96,24 @@ class Attention(nn.Module):
         return self.out_proj(merge_heads(x)), weights
 
 
-class SelfAttention(Attention):
-    """The encoder's self-attention: one fused projection, the position added to query and key."""
+class PackedAttention(Attention):
+    """Attention with one matrix for the projections of queries, keys and values, as `nn.MultiheadAttention` has it."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__(dim, num_heads, dropout)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def attend_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what `Attention` does, of projected queries, keys and values [B, .., C]."""
+        return super().forward(*(split_heads(x, self.num_heads) for x in (query, key, value)), visible)
+
+
+class SelfAttention(PackedAttention):
+    """Self-attention whose queries and keys have a position added."""
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return [B, S, C] and weights [B, S, S] or None, as `Attention` does, of x and position [B, S, C]."""
@@ -112,4 +122,19 @@ class SelfAttention(Attention):
         b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])
         query, key = F.linear(x + position, w_qk, b_qk).chunk(2, dim=-1)
         value = F.linear(x, w_v, b_v)
-        return super().forward(*(split_heads(t, self.num_heads) for t in (query, key, value)), visible)
+        return self.attend_heads(query, key, value, visible)
+
+
+class CrossAttention(PackedAttention):
+    """Attention of queries to an image, both with a position added; the values have none."""
+
+    def forward(
+        self, x: Tensor, query_pos: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return [B, Q, C] and weights [B, Q, S] or None, as `Attention` does.
+
+        x and query_pos: [B, Q, C] and [Q, C]; memory and position: [B, S, C].
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        inputs = x + query_pos, memory + position, memory
+        return self.attend_heads(*map(F.linear, inputs, weights, biases), visible)

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from models.classification import FocalSigmoid
+from models.classification import Classification, Totals
 from models.matcher import HungarianMatcher, Matches, copy_to_device
 from util.box_ops import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from util.distributed import get_world_size, reduce_sum
@@ -27,7 +27,7 @@ class Matched:
     outputs: the same of the last layer as the model returns them, with what further heads add.
     targets: of the B images.
     matches: the pairs.
-    num_boxes: the number of targets that losses are divided by.
+    totals: the targets of the step, which losses are divided by.
     """
 
     logits: Tensor
@@ -35,7 +35,7 @@ class Matched:
     outputs: dict[str, Tensor]
     targets: list[dict[str, Tensor]]
     matches: Matches
-    num_boxes: Tensor
+    totals: Totals
 
     @property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,12 +62,12 @@ class Term(Protocol):
 class ClassLoss:
     """`loss_ce`, as the classification defines it."""
 
-    def __init__(self, classification: FocalSigmoid, weight: float) -> None:
+    def __init__(self, classification: Classification, weight: float) -> None:
         self.classification = classification
         self.weights = {"loss_ce": weight}
 
     def __call__(self, matched: Matched) -> dict[str, Tensor]:
-        return {"loss_ce": self.classification.loss(matched.logits, matched.pairs, matched.labels, matched.num_boxes)}
+        return {"loss_ce": self.classification.loss(matched.logits, matched.pairs, matched.labels, matched.totals)}
 
 
 class BoxLoss:
@@ -81,8 +81,8 @@ class BoxLoss:
         target_boxes = torch.cat([target["boxes"] for target in matched.targets])[matched.matches.target]  # [L, M, 4]
         giou = paired_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
         return {
-            "loss_bbox": (boxes - target_boxes).abs().sum((1, 2)) / matched.num_boxes,
-            "loss_giou": (1 - giou).sum(1) / matched.num_boxes,
+            "loss_bbox": (boxes - target_boxes).abs().sum((1, 2)) / matched.totals.num_boxes,
+            "loss_giou": (1 - giou).sum(1) / matched.totals.num_boxes,
         }
 
 
@@ -137,19 +137,19 @@ class SetCriterion(nn.Module):
         self.weight_dict = {name + suffix: w for suffix in layer_suffixes(num_layers) for name, w in weights.items()}
 
     def forward(
-        self, outputs: dict, targets: list[dict[str, Tensor]], num_boxes: Tensor | None = None
+        self, outputs: dict, targets: list[dict[str, Tensor]], totals: Totals | None = None
     ) -> dict[str, Tensor]:
         """Return scalars by name, of the model's outputs and B targets.
 
-        Targets have `labels` [T_b] and `boxes` [T_b, 4], normalised cxcywh. `num_boxes` divides the losses:
-        `mean_num_boxes` of all batches of a step, by default that of this one. `loss_*` are unweighted; `class_error`
+        Targets have `labels` [T_b] and `boxes` [T_b, 4], normalised cxcywh. `totals` divide the losses:
+        those of all batches of a step, by default of this one. `loss_*` are unweighted; `class_error`
         and `cardinality_error` are for the log only.
         """
         layers = [outputs, *outputs.get("aux_outputs", [])]  # the last decoder layer first
         logits = torch.stack([layer["pred_logits"] for layer in layers])
         boxes = torch.stack([layer["pred_boxes"] for layer in layers])
-        num_boxes = self.mean_num_boxes(targets, logits.device) if num_boxes is None else num_boxes
-        matched = Matched(logits, boxes, outputs, targets, self.matcher(logits, boxes, targets), num_boxes)
+        totals = totals or self.totals(targets, logits.device)
+        matched = Matched(logits, boxes, outputs, targets, self.matcher.match(logits, boxes, targets), totals)
         values = {name: value for term in self.terms for name, value in term(matched).items()}
         losses = {
             name + suffix: value[i]
@@ -160,10 +160,11 @@ class SetCriterion(nn.Module):
         return losses | {name: value for name, value in values.items() if not value.dim()}
 
     @staticmethod
-    def mean_num_boxes(targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    def totals(targets: list[dict[str, Tensor]], device: torch.device) -> Totals:
         """Return the number of targets, averaged over the processes; at least 1."""
-        num_boxes = torch.full((), float(sum(len(target["labels"]) for target in targets)), device=device)
-        return (reduce_sum(num_boxes) / get_world_size()).clamp(min=1)
+        per_image = [len(target["labels"]) for target in targets]
+        num_boxes = reduce_sum(torch.full((), float(sum(per_image)), device=device)) / get_world_size()
+        return Totals(num_boxes.clamp(min=1), per_image)
 
 
 def layer_suffixes(num_layers: int) -> list[str]:

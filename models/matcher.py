@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from models.classification import FocalSigmoid
+from models.classification import Classification, SoftmaxWithNoObject
 from util.box_ops import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from util.errors import InputError
 
@@ -29,7 +29,7 @@ class Matches(NamedTuple):
 
 
 class HungarianMatcher:
-    """Finds, for every decoder layer and image, the pairs of query and target with the least total cost.
+    """Pairs of query and target with the least total cost, for each decoder layer and image; by default those of DETR.
 
     Args:
         cost_class, cost_bbox, cost_giou: weights of the cost of the class, of the L1 distance between normalised cxcywh
@@ -39,20 +39,33 @@ class HungarianMatcher:
 
     def __init__(
         self,
-        cost_class: float = 2,
-        cost_bbox: float = 5,
-        cost_giou: float = 2,
-        classification: FocalSigmoid | None = None,
+        cost_class: float = 1,
+        cost_bbox: float = 1,
+        cost_giou: float = 1,
+        classification: Classification | None = None,
     ) -> None:
         if cost_class == cost_bbox == cost_giou == 0:
             raise InputError("--set_cost_class, --set_cost_bbox and --set_cost_giou cannot all be 0")
         self.cost_class = cost_class
         self.cost_bbox = cost_bbox
         self.cost_giou = cost_giou
-        self.classification = classification or FocalSigmoid()
+        self.classification = classification or SoftmaxWithNoObject()
+
+    def __call__(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Return the matched queries and targets of each image, [min(Q, T_b)] each, as the published code does.
+
+        outputs: `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4]; targets: `labels` and `boxes` of B images.
+        """
+        matches = self.match(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)
+        pairs, first = [], 0
+        for image, target in enumerate(targets):
+            mine = matches.image[0] == image
+            pairs.append((matches.query[0][mine].cpu(), matches.target[0][mine].cpu() - first))
+            first += len(target["labels"])
+        return pairs
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
+    def match(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
         """Return the matches of logits [L, B, Q, K] and boxes [L, B, Q, 4] with the `labels` and `boxes` of B targets.
 
         The queries of an image are in ascending order. The host waits for the device once, for the costs of all layers

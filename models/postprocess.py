@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.classification import FocalSigmoid
+from models.classification import Classification, FocalSigmoid
 from models.inputs import check_target_sizes
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import InputError
@@ -24,7 +24,7 @@ class PostProcess(nn.Module):
         classification: how logits become scores.
     """
 
-    def __init__(self, num_detections: int = 100, classification: FocalSigmoid | None = None) -> None:
+    def __init__(self, num_detections: int = 100, classification: Classification | None = None) -> None:
         super().__init__()
         self.num_detections = num_detections
         self.classification = classification or FocalSigmoid()

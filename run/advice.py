@@ -54,4 +54,4 @@ def suggested_start(flags: Flags) -> str:
     """Return the name of the published model with this backbone, else a placeholder for a file."""
     if flags.backbone not in ("resnet50", "resnet101"):
         return "CHECKPOINT"
-    return f"conditional_detr_{flags.backbone}{'_dc5' if flags.dilation else ''}"
+    return f"{flags.model}_{flags.backbone}{'_dc5' if flags.dilation else ''}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import changed_flags, check_finite, classes_of, fits, shape_text
+from checkpoints.weight_flags import model_of
 from datasets.classes import Classes, normalized
 from flags.resolve import MODEL_FLAGS
 from util.errors import InputError
@@ -43,19 +44,22 @@ def start_from(
     """
     check_finite(checkpoint["model"], source)
     theirs, ours = checkpoint["model"], model.state_dict()
-    fitting = [name for name, tensor in ours.items() if name not in CLASS_HEAD and fits(tensor, theirs.get(name))]
+    same_model = model_of(ours) == model_of(theirs)
+    apart = CLASS_HEAD if same_model else tuple(name for name in ours if name.startswith(HEADS))  # mean something else
+    fitting = [name for name, tensor in ours.items() if name not in apart and fits(tensor, theirs.get(name))]
     if not fitting:
         raise InputError(f"--finetune {source}: none of its weights fits this model")
     for name in fitting:
         ours[name].copy_(theirs[name])
-    whole = has_head(theirs, width=ours[CLASS_HEAD[0]].shape[1])
+    whole = same_model and has_head(theirs, width=ours[CLASS_HEAD[0]].shape[1])
     rows = matching_rows(classes, classes_of(checkpoint, source)) if whole else []
+    no_object = [(-1, -1)] if whole and model_of(ours) == "detr" else []
     for name in CLASS_HEAD:
-        for label, their_label in rows:
+        for label, their_label in rows + no_object:
             ours[name][label].copy_(theirs[name][their_label])
 
-    wanted = [name for name in ours.keys() | theirs.keys() if name not in CLASS_HEAD and BATCH_COUNTER not in name]
-    fresh = [name for name in ours if name.startswith(HEADS) and name not in theirs]
+    wanted = [name for name in ours.keys() | theirs.keys() if name not in apart and BATCH_COUNTER not in name]
+    fresh = [name for name in ours if name.startswith(HEADS) and (name not in theirs or not same_model)]
     left_out = sorted(set(wanted) - set(fitting) - set(fresh))
     log(f"starting from {source}: {counted(len(fitting), 'tensor')}; {describe_classes(classes, rows)}")
     if fresh:

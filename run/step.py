@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.classification import Totals
 from run.agreement import Agreement
 from run.step_guard import Batches, StepGuard, TakenStep
 from util.preemption import StopRequest
@@ -68,10 +69,10 @@ class Step:
             InputError: if the previous step was skipped, and this exceeds the limit.
         """
         targets = [target for _, of_batch in batches for target in of_batch]
-        num_boxes = self.criterion.mean_num_boxes(targets, self.device)
-        taken = self.guard.begin(epoch, number, batches, num_boxes)
+        totals = self.criterion.totals(targets, self.device)
+        taken = self.guard.begin(epoch, number, batches, totals.num_boxes)
         self.optimizer.zero_grad()
-        losses = self.compute_gradients(batches, num_boxes, after_matching=self.settle)
+        losses = self.compute_gradients(batches, totals, after_matching=self.settle)
         norm = self.clip_gradients()
         scale = self.scaler.scale(torch.ones_like(norm))
         asked_to_stop = torch.full_like(norm, bool(self.stop_request), dtype=torch.bool)
@@ -83,18 +84,18 @@ class Step:
         return losses, not_finite
 
     def compute_gradients(
-        self, batches: Batches, num_boxes: Tensor, after_matching: Callable[[], None] = lambda: None
+        self, batches: Batches, totals: Totals, after_matching: Callable[[], None] = lambda: None
     ) -> dict[str, Tensor]:
         """Add the scaled gradients of the batches to those of the parameters, and return the losses of the step.
 
-        `num_boxes` is that of all batches; `after_matching` is called for each batch before its gradients are
+        `totals` are those of all batches; `after_matching` is called for each batch before its gradients are
         computed, when the matching has just waited for the device.
         """
         parts: list[dict[str, Tensor]] = []
         for samples, targets in batches:
             with sync_gradients(self.model, last=len(parts) == len(batches) - 1):
                 outputs = self.forward(samples)
-            parts.append(logged_losses(self.criterion(outputs, targets, num_boxes), self.criterion.weight_dict))
+            parts.append(logged_losses(self.criterion(outputs, targets, totals), self.criterion.weight_dict))
             after_matching()
             self.scaler.scale(parts[-1]["loss"]).backward()
         return sum_of_losses(parts)
@@ -161,7 +162,7 @@ def logged_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> dict[
 
 
 def sum_of_losses(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the losses of a step from those of its batches, which share one num_boxes; errors are averaged."""
+    """Return the losses of a step from those of its batches, which share their totals; errors are averaged."""
     if len(parts) == 1:
         return parts[0]
     totals = {name: sum(part[name].detach() for part in parts) for name in parts[0]}

@@ -47,13 +47,17 @@ TOLERANCE = 1e-3
 BATCH_SIZES = (1, 2)
 SIZES = ((96, 128), (104, 112), (165, 131))  # height and width
 
+PAPERS = {
+    "conditional_detr": "Meng et al., Conditional DETR for Fast Training Convergence, ICCV 2021",
+    "detr": "Carion et al., End-to-End Object Detection with Transformers, ECCV 2020",
+}
 DOCUMENTATION = {
     "images": "uint8 RGB [B, 3, H, W], resized to the metadata's min_size and max_size; normalised inside",
     "padding_mask": "[B, H, W], True where an image is padded, at its right and bottom, to the batch's size",
     "target_sizes": "[B, 2], the (height, width) that the boxes refer to: that of the original images",
-    "pred_logits": "[B, Q, K]; their sigmoids are the scores of the K labels, independent of each other",
+    "pred_logits": "[B, Q, K]; scores of labels are the sigmoids, or in DETR the softmax without the last, no object",
     "pred_boxes": "[B, Q, 4], (centre x, centre y, width, height) relative to the image without padding",
-    "scores": "[B, N], the highest of all queries and labels, in descending order",
+    "scores": "[B, N], the highest of all queries and labels in descending order, or in DETR of each query",
     "labels": "[B, N]; the metadata's class_names and class_ids describe them",
     "boxes": "[B, N, 4], (x1, y1, x2, y2) in pixels of target_sizes, not clipped",
 }
@@ -161,7 +165,7 @@ def describe(model: Any, exported: ExportedModel, detector: Detector) -> None:
         for dim, size in zip(value.type.tensor_type.shape.dim[1:], tensor.shape[1:], strict=True):
             dim.dim_value = size  # tracing leaves names instead
     model.producer_name = "Conditional DETR"
-    model.graph.doc_string = "Meng et al., Conditional DETR for Fast Training Convergence, ICCV 2021"
+    model.graph.doc_string = PAPERS[detector.args.model]
     for value in (*model.graph.input, *model.graph.output):
         value.doc_string = DOCUMENTATION[value.name]
     facts = {
@@ -169,6 +173,7 @@ def describe(model: Any, exported: ExportedModel, detector: Detector) -> None:
         "class_ids": detector.classes.ids,
         "min_size": detector.args.min_size,
         "max_size": detector.args.max_size,
+        "model": detector.args.model,
     }
     for key, fact in facts.items():
         model.metadata_props.add(key=key, value=json.dumps(fact, ensure_ascii=False))
@@ -206,7 +211,8 @@ def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[
     scores, _, _ = exported.postprocess.batched(expected, inputs[2])
     yield "scores", (found["scores"] - scores).abs().max().item()
     # All detections, not only the highest: the last ones that are kept may differ.
-    scores, labels, boxes = PostProcess(expected["pred_logits"][0].numel()).batched(expected, inputs[2])
+    everything = PostProcess(expected["pred_logits"][0].numel(), exported.postprocess.classification)
+    scores, labels, boxes = everything.batched(expected, inputs[2])
     distance = (found["boxes"][:, :, None] - boxes[:, None]).abs().amax(-1) / inputs[2].max()  # [B, N, Q·K]
     distance = distance.maximum((found["scores"][:, :, None] - scores[:, None]).abs())
     distance[found["labels"][:, :, None] != labels[:, None]] = torch.inf

@@ -39,14 +39,23 @@ def batch(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
     return pixels, padding
 
 
-def postprocess(logits: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return scores and labels [B, N] and boxes [B, N, 4] in pixels, as `--postprocess` does inside the model."""
-    scores = (1 / (1 + np.exp(-logits))).reshape(len(logits), -1)  # [B, Q·K]
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :NUM_DETECTIONS]
-    queries, labels = np.divmod(best, logits.shape[2])
-    x, y, width, height = np.moveaxis(np.take_along_axis(boxes, queries[..., None], axis=1), -1, 0)
+def postprocess(
+    logits: np.ndarray, boxes: np.ndarray, sizes: np.ndarray, model: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what `--postprocess` computes inside the model: scores and labels [B, N], boxes [B, N, 4] in pixels."""
+    if model == "detr":  # a softmax with "no object" as its last class; each query has one class
+        exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities = (exponentials / exponentials.sum(-1, keepdims=True))[..., :-1]  # [B, Q, K]
+        scores, labels = probabilities.max(-1), probabilities.argmax(-1)
+    else:  # a sigmoid per class; a query may have several classes
+        probabilities = (1 / (1 + np.exp(-logits))).reshape(len(logits), -1)  # [B, Q·K]
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :NUM_DETECTIONS]
+        queries, labels = np.divmod(best, logits.shape[2])
+        scores = np.take_along_axis(probabilities, best, axis=1)
+        boxes = np.take_along_axis(boxes, queries[..., None], axis=1)
+    x, y, width, height = np.moveaxis(boxes, -1, 0)
     corners = np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], axis=-1)
-    return np.take_along_axis(scores, best, axis=1), labels, corners * sizes[:, None, [1, 0, 1, 0]]
+    return scores, labels, corners * sizes[:, None, [1, 0, 1, 0]]
 
 
 def main() -> None:
@@ -70,7 +79,7 @@ def main() -> None:
         found = session.run(["scores", "labels", "boxes"], inputs)
     else:
         outputs = session.run(["pred_logits", "pred_boxes"], {"images": images, "padding_mask": padding})
-        found = postprocess(*outputs, sizes)
+        found = postprocess(*outputs, sizes, facts["model"])
 
     for path, *detections in zip(flags.images, *found, strict=True):
         print(path)

@@ -63,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     seen = view(detector.model, image.to(detector.device), args.layer)
     if not all(part.isfinite().all() for part in (*seen.maps, seen.logits, seen.boxes)):
         raise InputError(f"{args.checkpoint}: the model's outputs for {args.image} are not finite: check its weights")
-    queries = args.queries or best_queries(seen, args.top)
-    figure = draw_page(image, seen, queries, detector.classes)
+    probabilities = detector.postprocess.classification.probabilities(seen.logits)
+    queries = args.queries or best_queries(seen, probabilities, args.top)
+    figure = draw_page(image, seen, probabilities, queries, detector.classes)
     with replacing(args.output) as file:
         figure.savefig(file, format=ending)
     print(f"wrote {args.output}: queries {', '.join(map(str, queries))}")
@@ -79,9 +80,9 @@ def check_query_and_layer(args: argparse.Namespace, num_queries: int, num_layers
         raise InputError(f"--layer {args.layer}: the model's decoder layers are 0 to {num_layers - 1}")
 
 
-def best_queries(seen: View, number: int) -> list[int]:
+def best_queries(seen: View, probabilities: Tensor, number: int) -> list[int]:
     """Return the queries with the highest scores; of boxes that overlap by half, only the best counts."""
-    scores = seen.logits.amax(-1)
+    scores = probabilities.amax(-1)
     return nms(box_cxcywh_to_xyxy(seen.boxes), scores, iou_threshold=0.5)[:number].tolist()
 
 
@@ -116,7 +117,7 @@ class Layout:
         return self.rectangle(MARGIN + 0.1, self.page_height - FOOTER, 1.6, 0.12)
 
 
-def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classes) -> Figure:
+def draw_page(image: Tensor, seen: View, probabilities: Tensor, queries: Sequence[int], classes: Classes) -> Figure:
     """Draw a block per query: its detection in the image [3, H, W] and the maps, a row per kind, a column per head."""
     height, width = image.shape[1:]
     heads = len(seen.maps.spatial)
@@ -125,9 +126,9 @@ def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classe
     sides = [max(round(DPI * side), 1) for side in (layout.photo_width, layout.photo_height)]
     photo, scale = to_pil_image(image).resize(sides), np.tile(np.divide(sides, (width, height)), 2)
     backdrop = rgb_to_grayscale(image)[0].numpy()
-    points = seen.reference * torch.tensor([width, height])
+    points = None if seen.reference is None else seen.reference * torch.tensor([width, height])
     boxes = box_cxcywh_to_xyxy(seen.boxes) * torch.tensor([width, height, width, height])
-    scores, labels = seen.logits.sigmoid().max(-1)
+    scores, labels = probabilities.max(-1)
     for block, query in enumerate(queries):
         label, box = int(labels[query]), boxes[query].tolist()
         axes = page.add_axes(layout.photo(block))
@@ -135,7 +136,8 @@ def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classe
         axes.imshow(drawn, extent=(0, width, height, 0))
         axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         axes.set_title(f"query {query}", fontsize=9)
-        axes.plot(*points[query].tolist(), **REFERENCE_POINT)
+        if points is not None:
+            axes.plot(*points[query].tolist(), **REFERENCE_POINT)
         for row, (name, maps) in enumerate(zip(seen.maps._fields, seen.maps, strict=True)):
             for head in range(heads):
                 axes = page.add_axes(layout.map(block, row, head))
@@ -144,7 +146,7 @@ def draw_page(image: Tensor, seen: View, queries: Sequence[int], classes: Classe
                     axes.set_title(f"head {head}", fontsize=9)
                 if head == 0:
                     axes.set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center")
-    draw_footer(page, layout)
+    draw_footer(page, layout, points is not None)
     return page
 
 
@@ -164,12 +166,12 @@ def draw_map(axes: Axes, backdrop: np.ndarray, attention: np.ndarray, box: Seque
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
 
 
-def draw_footer(page: Figure, layout: Layout) -> None:
-    """Draw the legend of the colours."""
+def draw_footer(page: Figure, layout: Layout, with_points: bool) -> None:
+    """Draw the legend of the colours, and of the reference points."""
     axes = page.add_axes(layout.colour_bar())
     bar = page.colorbar(ScalarMappable(cmap=COLOURS), axes, orientation="horizontal", ticks=[0, 1])
     bar.ax.set_xticklabels(["0", "maximum"], fontsize=8)
-    text = "attention, each map divided by its maximum;  + the query's reference point"
+    text = "attention, each map divided by its maximum" + ";  + the query's reference point" * with_points
     axes.annotate(text, (1, 0.5), (30, 0), "axes fraction", "offset points", va="center", fontsize=9)
 
 

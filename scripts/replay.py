@@ -28,6 +28,7 @@ from engine import to_device
 from flags.limits import check_device
 from flags.resolve import Flags, resolve
 from models import build_model
+from models.classification import Totals
 from run.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
 from run.step import Step
 from run.step_dump import load_dump
@@ -114,7 +115,8 @@ def take_step(dump: Dump, args: Flags, device: torch.device, source: str, look: 
         step.scaler = torch.amp.GradScaler(device.type, init_scale=dump["scale"].item())
     batches = [to_device(NestedTensor(images, mask), targets, device) for images, mask, targets in dump["batches"]]
     set_torch_rng_states(dump["random"])
-    losses = step.compute_gradients(batches, dump["num_boxes"].to(device))
+    per_image = [len(target["labels"]) for _, targets in batches for target in targets]
+    losses = step.compute_gradients(batches, Totals(dump["num_boxes"].to(device), per_image))
     norm = step.clip_gradients()
     losses = {name: value.detach() for name, value in losses.items() if name in ("loss", *criterion.weight_dict)}
     if outputs:

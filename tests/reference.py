@@ -1,6 +1,7 @@
 """The weights, images and targets behind the figures of tests/data: a function of names, shapes and seeds alone."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -67,3 +68,19 @@ def reference_targets(num_boxes: list[int], seed: int) -> list[dict[str, Tensor]
         boxes = torch.tensor(np.hstack([centres, sides]), dtype=torch.float32)
         targets.append({"boxes": boxes, "labels": torch.tensor(rng.randint(1, 91, n), dtype=torch.int64)})
     return targets
+
+
+def sharpened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rescale reference weights so that attention is selective and the queries of a decoder differ."""
+    sharp = {}
+    for key, value in weights.items():
+        in_decoder, cross = ".decoder." in key, "cross_attn" in key or "multihead_attn" in key
+        if re.search(r"\.(sa|ca)_[qk]pos\w*_proj\.weight$", key):
+            value = value * 8
+        elif key.endswith("attn.out_proj.weight"):
+            value = value * (2 if in_decoder and cross else 0.3)
+        elif key.endswith("in_proj_weight"):
+            queries_and_keys, values = value.split([2 * len(value) // 3, len(value) // 3])
+            value = torch.cat([queries_and_keys * (8 if in_decoder else 4), values])
+        sharp[key] = value
+    return sharp

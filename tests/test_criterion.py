@@ -1,14 +1,18 @@
 """Matching and losses where batches are unusual."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.testing import assert_close
 from torchvision.ops import generalized_box_iou
 
-from models.classification import FocalSigmoid
+from models.classification import FocalSigmoid, SoftmaxWithNoObject
 from models.criterion import BoxLoss, CardinalityError, ClassError, ClassLoss, SetCriterion
 from models.matcher import HungarianMatcher
 from util.box_ops import box_cxcywh_to_xyxy, inverse_sigmoid, paired_generalized_box_iou
+
+MATCHER = HungarianMatcher(2, 5, 2, FocalSigmoid())
 
 
 def make_outputs(batch: int, queries: int = 6, classes: int = 4, aux_layers: int = 1) -> dict:
@@ -31,7 +35,7 @@ def make_target(*labels: int) -> dict:
 def make_criterion(num_layers: int = 2, alpha: float = 0.25) -> SetCriterion:
     classification = FocalSigmoid(alpha)
     terms = [ClassLoss(classification, 2), BoxLoss(5, 2), CardinalityError(), ClassError()]
-    return SetCriterion(HungarianMatcher(classification=classification), terms, num_layers)
+    return SetCriterion(HungarianMatcher(2, 5, 2, classification), terms, num_layers)
 
 
 def test_a_batch_without_boxes_still_has_gradients():
@@ -58,7 +62,7 @@ def test_an_empty_image_beside_a_full_one_counts_by_boxes():
 
 def test_more_targets_than_queries():
     outputs, target = make_outputs(1, queries=3), make_target(1, 2, 3, 1, 2)
-    matches = HungarianMatcher()(outputs["pred_logits"][None], outputs["pred_boxes"][None], [target])
+    matches = MATCHER.match(outputs["pred_logits"][None], outputs["pred_boxes"][None], [target])
     assert matches.query.tolist() == [[0, 1, 2]]
     assert len(set(matches.target[0].tolist())) == 3
     assert torch.isfinite(make_criterion()(outputs, [target])["loss_bbox"])
@@ -70,7 +74,7 @@ def test_matching_finds_the_planted_pairs():
     for query, row in ((4, 0), (2, 1)):
         boxes[0, 0, query] = target["boxes"][row]
         logits[0, 0, query, target["labels"][row]] = 4
-    matches = HungarianMatcher()(logits, boxes, [target])
+    matches = MATCHER.match(logits, boxes, [target])
     assert matches.query.tolist() == [[2, 4]]
     assert matches.target.tolist() == [[1, 0]]
 
@@ -80,11 +84,11 @@ def test_matches_index_the_predictions_and_targets_of_all_images():
     outputs = make_outputs(3)
     layers = [outputs, *outputs["aux_outputs"]]
     logits, boxes = (torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes"))
-    together = HungarianMatcher()(logits, boxes, targets)
+    together = MATCHER.match(logits, boxes, targets)
     assert together.layer.tolist() == [[0] * 3, [1] * 3]
     assert together.image.tolist() == [[0, 2, 2]] * 2
     for image, rows in ((0, slice(0, 1)), (2, slice(1, 3))):
-        alone = HungarianMatcher()(logits[:, image, None], boxes[:, image, None], [targets[image]])
+        alone = MATCHER.match(logits[:, image, None], boxes[:, image, None], [targets[image]])
         assert torch.equal(together.query[:, rows], alone.query)
         assert torch.equal(together.target[:, rows], alone.target + rows.start)
 
@@ -125,3 +129,42 @@ def test_paired_giou_is_the_diagonal_of_the_table():
 def test_inverse_sigmoid(value):
     x = torch.tensor(value)
     assert_close(inverse_sigmoid(x).sigmoid(), x, atol=1.1e-5, rtol=0)
+
+
+class TestDetrsMatcher:
+    """Called as DETR's own tests call it: without arguments, with the model's outputs."""
+
+    outputs: ClassVar = {"pred_logits": torch.rand(1, 100, 92), "pred_boxes": torch.rand(1, 100, 4)}
+
+    def test_one_image(self):
+        target = {"labels": torch.randint(91, (15,)), "boxes": torch.rand(15, 4)}
+        ((queries, rows),) = HungarianMatcher()(self.outputs, [target])
+        assert queries.tolist() == sorted(queries.tolist()) and sorted(rows.tolist()) == list(range(15))
+
+    def test_batches_with_single_and_empty_targets(self):
+        targets = [{"labels": torch.randint(91, (n,)), "boxes": torch.rand(n, 4)} for n in (1, 0, 15)]
+        outputs = {key: value.repeat(3, 1, 1) for key, value in self.outputs.items()}
+        pairs = HungarianMatcher()(outputs, targets)
+        assert [(len(queries), len(rows)) for queries, rows in pairs] == [(1, 1), (0, 0), (15, 15)]
+        assert sorted(pairs[2][1].tolist()) == list(range(15))
+        ((queries, rows),) = HungarianMatcher()(self.outputs, targets[1:2])
+        assert len(queries) == len(rows) == 0
+
+
+def test_cross_entropy_is_the_weighted_mean_of_the_step():
+    """As torch computes it for one batch; two batches of a step share the sum of the weights."""
+    classification, layers = SoftmaxWithNoObject(0.1), make_outputs(4, queries=6, classes=5, aux_layers=0)
+    targets = [make_target(1, 2), make_target(), make_target(0), make_target(*[3] * 8)]
+    terms = [ClassLoss(classification, 1), BoxLoss(5, 2), CardinalityError(), ClassError()]
+    criterion = SetCriterion(HungarianMatcher(1, 5, 2, classification), terms)
+    loss = criterion(layers, targets)["loss_ce"]
+    classes = torch.full((4, 6), 4)
+    for image, (queries, rows) in enumerate(criterion.matcher(layers, targets)):
+        classes[image, queries] = targets[image]["labels"][rows]
+    weights = torch.tensor([1, 1, 1, 1, 0.1])
+    assert_close(loss, torch.nn.functional.cross_entropy(layers["pred_logits"].transpose(1, 2), classes, weights))
+
+    totals = criterion.totals(targets, torch.device("cpu"))
+    parts = [{key: layers[key][i : i + 2] for key in ("pred_logits", "pred_boxes")} for i in (0, 2)]
+    halves = [criterion(part, targets[i : i + 2], totals)["loss_ce"] for part, i in zip(parts, (0, 2), strict=True)]
+    assert_close(sum(halves), loss)

@@ -37,11 +37,12 @@ def test_from_any_folder_without_the_training_libraries(tmp_path):
 
 
 @pytest.mark.parametrize("entry", ["resnet50", "resnet50_dc5", "resnet101", "resnet101_dc5"])
-def test_entries(entry):
-    model = getattr(hubconf, f"conditional_detr_{entry}")(num_classes=7)
-    lines = (DATA / f"state_dict_keys_{entry.removesuffix('_dc5')}.txt").read_text().splitlines()
+@pytest.mark.parametrize(("name", "keys"), [("conditional_detr", ""), ("detr", "detr_")])
+def test_entries(name, keys, entry):
+    model = getattr(hubconf, f"{name}_{entry}")(num_classes=7)
+    lines = (DATA / f"state_dict_keys_{keys}{entry.removesuffix('_dc5')}.txt").read_text().splitlines()
     assert list(model.state_dict()) == [line.split()[0] for line in lines]
-    assert model.class_embed.out_features == 7
+    assert model.class_embed.out_features == 7 + (name == "detr")
     assert not model.training
     images = torch.zeros(1, 3, 64, 64)
     stages, _ = model.backbone(images, torch.zeros(1, 64, 64, dtype=torch.bool))
@@ -77,8 +78,8 @@ sys.path.insert(0, {repo!r})
 module = torch.hub._import_module("hubconf.py", {repo!r} + "/hubconf.py")
 sys.path.remove({repo!r})
 entries = [name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")]
-assert entries == ["conditional_detr_resnet101", "conditional_detr_resnet101_dc5", "conditional_detr_resnet50",
-                   "conditional_detr_resnet50_dc5"], entries
+assert entries == [f"{{model}}_resnet{{variant}}" for model in ("conditional_detr", "detr")
+                   for variant in ("101", "101_dc5", "50", "50_dc5")], entries
 for _ in range(2):
     model, postprocess = torch.hub.load({repo!r}, "conditional_detr_resnet50", source="local",
                                         return_postprocessor=True)

@@ -121,7 +121,7 @@ def test_a_page_keeps_the_shape_of_any_image(size, model):
     height, width = size
     picture = torch.zeros(3, *size, dtype=torch.uint8)
     seen = view(model, picture)
-    page = draw_page(picture, seen, [5, 2], CLASSES)
+    page = draw_page(picture, seen, seen.logits.sigmoid(), [5, 2], CLASSES)
     page.canvas.draw()
     assert page.bbox.width < 1700
     assert [axes.get_title() for axes in page.axes if "query" in axes.get_title()] == ["query 5", "query 2"]
@@ -146,7 +146,7 @@ def test_the_photo_of_a_query_has_its_box_and_class(model, image):
     seen = view(model, image)._replace(
         boxes=torch.full((7, 4), 0.5), logits=torch.tensor([-9.0, -9.0, 2.0]).expand(7, 3)
     )
-    (photo,) = draw_page(image, seen, [5], CLASSES).axes[0].images
+    (photo,) = draw_page(image, seen, seen.logits.sigmoid(), [5], CLASSES).axes[0].images
     pixels = np.asarray(photo.get_array())
     height, width = pixels.shape[:2]
     coloured = (pixels == colour_of(2)).all(-1)
@@ -159,8 +159,8 @@ def test_an_object_that_two_queries_see_counts_once():
     boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.31, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2], [0.7, 0.3, 0.1, 0.1]])
     logits = torch.tensor([[-9.0, 1.0], [2.0, -9.0], [-1.0, -9.0], [0.0, -9.0]])
     seen = View(None, None, logits, boxes)
-    assert best_queries(seen, 3) == [1, 3, 2]
-    assert best_queries(seen, 2) == [1, 3]
+    assert best_queries(seen, seen.logits.sigmoid(), 3) == [1, 3, 2]
+    assert best_queries(seen, seen.logits.sigmoid(), 2) == [1, 3]
 
 
 @pytest.mark.parametrize(
