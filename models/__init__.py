@@ -1,4 +1,4 @@
-"""The models by name, and how flags become one."""
+"""The models by name, and the construction of a model from flags."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def build_model(
 ) -> tuple[Detector, SetCriterion, dict[str, nn.Module]]:
     """Return the randomly initialised model, its criterion and its postprocessors, from the flags of `main.py`.
 
-    Reads and downloads nothing: pretrained weights are loaded by the caller. Namespaces of the published code work too;
-    what they lack takes its default.
+    Nothing is read or downloaded: the caller loads pretrained weights. Namespaces of the published code work too;
+    missing flags take their defaults.
 
     Args:
         args: the flags.
-        num_classes: those that the model tells apart; by default `--num_classes`, else COCO's 91.
+        num_classes: the number of classes that the model distinguishes; by default `--num_classes`, else COCO's 91.
 
     Raises:
-        InputError: for a flag that is not supported or that contradicts another.
+        InputError: if a flag is not supported or contradicts another.
     """
     flags = resolve(args)
     check_numbers(flags, flags=MODEL_FLAGS)
@@ -66,7 +66,7 @@ def build_model(
 
 
 def trained_part(flags: argparse.Namespace) -> str:
-    """Return which part of the backbone learns: nothing at `--lr_backbone 0`, all of it if no weights are given."""
+    """Return which part of the backbone is trained: nothing at `--lr_backbone 0`, all of it without given weights."""
     if flags.lr_backbone <= 0:
         return "none"
     return "all" if flags.backbone_weights == "none" else "late"

@@ -1,4 +1,4 @@
-"""Multi-head attention, the part that encoder and decoder share, and the choice of its kernel.
+"""Multi-head attention, which encoder and decoder share, and the choice of its kernel.
 
 Shapes: B images, h heads, N queries, S keys, C width, d = C / h, e the width of queries and keys.
 """
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 from models.dropout import dropout
 from models.fused_convolution import is_transformed
 
-# PyTorch's counter of FLOPs has formulas for the kernels of GPUs only, and takes attention on CPUs for free.
+# PyTorch's counter of FLOPs has formulas only for the kernels of GPUs, and counts attention on CPUs as 0.
 for kernel, flops in (
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop),
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop),
@@ -33,20 +33,20 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:
-    """softmax(q kᵀ / sqrt(e)) v, with dropout on the weights, by the kernel that suits the device.
+    """Return softmax(q kᵀ / sqrt(e)) v, with dropout on the weights, by the kernel that suits the device.
 
-    PyTorch's fused kernels never hold the N×S table of weights, so that memory grows with N + S. Those for GPUs take
-    everything that this model needs. The one for CPUs wants values as wide as the queries and knows no dropout; without
-    it PyTorch falls back to the table, in float32 whatever the input. Hence on CPUs values are widened by zeros, and
-    training with dropout computes the table here, in the input's precision and with cheaper random numbers. So do
-    tracing, since ONNX and fvcore's counter of FLOPs do not know the kernel, and the transforms of torch.func.
+    PyTorch's fused kernels never store the N×S matrix of weights, so memory grows with N + S. Those for GPUs support
+    all that this model needs. The one for CPUs needs values as wide as the queries and has no dropout; without it,
+    PyTorch falls back to the matrix, always in float32. On CPUs, values are therefore padded with zeros, and training
+    with dropout computes the matrix here, in the input's precision and with cheaper random numbers. Tracing does the
+    same, since ONNX and fvcore's counter of FLOPs do not know the kernel, and so do torch.func's transforms.
 
     Args:
         query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
-        visible: [B, 1, 1, S], False for keys that are not to be seen; None where all are.
+        visible: [B, 1, 1, S], False for keys that are masked; None if none are.
         p: the probability that a weight is dropped.
 
-    Returns [B, h, N, d].
+    Return [B, h, N, d].
     """
     in_full = torch.jit.is_tracing() or is_transformed()
     if query.device.type != "cpu" and not in_full:
@@ -59,7 +59,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
 
 
 def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None) -> Tensor:
-    """Return softmax(q kᵀ / sqrt(e)) [B, h, N, S], of the arguments of `attend`."""
+    """Return softmax(q kᵀ / sqrt(e)) [B, h, N, S]; for the arguments see `attend`."""
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, h, N, S]
     if visible is not None:
         logits = logits + torch.where(visible, 0.0, -torch.inf).to(logits.dtype)
@@ -67,10 +67,10 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None) -> Ten
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / sqrt(width of q)) v in every head, and the output projection.
+    """Attention softmax(q kᵀ / sqrt(width of q)) v in every head, and the output projection.
 
-    Queries, keys and values are projected by the caller: how their content and position combine is what the layers of
-    this model differ in. Queries and keys may be wider than values.
+    The caller projects queries, keys and values, since the layers of this model differ in how these combine content and
+    position. Queries and keys may be wider than values.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
@@ -83,9 +83,9 @@ class Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output [B, N, C] and, for forward hooks of this module only, the weights [B, N, S] or else None.
+        """Return the output [B, N, C] and, if this module has forward hooks, the weights [B, N, S], else None.
 
-        Hooks find the same as those of `nn.MultiheadAttention`: the mean over the heads, without dropout.
+        Hooks receive the same weights as those of `nn.MultiheadAttention`: the mean over the heads, without dropout.
 
         Args:
             query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
@@ -97,7 +97,7 @@ class Attention(nn.Module):
 
 
 class PackedAttention(Attention):
-    """Attention with one matrix for the projections of queries, keys and values, as `nn.MultiheadAttention` has it."""
+    """Attention with one matrix for the projections of queries, keys and values, like `nn.MultiheadAttention`."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__(dim, num_heads, dropout)
@@ -108,7 +108,7 @@ class PackedAttention(Attention):
     def attend_heads(
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what `Attention` does, of projected queries, keys and values [B, .., C]."""
+        """Return the result of `Attention` for projected queries, keys and values [B, .., C]."""
         return super().forward(*(split_heads(x, self.num_heads) for x in (query, key, value)), visible)
 
 
@@ -116,7 +116,7 @@ class SelfAttention(PackedAttention):
     """Self-attention whose queries and keys have a position added."""
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return [B, S, C] and weights [B, S, S] or None, as `Attention` does, of x and position [B, S, C]."""
+        """Return [B, S, C] and weights [B, S, S] or None, like `Attention`, for x and position [B, S, C]."""
         dim = x.shape[-1]
         w_qk, w_v = self.in_proj_weight.split([2 * dim, dim])
         b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])
@@ -131,7 +131,7 @@ class CrossAttention(PackedAttention):
     def forward(
         self, x: Tensor, query_pos: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return [B, Q, C] and weights [B, Q, S] or None, as `Attention` does.
+        """Return [B, Q, C] and weights [B, Q, S] or None, like `Attention`.
 
         x and query_pos: [B, Q, C] and [Q, C]; memory and position: [B, S, C].
         """

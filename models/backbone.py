@@ -1,4 +1,4 @@
-"""The ResNet that turns images into feature maps, and the positions of their cells.
+"""Backbone: a ResNet that turns images into feature maps, and the positions of their cells.
 
 Shapes: B images H×W, feature map H'×W' of the last stage (1/32 of the image; 1/16 with dilation), C' channels.
 """
@@ -27,7 +27,7 @@ class Body(nn.Sequential):
     """A ResNet up to its last stage."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the features [B, .., .., ..] of each of `STAGES`, of images [B, 3, H, W]."""
+        """Return the features [B, .., .., ..] of each of `STAGES` for images [B, 3, H, W]."""
         x, features = images, {}
         for name, module in self.named_children():
             x = module(x)
@@ -43,10 +43,10 @@ class Backbone(nn.Module):
         name: a key of `CHANNELS`.
         dilation: replace the stride of the last stage by dilation (DC5): twice the resolution.
         norm: "frozen" keeps the batch norms as buffers, "batch" trains them.
-        train: which part learns: "none", "late" (layer2 to layer4, for pretrained weights) or "all".
+        train: the part that is trained: "none", "late" (layer2 to layer4, for pretrained weights) or "all".
 
     Raises:
-        InputError: for a name that is not known, or one that torchvision cannot dilate.
+        InputError: if the name is unknown, or torchvision cannot dilate this network.
     """
 
     def __init__(self, name: str, dilation: bool = False, norm: str = "frozen", train: str = "late") -> None:
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
             replace_stride_with_dilation=[False, False, dilation],
             norm_layer=NORMS[norm],
         )
-        # ReLU comes after the pooling, which gives the same from a quarter of the values.
+        # ReLU comes after the pooling: the result is the same, for a quarter of the values.
         order = ("conv1", "bn1", "maxpool", "relu", *STAGES)
         self.body = Body(OrderedDict((key, getattr(resnet, key)) for key in order))
         self.num_channels = CHANNELS[name]
@@ -74,10 +74,10 @@ class Backbone(nn.Module):
             fold_norms(self.body)  # computes the same in less time
 
     def forward(self, images: Tensor, padding: Tensor) -> dict[str, NestedTensor]:
-        """Return the features of each stage with their mask, of images [B, 3, H, W] and their mask [B, H, W].
+        """Return the features of each stage with their mask, for images [B, 3, H, W] and their mask [B, H, W].
 
-        They are called layer1, layer2, layer3 and, as in the published code, whose users read it by hooks, "0": the
-        last stage, [B, C', H', W'].
+        Their keys are layer1, layer2, layer3 and, for the last stage [B, C', H', W'], "0", as in the published code,
+        whose users read it by hooks.
         """
         # With trained norms and channels last, the gradients of plain 1×1 convolutions would come in strides that
         # DistributedDataParallel warns about.
@@ -101,6 +101,6 @@ class BackboneWithPosition(nn.Sequential):
         self.num_channels = backbone.num_channels
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[dict[str, NestedTensor], Tensor]:
-        """Return the stages as `Backbone` does, and the positions [B, H', W', C] of the cells of the last."""
+        """Return the stages like `Backbone`, and the positions [B, H', W', C] of the cells of the last one."""
         stages = self[0](images, padding)
         return stages, self[1](stages["0"].mask)

@@ -1,4 +1,4 @@
-"""The meaning of class logits: the matching cost, the loss and the scores of detections belong together.
+"""Classification: the meaning of class logits in the matching cost, the loss and the scores of detections.
 
 Shapes: L decoder layers, B images, Q queries, K logits, T targets of all images, M matched pairs per layer,
 N detections per image.
@@ -18,10 +18,10 @@ EPS = 1e-8
 
 
 class Totals(NamedTuple):
-    """The targets of a training step, of all its batches.
+    """Numbers of targets of a training step, in all its batches.
 
-    num_boxes: their number, averaged over the processes; at least 1.
-    per_image: the number in each image of this process.
+    num_boxes: the number of targets, averaged over the processes; at least 1.
+    per_image: the number of targets in each image of this process.
     """
 
     num_boxes: Tensor
@@ -29,10 +29,10 @@ class Totals(NamedTuple):
 
 
 class Classification(Protocol):
-    """What a model's class logits mean."""
+    """Meaning of a model's class logits."""
 
     def cost(self, logits: Tensor, image: Tensor, labels: Tensor) -> Tensor:
-        """Return the cost of giving each target to each query of its image, [T, L, Q].
+        """Return the cost of assigning each target to each query of its image, [T, L, Q].
 
         Args:
             logits: [L, B, Q, K].
@@ -47,12 +47,12 @@ class Classification(Protocol):
             logits: [L, B, Q, K].
             pairs: layer, image and query of the matched pairs, [L, M] each.
             labels: [L, M], their classes.
-            totals: what the loss is divided by.
+            totals: the numbers of targets by which the loss is divided.
         """
         ...
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the probability of each class, [.., number of classes], of logits [.., K]."""
+        """Return the probability of each class, [.., number of classes], for logits [.., K]."""
         ...
 
     def scores(self, logits: Tensor, num_detections: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +83,7 @@ class FocalSigmoid:
     def loss(self, logits: Tensor, pairs: tuple[Tensor, Tensor, Tensor], labels: Tensor, totals: Totals) -> Tensor:
         """Return the focal loss over all queries and classes, per target."""
         one_hot = torch.zeros_like(logits)
-        one_hot.index_put_((*pairs, labels), one_hot.new_ones(()))  # of a plain 1, the host would wait for the copy
+        one_hot.index_put_((*pairs, labels), one_hot.new_ones(()))  # with a plain 1, the host would wait for the copy
         return sigmoid_focal_loss(logits, one_hot, alpha=self.alpha, gamma=GAMMA).sum((1, 2, 3)) / totals.num_boxes
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class FocalSigmoid:
 
 
 class SoftmaxWithNoObject:
-    """A softmax over the classes and, as the last logit, "no object" (DETR, section 3.1).
+    """Softmax over the classes and, as the last logit, "no object" (DETR, section 3.1).
 
     Args:
         eos_coef: the weight of "no object" in the cross-entropy.
@@ -128,7 +128,7 @@ class SoftmaxWithNoObject:
         return logits.softmax(-1)[..., :-1]
 
     def scores(self, logits: Tensor, num_detections: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the best class of each query, in the order of queries; those of low scores are dropped."""
+        """Return the best class of each query, in the order of queries; those with the lowest scores are dropped."""
         scores, labels = self.probabilities(logits).max(-1)  # [B, Q]
         queries = torch.arange(logits.shape[1], device=logits.device).expand_as(scores)
         if num_detections < logits.shape[1]:

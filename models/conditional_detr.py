@@ -1,4 +1,4 @@
-"""Conditional DETR: a decoder that looks for content and for places separately, and boxes as offsets from points.
+"""Conditional DETR: a decoder with separate content and spatial attention, and boxes as offsets from points.
 
 Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021; the sections named below are the paper's.
 
@@ -27,11 +27,11 @@ PRIOR_PROBABILITY = 0.01  # of every class at the start of training (focal loss,
 
 
 class ConditionalDecoderLayer(nn.Module):
-    """Self-attention among the queries, conditional cross-attention to the image, feed-forward network.
+    """Decoder layer: self-attention among the queries, conditional cross-attention to the image, feed-forward network.
 
     In the cross-attention (section 3.3) every head's query is the concatenation of a content part c_q and a spatial
-    part p_q, every key that of c_k and p_k, so that the logit is the sum c_qᵀc_k + p_qᵀp_k. The first layer, whose
-    queries hold no content yet, also adds the positions to the content parts.
+    part p_q, and every key that of c_k and p_k, so that the logit is the sum c_qᵀc_k + p_qᵀp_k. The first layer, whose
+    queries have no content yet, also adds the positions to the content parts.
     """
 
     def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, first: bool) -> None:
@@ -69,7 +69,7 @@ class ConditionalDecoderLayer(nn.Module):
             memory, position: [B, S, C], the encoder's output and the positions of its cells.
             visible: as above.
 
-        Returns [B, Q, C].
+        Return [B, Q, C].
         """
         x = self.norm1(x + self.dropout(self.attend_to_queries(x, query_pos)))
         x = self.norm2(x + self.dropout(self.attend_to_image(x, query_pos, spatial, memory, position, visible)))
@@ -77,7 +77,7 @@ class ConditionalDecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(ffn))
 
     def attend_to_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:
-        """Return what each query takes from the others, [B, Q, C]."""
+        """Return the output of the self-attention, [B, Q, C]."""
         q = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
         k = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
         v = self.sa_v_proj(x)
@@ -86,7 +86,7 @@ class ConditionalDecoderLayer(nn.Module):
     def attend_to_image(
         self, x: Tensor, query_pos: Tensor, spatial: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None
     ) -> Tensor:
-        """Return what each query takes from the image, [B, Q, C]."""
+        """Return the output of the cross-attention, [B, Q, C]."""
         c_q = self.ca_qcontent_proj(x)
         c_k = self.ca_kcontent_proj(memory)
         p_q = self.ca_qpos_sine_proj(spatial).expand_as(c_q)
@@ -107,7 +107,7 @@ class ConditionalDecoder(nn.Module):
         num_layers: L.
         dim: the width C.
         num_heads, dim_feedforward, dropout: of each layer.
-        checkpoint_activations: compute activations again in the backward pass instead of keeping them.
+        checkpoint_activations: compute activations again in the backward pass instead of storing them.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ConditionalDecoder(nn.Module):
             ConditionalDecoderLayer(dim, num_heads, dim_feedforward, dropout, first=i == 0) for i in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim)
-        # λ_q of section 3.3, read from the embeddings of the layer before: a single layer has none.
+        # λ_q of section 3.3, computed from the embeddings of the previous layer: a single layer has none.
         self.query_scale = MLP(dim, dim, dim, 2) if num_layers > 1 else None
         self.ref_point_head = MLP(dim, dim, 2, 2)
         share_initial_vectors(self.layers)

@@ -1,4 +1,4 @@
-"""The training losses (DETR, section 3.1): one matching, and terms that measure how well the matched pairs agree.
+"""The training losses (DETR, section 3.1): one matching, and terms that compare the matched pairs.
 
 Shapes: L decoder layers, B images, Q queries, K logits, T targets of all images, M matched pairs per layer.
 """
@@ -21,13 +21,13 @@ from util.distributed import get_world_size, reduce_sum
 
 @dataclass
 class Matched:
-    """Predictions and targets of a batch, and which belong together.
+    """Predictions and targets of a batch, and the matched pairs.
 
     logits: [L, B, Q, K]; boxes: [L, B, Q, 4]; layer 0 is the decoder's last.
-    outputs: the same of the last layer as the model returns them, with what further heads add.
-    targets: of the B images.
-    matches: the pairs.
-    totals: the targets of the step, which losses are divided by.
+    outputs: the model's output dict for the last layer, with the outputs of further heads.
+    targets: those of the B images.
+    matches: the matched pairs.
+    totals: the targets of the step, by which losses are divided.
     """
 
     logits: Tensor
@@ -39,19 +39,19 @@ class Matched:
 
     @property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The index of the matched predictions in those of all layers, images and queries."""
+        """Index of the matched predictions among those of all layers, images and queries."""
         return self.matches.layer, self.matches.image, self.matches.query
 
     @cached_property
     def labels(self) -> Tensor:
-        """The classes of the matched targets, [L, M]."""
+        """Classes of the matched targets, [L, M]."""
         return torch.cat([target["labels"] for target in self.targets])[self.matches.target]
 
 
 class Term(Protocol):
-    """A part of the criterion: losses by name, [L] where every layer has one, or [] if only the last layer has.
+    """Term of the criterion: losses by name, [L] if every layer has one, or [] if only the last layer has.
 
-    `weights` are those of its losses in the total; what has no weight is for the log only.
+    `weights` are the weights of its losses in the total; losses without a weight are only logged.
     """
 
     weights: dict[str, float]
@@ -89,8 +89,8 @@ class BoxLoss:
 class CardinalityError:
     """`cardinality_error`: the mean difference between the numbers of targets and of predicted objects.
 
-    DETR counts as objects the queries whose highest logit is not the last. With sigmoid classes, which have no
-    background, that says little.
+    DETR counts queries as objects if their highest logit is not the last one. This means little for sigmoid classes,
+    which have no background.
     """
 
     weights: ClassVar[dict[str, float]] = {}
@@ -105,7 +105,7 @@ class CardinalityError:
 
 
 class ClassError:
-    """`class_error`: per cent of the last layer's pairs whose highest class is wrong; 100 if there is no pair."""
+    """`class_error`: percentage of the last layer's pairs whose highest class is wrong; 100 if there is no pair."""
 
     weights: ClassVar[dict[str, float]] = {}
 
@@ -118,15 +118,15 @@ class ClassError:
 
 
 class SetCriterion(nn.Module):
-    """Matches every decoder layer's predictions with the targets, and applies terms to the pairs.
+    """Criterion that matches every decoder layer's predictions with the targets, and applies terms to the pairs.
 
     Args:
         matcher: assigns targets to queries.
-        terms: the losses, and what is only logged.
-        num_layers: the decoder layers in the outputs; 1 without auxiliary outputs.
+        terms: the losses, and values that are only logged.
+        num_layers: the number of decoder layers in the outputs; 1 without auxiliary outputs.
 
-    `weight_dict` has the weight of every loss by name. The last layer's losses have the plain names, those of the
-    earlier layers i the suffix `_i`. The host waits for the device once, for the costs of the matching.
+    `weight_dict` has the weight of every loss by name. The last layer's losses have the plain names, those of each
+    earlier layer i have the suffix `_i`. The host waits for the device once, for the costs of the matching.
     """
 
     def __init__(self, matcher: HungarianMatcher, terms: Sequence[Term], num_layers: int = 1) -> None:
@@ -139,11 +139,11 @@ class SetCriterion(nn.Module):
     def forward(
         self, outputs: dict, targets: list[dict[str, Tensor]], totals: Totals | None = None
     ) -> dict[str, Tensor]:
-        """Return scalars by name, of the model's outputs and B targets.
+        """Return scalars by name for the model's outputs and B targets.
 
-        Targets have `labels` [T_b] and `boxes` [T_b, 4], normalised cxcywh. `totals` divide the losses:
-        those of all batches of a step, by default of this one. `loss_*` are unweighted; `class_error`
-        and `cardinality_error` are for the log only.
+        Targets have `labels` [T_b] and `boxes` [T_b, 4], normalised cxcywh. The losses are divided by
+        `totals`, those of all batches of a step, by default of this one. `loss_*` are unweighted; `class_error` and
+        `cardinality_error` are only logged.
         """
         layers = [outputs, *outputs.get("aux_outputs", [])]  # the last decoder layer first
         logits = torch.stack([layer["pred_logits"] for layer in layers])

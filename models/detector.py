@@ -1,4 +1,4 @@
-"""The frame that all detectors share: images in, class logits and boxes of a fixed number of queries out.
+"""Common part of all detectors: images in, class logits and boxes of a fixed number of queries out.
 
 Shapes: B images H×W, feature map H'×W', S = H'·W', Q queries, C width, K logits, L decoder layers.
 """
@@ -22,11 +22,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Embeddings(NamedTuple):
-    """What a detector knows of its images before its heads, for those and for further heads on top of them.
+    """Embeddings of a batch before the heads, for these and for further heads on top of them.
 
-    stages: features of the backbone's stages with their masks, from `layer1` on; "0" is the last (see `Backbone`).
+    stages: features of the backbone's stages with their masks, from `layer1` on; "0" is the last one (see `Backbone`).
     features: [B, C, H', W'], the last stage projected to the transformer's width.
-    memory: [B, S, C], what the encoder makes of them.
+    memory: [B, S, C], the output of the encoder.
     hs: [L, B, Q, C], the outputs of the decoder layers.
     reference: [Q, 2], the reference points of the queries, or None for a decoder without them.
     """
@@ -42,12 +42,12 @@ class Detector(nn.Module):
     """Backbone, transformer, and heads for classes and boxes; models differ in the decoder, the boxes and the queries.
 
     Args:
-        backbone: image to feature maps and positions.
-        transformer: feature map and queries to decoder outputs.
+        backbone: maps images to feature maps and positions.
+        transformer: maps a feature map and queries to decoder outputs.
         dim: the width C of the transformer.
-        num_logits: K of each query.
-        num_queries: Q, the largest number of objects that can be found in an image.
-        aux_loss: also return the predictions of the decoder layers before the last.
+        num_logits: K, per query.
+        num_queries: Q, the maximum number of objects that can be found in an image.
+        aux_loss: also return the predictions of the decoder layers before the last one.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class Detector(nn.Module):
 
         Images are uint8, or float and normalised by ImageNet's mean and deviation.
 
-        Returns a dict of `pred_logits` [B, Q, K], `pred_boxes` [B, Q, 4] as cxcywh relative to the unpadded image, and,
-        with `aux_loss`, `aux_outputs`: the same two of every decoder layer before the last.
+        Return a dict of `pred_logits` [B, Q, K], `pred_boxes` [B, Q, 4] as cxcywh relative to the unpadded image, and,
+        with `aux_loss`, `aux_outputs`: the same two of every decoder layer before the last one.
 
-        Raises TypeError or ValueError for anything else than such samples (`as_batch`).
+        Raise TypeError or ValueError for anything other than such samples (`as_batch`).
         """
         return self.outputs(self.embed(samples))
 
     def embed(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> Embeddings:
-        """Return what backbone, encoder and decoder make of images, given as to `forward`."""
+        """Return the outputs of backbone, encoder and decoder for images, given as to `forward`."""
         samples = as_batch(samples)
         images, padding = samples.decompose()
         if images.dtype == torch.uint8:
@@ -97,7 +97,7 @@ class Detector(nn.Module):
         return Embeddings(stages, features, memory, hs, reference)
 
     def outputs(self, embeddings: Embeddings) -> dict[str, Tensor | list[dict[str, Tensor]]]:
-        """Return what `forward` does, of the embeddings of a batch."""
+        """Return the result of `forward` from the embeddings of a batch."""
         hs = embeddings.hs
         with without_autocast(hs.device):  # predictions keep at least float32
             hs = hs.to(self.query_embed.weight.dtype)
@@ -107,24 +107,24 @@ class Detector(nn.Module):
         return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
 
     def boxes(self, hs: Tensor, reference: Tensor | None) -> Tensor:
-        """Return the boxes [L, B, Q, 4] that decoder outputs [L, B, Q, C] and reference points [Q, 2] stand for."""
+        """Return the boxes [L, B, Q, 4] for decoder outputs [L, B, Q, C] and reference points [Q, 2]."""
         raise NotImplementedError
 
     @property
     def pixel_mean(self) -> Tensor:
-        """ImageNet's mean [3, 1, 1], where the weights are and in their precision."""
+        """Mean of ImageNet [3, 1, 1], on the weights' device and in their precision."""
         return self.per_channel(IMAGENET_MEAN)
 
     @property
     def pixel_std(self) -> Tensor:
-        """ImageNet's standard deviation [3, 1, 1], likewise."""
+        """Standard deviation of ImageNet [3, 1, 1], on the weights' device and in their precision."""
         return self.per_channel(IMAGENET_STD)
 
     def per_channel(self, values: Sequence[float]) -> Tensor:
         """Return three constants as [3, 1, 1].
 
-        Made at each call, since no state dict would restore them after `to_empty`; by filling, since a copy from the
-        host would wait for the GPU.
+        They are created at each call, since no state dict would restore them after `to_empty`; and by filling, since
+        the host would wait for a copy.
         """
         return torch.stack([self.query_embed.weight.new_full((1, 1), value) for value in values])
 

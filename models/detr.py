@@ -1,4 +1,4 @@
-"""DETR: queries that mix what they look for with where they look, and boxes predicted from scratch.
+"""DETR: queries that sum content and position, and boxes predicted without reference points.
 
 Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020.
 
@@ -20,7 +20,7 @@ from models.transformer import Encoder, Transformer, run_layer, share_initial_ve
 
 
 class DETRDecoderLayer(nn.Module):
-    """Self-attention among the queries, cross-attention to the image, feed-forward network (appendix A.3)."""
+    """Decoder layer: self-attention, cross-attention to the image, feed-forward network (appendix A.3)."""
 
     def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class DETRDecoder(nn.Module):
         num_layers: L.
         dim: the width C.
         num_heads, dim_feedforward, dropout: of each layer.
-        checkpoint_activations: compute activations again in the backward pass instead of keeping them.
+        checkpoint_activations: compute activations again in the backward pass instead of storing them.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class DETR(Detector):
     """Carion et al., ECCV 2020: one logit per class and one for "no object", and boxes without reference points."""
 
     def boxes(self, hs: Tensor, reference: Tensor | None) -> Tensor:
-        """Return boxes [L, B, Q, 4] of decoder outputs [L, B, Q, C]."""
+        """Return boxes [L, B, Q, 4] for decoder outputs [L, B, Q, C]."""
         return self.bbox_embed(hs).sigmoid()
 
 

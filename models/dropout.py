@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zeroes elements with probability p, 0 ≤ p < 1, and scales the others by 1 / (1 - p).
+    """Zero elements with probability p, 0 ≤ p < 1, and scale the others by 1 / (1 - p).
 
-    On CPUs PyTorch draws 64 random bits an element, which takes as long as the attention around it; 16 do, with p in
-    steps of 2⁻¹⁶. Compiled code draws its own.
+    On CPUs, PyTorch draws 64 random bits per element, which takes as long as the attention around it; 16 bits suffice,
+    with p in steps of 2⁻¹⁶. Compiled code draws its own numbers.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)

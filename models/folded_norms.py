@@ -1,7 +1,7 @@
-"""A faster way to compute a ResNet with frozen batch norms: each is folded into the convolution before it.
+"""Faster computation of a ResNet with frozen batch norms: each is folded into the convolution before it.
 
-`fold_norms` makes the modules of a ResNet's body those below, which compute the same. Nothing here is needed to
-understand the model.
+`fold_norms` replaces the classes of the modules in a ResNet's body by those below, which compute the same. Nothing here
+is needed to understand the model.
 
 Shapes: B images, H×W feature map, C channels in, C' channels out, k×k kernel.
 """
@@ -22,7 +22,8 @@ Terms = dict[nn.Module, tuple[Tensor, Tensor]]  # scale [C', 1] and shift [C'] o
 def norm_terms(network: nn.Module) -> Terms:
     """Return the scale and the shift of each frozen norm of a network: norm(y) = scale · y + shift.
 
-    All are computed at once, since a GPU would wait for the host to launch five tiny operators for each of 50 norms.
+    All are computed at once, since a GPU would have to wait while the host launches five tiny operators for each of 50
+    norms.
     """
     norms = [module for module in network.modules() if isinstance(module, FrozenBatchNorm2d)]
     names = "weight", "bias", "running_mean", "running_var"
@@ -34,11 +35,11 @@ def norm_terms(network: nn.Module) -> Terms:
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution without bias that also applies the frozen norm after it: norm(w * x) = (scale · w) * x + shift.
+    """Convolution without bias that also applies the frozen norm after it: norm(w * x) = (scale · w) * x + shift.
 
-    That spares two passes over every activation. Nothing is kept between calls, since a weight can change unnoticed, as
-    through `.data`; to fold all of R50 takes 1 to 3 % of the time of a forward pass on an 800×1066 image. Called with
-    an input only, the module is a plain convolution.
+    This saves two passes over every activation. Nothing is kept between calls, since a weight can change unnoticed, for
+    example through `.data`; folding all of R50 takes 1 to 3 % of the time of a forward pass on an 800×1066 image. If
+    called with only an input, the module is a plain convolution.
     """
 
     def forward(
@@ -62,7 +63,7 @@ class FoldedConv2d(nn.Conv2d):
 
 
 class FoldedBasicBlock(BasicBlock):
-    """The block of ResNet-18 and 34."""
+    """Block of ResNet-18 and 34."""
 
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
         """Return [B, C', H', W'] from [B, C, H, W]; `terms` are those of this block's norms, among others."""
@@ -73,7 +74,7 @@ class FoldedBasicBlock(BasicBlock):
 
 
 class FoldedBottleneck(Bottleneck):
-    """The block of deeper networks."""
+    """Block of deeper networks."""
 
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
         """Return [B, C', H', W'] from [B, C, H, W]; `terms` are those of this block's norms, among others."""
@@ -95,7 +96,7 @@ class FoldedStage(nn.Sequential):
     """Blocks of one resolution."""
 
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
-        """Return what the blocks make of [B, C, H, W]."""
+        """Return the output of the blocks for [B, C, H, W]."""
         terms = terms or norm_terms(self)
         for block in self:
             x = block(x, terms)
@@ -106,7 +107,7 @@ class FoldedBody(nn.Sequential):
     """A ResNet up to its last stage."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the features of each stage, of images [B, 3, H, W]."""
+        """Return the features of each stage for images [B, 3, H, W]."""
         terms = norm_terms(self)
         x = self.conv1(images, terms[self.bn1])
         x = self.relu(self.maxpool(x))
@@ -118,7 +119,7 @@ class FoldedBody(nn.Sequential):
 
 
 def fold_norms(body: nn.Sequential) -> None:
-    """Make the modules of a `models.backbone.Body` the ones above; their weights and settings stay."""
+    """Change the modules of a `models.backbone.Body` to the classes above; their weights and settings stay."""
     folded = {nn.Conv2d: FoldedConv2d, BasicBlock: FoldedBasicBlock, Bottleneck: FoldedBottleneck}
     for module in body.modules():
         module.__class__ = folded.get(type(module), type(module))
@@ -129,13 +130,13 @@ def fold_norms(body: nn.Sequential) -> None:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return a tensor [B, C, H, W] with its channels last in memory, as convolutions are fastest."""
-    # Memory formats are not known to torch.func's transforms.
+    """Return a tensor [B, C, H, W] with its channels last in memory, for which convolutions are fastest."""
+    # torch.func's transforms do not support memory formats.
     return x if is_transformed() else x.contiguous(memory_format=torch.channels_last)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision that a convolution of `x` is computed in."""
+    """Return the precision in which a convolution of `x` is computed."""
     kind = x.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which raises an error for the meta device
     return torch.get_autocast_dtype(kind) if autocast else x.dtype

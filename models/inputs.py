@@ -1,4 +1,4 @@
-"""What a model can be called with, and one line for everything else.
+"""Checks of a model's inputs, with a one-line error for invalid ones.
 
 Shapes: B images, padded to the common height H and width W.
 """
@@ -19,8 +19,8 @@ def as_batch(samples: Any) -> NestedTensor:
     """Return images as a padded batch: of a NestedTensor, a list of [3, h, w] tensors, or one [B, 3, H, W] tensor.
 
     Raises:
-        TypeError: for something else than tensors.
-        ValueError: for tensors of other shapes or types, or that do not go together.
+        TypeError: for anything other than tensors.
+        ValueError: for tensors of other shapes or types, or tensors that do not match each other.
     """
     if hasattr(samples, "decompose"):  # also the NestedTensor of another copy of this code
         return check_nested(samples)
@@ -52,7 +52,7 @@ def as_batch(samples: Any) -> NestedTensor:
 
 
 def check_image(image: Tensor, name: str) -> None:
-    """Raise ValueError unless a tensor [.., 3, h, w] holds RGB values as a model takes them."""
+    """Raise ValueError unless a tensor [.., 3, h, w] holds RGB values that a model accepts."""
     *_, channels, height, width = image.shape
     if channels != 3:
         known = {1: "grey: repeat it by image.expand(3, -1, -1)", 4: "RGBA: drop the last by image[:3]"}
@@ -99,7 +99,7 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """Return what a value is, with advice where it can be converted."""
+    """Describe the type of a value, with advice if it can be converted."""
     advice = {
         "numpy": " (convert it by torch.from_numpy, channels first)",
         "PIL": " (convert it by torchvision.transforms.v2.functional.pil_to_tensor)",

@@ -29,12 +29,12 @@ class Matches(NamedTuple):
 
 
 class HungarianMatcher:
-    """Pairs of query and target with the least total cost, for each decoder layer and image; by default those of DETR.
+    """Hungarian matcher: pairs of query and target with the least total cost per decoder layer and image.
 
     Args:
         cost_class, cost_bbox, cost_giou: weights of the cost of the class, of the L1 distance between normalised cxcywh
             boxes, and of the negative generalised IoU.
-        classification: the cost of the class.
+        classification: defines the cost of the class, by default as in DETR.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class HungarianMatcher:
         """Return the matches of logits [L, B, Q, K] and boxes [L, B, Q, 4] with the `labels` and `boxes` of B targets.
 
         The queries of an image are in ascending order. The host waits for the device once, for the costs of all layers
-        and images, each image's for its own targets only.
+        and images; each image's costs are only for its own targets.
         """
         sizes = [len(target["labels"]) for target in targets]
         cost = self.cost(logits, boxes, targets, sizes).cpu()  # [T, L, Q]
         cost = cost.nan_to_num(nan=torch.finfo(cost.dtype).max)  # a diverged model still has an assignment
         image, query, target = [], [], []
-        first = 0  # row of the image's targets among those of all
+        first = 0  # first row of the image's targets among all targets
         for i, cost_of_image in enumerate(cost.split(sizes)):
             pairs = [linear_sum_assignment(layer) for layer in cost_of_image.permute(1, 2, 0).numpy()]  # of [Q, T_b]
             queries, rows = torch.from_numpy(np.array(pairs)).unbind(1)  # [L, min(Q, T_b)]
@@ -89,7 +89,7 @@ class HungarianMatcher:
         return Matches(layer, *index)
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], sizes: list[int]) -> Tensor:
-        """Return the cost of giving each target to each query of its image, [T, L, Q]; `sizes` are the T_b."""
+        """Return the cost of assigning each target to each query of its image, [T, L, Q]; `sizes` are the T_b."""
         labels, target_boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
         image = torch.arange(len(targets)).repeat_interleave(torch.tensor(sizes))  # [T], that of each target
         image = copy_to_device(image, logits.device)
@@ -102,5 +102,5 @@ class HungarianMatcher:
 
 
 def copy_to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Return the copy of a CPU tensor on a device; the host does not wait for a GPU, which reads pinned memory."""
+    """Return a copy of a CPU tensor on a device; the host does not wait for a GPU, which reads pinned memory."""
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

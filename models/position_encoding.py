@@ -1,4 +1,4 @@
-"""Where things are: sine embeddings of points, and position embeddings of feature maps.
+"""Position encodings: sine embeddings of points, and position embeddings of feature maps.
 
 Shapes: B images, feature map H×W, C model width.
 """
@@ -16,9 +16,9 @@ TEMPERATURE = 10_000
 
 
 def sine_embedding(coordinate: Tensor, num_features: int) -> Tensor:
-    """[...] coordinates in [0, 1] to [..., F]: interleaved sines and cosines of F / 2 frequencies (DETR, appendix A.4).
+    """Map coordinates [...] in [0, 1] to [..., F]: sines and cosines of F / 2 frequencies, interleaved (DETR, A.4).
 
-    The wavelengths grow geometrically from one (2π over the unit interval) towards `TEMPERATURE`.
+    The wavelengths grow geometrically from 1 (2π over the unit interval) towards `TEMPERATURE`.
     """
     exponent = torch.arange(0, num_features, 2, dtype=torch.float32, device=coordinate.device) / num_features
     angle = coordinate[..., None] * (2 * math.pi) / TEMPERATURE**exponent  # [..., F / 2]
@@ -26,12 +26,12 @@ def sine_embedding(coordinate: Tensor, num_features: int) -> Tensor:
 
 
 def point_embedding(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """The embedding p_s of points (x, y) in [0, 1]²: [...] and [...] to [..., C], the C / 2 features of y first."""
+    """Return the embedding p_s [..., C] of points in [0, 1]², x and y [...], with the C / 2 features of y first."""
     return torch.cat((sine_embedding(y, dim // 2), sine_embedding(x, dim // 2)), dim=-1)
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Embeds each cell of a feature map at its place within the unpadded image."""
+    """Position embedding of each cell of a feature map by its position within the unpadded image."""
 
     EPS = 1e-6
 
@@ -40,7 +40,7 @@ class PositionEmbeddingSine(nn.Module):
         self.dim = dim
 
     def forward(self, padding: Tensor) -> Tensor:
-        """Padding mask [B, H, W] (True = padding) to positions [B, H, W, C]."""
+        """Map a padding mask [B, H, W] (True: padding) to positions [B, H, W, C]."""
         inside = ~padding
         row = inside.cumsum(1, dtype=torch.float32)  # 1, 2, .. inside the image
         column = inside.cumsum(2, dtype=torch.float32)
@@ -50,7 +50,7 @@ class PositionEmbeddingSine(nn.Module):
 
 
 class PositionEmbeddingLearned(nn.Module):
-    """A learned vector for every row and for every column of the feature map."""
+    """Position embedding with a learned vector for every row and every column of the feature map."""
 
     SIZE = 50  # rows and columns, as in the published tables
 
@@ -62,9 +62,9 @@ class PositionEmbeddingLearned(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, padding: Tensor) -> Tensor:
-        """Padding mask [B, H, W] to positions [B, H, W, C], the C / 2 features of x first.
+        """Map a padding mask [B, H, W] to positions [B, H, W, C], with the C / 2 features of x first.
 
-        Raises InputError for a feature map with more rows or columns than the tables have.
+        Raise InputError for a feature map with more rows or columns than the tables have.
         """
         batch, height, width = padding.shape
         if max(height, width) > self.SIZE:
@@ -78,7 +78,7 @@ class PositionEmbeddingLearned(nn.Module):
 
 
 def build_position_embedding(kind: str, dim: int) -> nn.Module:
-    """The module that `--position_embedding` names: "sine" or "learned"."""
+    """Return the module that `--position_embedding` names, "sine" or "learned"."""
     classes = {"sine": PositionEmbeddingSine, "learned": PositionEmbeddingLearned}
     if kind not in classes:
         raise InputError(f"--position_embedding {kind}: choose one of {', '.join(classes)}")

@@ -1,4 +1,4 @@
-"""From the model's outputs to detections in pixels.
+"""Postprocessing: from the model's outputs to detections in pixels.
 
 Shapes: B images, Q queries, K logits, N detections per image.
 """
@@ -17,11 +17,11 @@ from util.errors import InputError
 
 
 class PostProcess(nn.Module):
-    """The detections with the highest scores, at most `num_detections` per image (COCO scores 100).
+    """Postprocessor that keeps the detections with the highest scores, at most `num_detections` per image (COCO: 100).
 
     Args:
-        num_detections: the largest number per image.
-        classification: how logits become scores.
+        num_detections: the maximum number per image.
+        classification: defines the scores of logits.
     """
 
     def __init__(self, num_detections: int = 100, classification: Classification | None = None) -> None:
@@ -30,7 +30,7 @@ class PostProcess(nn.Module):
         self.classification = classification or FocalSigmoid()
 
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Return a dict per image, of the model's outputs and target_sizes [B, 2], (height, width) in pixels.
+        """Return a dict per image for the model's outputs and target_sizes [B, 2], (height, width) in pixels.
 
         Each has `scores` [N] in descending order, `labels` [N] and `boxes` [N, 4]: xyxy in pixels, not clipped.
         """
@@ -41,7 +41,7 @@ class PostProcess(nn.Module):
 
     @torch.no_grad()
     def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same of all images together: scores [B, N], labels [B, N] and boxes [B, N, 4]."""
+        """Return the same for all images together: scores [B, N], labels [B, N] and boxes [B, N, 4]."""
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         check_target_sizes(target_sizes, len(logits))
         scores, labels, queries = self.classification.scores(logits, self.num_detections)
@@ -52,7 +52,7 @@ class PostProcess(nn.Module):
     def extend(
         self, detections: list[dict[str, Any]], outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]
     ) -> list[dict[str, Any]]:
-        """Return the detections of earlier postprocessors with those of this one, for the targets' original sizes."""
+        """Return the detections of earlier postprocessors and of this one, in the targets' original sizes."""
         found = self(outputs, torch.stack([target["orig_size"] for target in targets]))
         return [{**earlier, **own} for earlier, own in zip(detections, found, strict=True)]
 

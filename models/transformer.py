@@ -1,4 +1,4 @@
-"""The parts that the transformers of all models share: DETR's encoder, and what stacks of layers have in common.
+"""Common parts of the transformers of all models: DETR's encoder, and helpers for stacks of layers.
 
 Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, appendix A.3.
 
@@ -20,7 +20,7 @@ from models.dropout import Dropout
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """Multilayer perceptron: linear layers with ReLU between them."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward network, each followed by dropout, the residual sum and a norm."""
+    """Encoder layer: self-attention and feed-forward network, each followed by dropout, the residual sum and a norm."""
 
     def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -46,20 +46,20 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None) -> Tensor:
-        """Return [B, S, C] of x and position [B, S, C]."""
+        """Return [B, S, C] for x and position [B, S, C]."""
         x = self.norm1(x + self.dropout(self.self_attn(x, position, visible)[0]))
         ffn = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
         return self.norm2(x + self.dropout(ffn))
 
 
 class Encoder(nn.Module):
-    """Encoder layers, each of which adds the positions to its queries and keys.
+    """Stack of encoder layers, each of which adds the positions to its queries and keys.
 
     Args:
-        num_layers: of the stack.
+        num_layers: the number of layers.
         dim: the width C.
         num_heads, dim_feedforward, dropout: of each layer.
-        checkpoint_activations: compute activations again in the backward pass instead of keeping them.
+        checkpoint_activations: compute activations again in the backward pass instead of storing them.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         share_initial_vectors(self.layers)
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None) -> Tensor:
-        """Return [B, S, C] of x and position [B, S, C]."""
+        """Return [B, S, C] for x and position [B, S, C]."""
         for layer in self.layers:
             x = run_layer(layer, self.checkpoint_activations, x, position, visible)
         return x
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return decoder outputs [L, B, Q, C], reference points [Q, 2] or None, and the encoder's memory [B, S, C].
 
-        x and position: [B, S, C]; padding: [B, S], True for cells to leave out, or None if there are none;
+        x and position: [B, S, C]; padding: [B, S], True for cells to mask, or None if there are none;
         query_pos: [Q, C].
         """
         visible = None if padding is None else ~padding[:, None, None, :]
@@ -114,13 +114,13 @@ class Transformer(nn.Module):
 
 
 def run_layer(layer: nn.Module, checkpoint_activations: bool, *inputs: Tensor | None) -> Tensor:
-    """Call a layer; with checkpoints, the backward pass repeats the call, with the same dropout, to save memory."""
+    """Call a layer; with checkpoints, the backward pass repeats the call with the same dropout, to save memory."""
     return checkpoint(layer, *inputs, use_reentrant=False) if checkpoint_activations else layer(*inputs)
 
 
 @torch.no_grad()
 def share_initial_vectors(layers: nn.ModuleList) -> None:
-    """Give all layers of a stack the biases of the first, as copies of one layer would have."""
+    """Give all layers of a stack the biases of the first one, as if they were copies of it."""
     for layer in layers[1:]:
         for name, parameter in layer.named_parameters():
             if parameter.dim() == 1:
