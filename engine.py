@@ -32,7 +32,7 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every batch once; gradients are clipped to a total norm of `max_norm` (0: not at all).
 
-    Returns the means over steps and processes of the learning rate and of all losses, weighted and unweighted.
+    Return the means over steps and processes of the learning rate and of all losses, weighted and unweighted.
 
     Raises:
         InputError: if the loss or a gradient is not finite; the weights are those before that step.
@@ -49,11 +49,11 @@ def take_steps(
     after_step: Callable[[], None] = lambda: None,
     later_steps: int = 0,
 ) -> dict[str, float]:
-    """Train as `train_one_epoch` does, by any step, from any place within the epoch.
+    """Train like `train_one_epoch`, with any step function, from any position within the epoch.
 
     Args:
-        step: what is done with the batches; those left over at the end, too few for a step, are dropped.
-        progress: what an interrupted epoch had gathered; the loader then yields the remaining batches.
+        step: called with the batches of each step; those at the end that are too few for a step are dropped.
+        progress: the state of an interrupted epoch; the loader then yields the remaining batches.
         after_step: called after every step.
         later_steps: number of steps in the epochs after this one, for the remaining time of the run in the log.
     """
@@ -84,14 +84,14 @@ def evaluate(
     output_dir: str | Path,
     amp: str = "none",
 ) -> tuple[dict[str, Any], CocoEvaluator]:
-    """Measures losses and COCO's average precision; leaves the evaluator's arrays in `output_dir`/eval/latest.pth.
+    """Measure losses and COCO's average precision; write the evaluator's arrays to `output_dir`/eval/latest.pth.
 
     Args:
-        base_ds: the ground truth, of `datasets.get_coco_api_from_dataset`.
+        base_ds: the ground truth, from `datasets.get_coco_api_from_dataset`.
         output_dir: "" writes nothing.
         amp: the precision of the model's forward pass, none or a key of `AUTOCAST`.
 
-    Returns the means of all losses with, as `coco_eval_bbox`, the 12 COCO numbers; and the evaluator.
+    Return the means of all losses and, as `coco_eval_bbox`, the 12 COCO numbers; and the evaluator.
     """
     criterion.eval()
     logger = MetricLogger()
@@ -124,13 +124,13 @@ def detect(
     logger: MetricLogger | None = None,
     on_batch: Callable[[dict[str, Tensor], list[dict[str, Tensor]]], None] = lambda outputs, targets: None,
 ) -> tuple[CocoEvaluator, ...]:
-    """Return evaluators that know what a model finds in all images, on all processes, but have scored nothing yet.
+    """Return evaluators with a model's detections in all images, from all processes, which are not scored yet.
 
     Args:
-        logger: shows the progress, and what `on_batch` adds.
+        logger: shows the progress, and the values that `on_batch` adds.
         on_batch: called with the model's outputs and the targets of every batch.
 
-    The others as for `evaluate`.
+    The other arguments are those of `evaluate`.
     """
     model.eval()
     logger = logger or MetricLogger()
@@ -154,7 +154,7 @@ def detect(
 
 
 class InGroups:
-    """The batches of a loader, `size` at a time, without an incomplete last group."""
+    """Batches of a loader in groups of `size`, without an incomplete last group."""
 
     def __init__(self, loader: Iterable, size: int) -> None:
         self.loader = loader
@@ -168,13 +168,13 @@ class InGroups:
 
 
 def report_skipped(data_loader: Iterable) -> None:
-    """Print which images the processes have skipped; the data of users' own loaders skips none."""
+    """Print which images the processes have skipped, if the loader's data set can skip images."""
     take_skipped = getattr(getattr(data_loader, "dataset", None), "take_skipped", list)
     if positions := set().union(*all_gather_plain(take_skipped())):
         warn(data_loader.dataset.describe_skipped(positions))
 
 
 def to_device(samples: Any, targets: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[Any, list[dict]]:
-    """A batch on the device; from pinned memory without waiting for the copy."""
+    """Return a batch on the device; from pinned memory, this does not wait for the copy."""
     targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets]
     return samples.to(device, non_blocking=True), targets

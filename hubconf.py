@@ -28,10 +28,10 @@ dependencies = ["torch", "torchvision", "scipy"]
 
 _ROOT = pathlib.Path(__file__).resolve().parent
 _MODEL_PACKAGES = ("models", "util")
-_LOADING_PACKAGES = ("checkpoints", "datasets", "flags")  # of no use to a model that is loaded
+_LOADING_PACKAGES = ("checkpoints", "datasets", "flags")  # not needed by a loaded model
 _PACKAGES = (*_MODEL_PACKAGES, *_LOADING_PACKAGES)
 _NUM_CLASSES = 91  # COCO's ids run to 90
-_set_aside: dict[str, types.ModuleType] = {}  # our modules, while another project's have their names
+_set_aside: dict[str, types.ModuleType] = {}  # our modules, while those of another project have their names
 
 
 def conditional_detr_resnet50(
@@ -102,11 +102,11 @@ def _build(name: str, pretrained: bool, num_classes: int, return_postprocessor: 
 
 @contextlib.contextmanager
 def _own_packages() -> _Iterator[None]:
-    """Import the packages of this repository within the block, and leave their names to others after it.
+    """Import the packages of this repository within the block, and free their names after it.
 
-    Many projects have packages of these names, and the program that asks for a model may have imported them, or may do
-    so later. Modules of ours then stay outside `sys.modules`; those of the model only if it has others of these names,
-    since pickling a model looks for them there.
+    Many projects have packages with these names, and the program that asks for a model may have imported them, or may
+    do so later. Afterwards, our modules are therefore not in `sys.modules`; those of the model stay, since pickling a model
+    looks for them, unless the program has others with these names.
     """
     before = _modules()
     foreign = {name: module for name, module in before.items() if not _is_ours(before[name.partition(".")[0]])}
@@ -126,7 +126,7 @@ def _own_packages() -> _Iterator[None]:
 
 
 def _modules() -> dict[str, types.ModuleType]:
-    """Return the imported modules with names of our packages, and those within them."""
+    """Return the imported modules whose names are those of our packages, and those within them."""
     return {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] in _PACKAGES}
 
 

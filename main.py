@@ -1,4 +1,4 @@
-"""Train and evaluate detectors: the story of a run.
+"""Train and evaluate detectors: the outline of a run.
 
 Usage:
     python main.py --coco_path /path/to/coco --output_dir output/run
@@ -60,13 +60,13 @@ __all__ = ["get_args_parser", "main", "run"]
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train, or with `args.eval` only evaluate, as the flags say.
+    """Train, or with `args.eval` only evaluate.
 
     With `args.resume`, the flags of the model come from the checkpoint. Those that were given must agree with it: the
-    flags that the command line sets and, in a namespace that Python code made, those that differ from their default.
+    flags that the command line sets and, in a namespace from Python code, those that differ from their default.
 
     Raises:
-        InputError: for flags, files and annotations that are not usable; before any long work if that can be known.
+        InputError: if flags, files or annotations are not usable; before any long work if possible.
         Stopped: if a signal asked the run to stop.
     """
     flags = resolve(args)
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
         start = find_start(flags, output_dir)
         if start.finished:
             epochs = counted(flags.epochs, "epoch")
-            log(f"finished: {start.source} has the {epochs} asked for; raise --epochs to train on", "green")
+            log(f"finished: {start.source} has the {epochs} asked for; raise --epochs to continue", "green")
         else:
             train_or_evaluate(start, device, output_dir)
 
@@ -96,7 +96,7 @@ def set_up(flags: Flags) -> torch.device:
 
 
 def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | None) -> None:
-    """Do what `main` says, in an output folder that no other run uses."""
+    """Train or evaluate as described in `main`, in an output folder that no other run uses."""
     flags = start.flags
     data = load_data(start)
     model, criterion, postprocessors = build_model(flags, data.num_classes)
@@ -112,7 +112,7 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
         found, *_ = detect(parallel_model, postprocessors, data.val, dataset_val.ground_truth(), device, flags.amp)
         write_test_results(found, data.all_classes, output_dir)
         return
-    arrays_dir = "" if flags.eval else flags.output_dir  # eval/ is the training run's, which may use the folder, too
+    arrays_dir = "" if flags.eval else flags.output_dir  # eval/ belongs to training, which may use the folder, too
 
     def evaluate_val() -> tuple[dict[str, Any], CocoEvaluator]:
         base_ds = dataset_val.ground_truth()
@@ -170,9 +170,9 @@ def print_training(start: Start, data: Data) -> None:
         warn(line)
 
 
-@record  # so that torchrun shows what ended a process
+@record  # so that torchrun shows the error that ended a process
 def run() -> None:
-    """The command line: a mistake of the user ends in one line, a request to stop in an exit code of its own."""
+    """Run the command line: a user's mistake ends in one line, a request to stop in a special exit code."""
     stop_request.install(EXIT_CODE)
     replace_unprintable_characters()
     ignore_image_warnings()
@@ -182,19 +182,19 @@ def run() -> None:
     except Stopped as stopped:
         status = stopped.code
         log(f"ended on request (exit code {status}); {how_to_resume(args)}", "yellow")
-    ignore_signals()  # nothing is left to stop, and the exit code is to be that of the run
+    ignore_signals()  # nothing is left to stop, and the exit code must be that of the run
     if status:
         end_now(status)
-    kill_workers()  # at exit, the data loader would wait for each of them first
+    kill_workers()  # else the data loader would wait for each of them at exit
     leave_process_group()
 
 
 def run_main(args: argparse.Namespace) -> int:
-    """Do what the flags say and return the exit code, after a line that says what the user can mend."""
+    """Run `main` and return the exit code; print a line about errors that the user can fix."""
     try:
         main(args)
     except Exception as error:
-        # C++ code may have made `Stopped` an error of another type, and other processes may have stopped earlier.
+        # C++ code may have turned `Stopped` into another type of error, and other processes may have stopped earlier.
         if stop_request.raised or is_lost_peer(error):
             stop_request.raise_if_asked()
         if not (line := what_to_do(error)):

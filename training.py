@@ -1,4 +1,4 @@
-"""The epochs of a training run: its steps, checkpoints, evaluations and log."""
+"""Training run: its epochs, checkpoints, evaluations and log."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class TrainingRun:
     """The epochs of a run, its checkpoints and its log.
 
     Args:
-        start: where it begins.
-        data: what it learns from.
-        model, parallel_model: the model, and the same as it trains on several processes.
+        start: its start.
+        data: its data.
+        model, parallel_model: the model, and the same one wrapped for several processes.
         criterion: the losses.
         device: of the model.
-        evaluate_val: evaluates the model; returns the statistics for the log first.
-        output_dir: where checkpoints and the log go; None: nowhere.
+        evaluate_val: evaluates the model; its first result are the statistics for the log.
+        output_dir: the folder of checkpoints and the log; None: they are not written.
         stop_request: true once this process is asked to stop.
-        board: where the curves are drawn.
+        board: receives the curves.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class TrainingRun:
             stop_request,
         )
         self.progress = Progress()
-        seed_everything(flags.seed + get_rank())  # what was drawn before depends on where the weights come from
+        seed_everything(flags.seed + get_rank())  # the random numbers drawn before depend on the source of the weights
 
     def train(self) -> None:
-        """Train all epochs that are left, and print how to use the model."""
+        """Train all remaining epochs, and print how to use the model."""
         begin = time.time()
         start = self.start
         if start.resumes:
@@ -109,14 +109,14 @@ class TrainingRun:
             log("\n".join(summary(self.flags, self.output_dir)))
 
     def restore(self) -> None:
-        """Continue where a checkpoint of this run, or a published one, was written."""
+        """Continue from a checkpoint of this run, or from a published one."""
         checkpoint, source = self.start.checkpoint, self.start.source
         restore_optimizer(self.step.optimizer, checkpoint["optimizer"], source)
         self.progress.restore(checkpoint, self.images_per_step, source)
         self.step.restore(checkpoint)
         own = self.output_dir and Path(source).parent.resolve() == self.output_dir.resolve()
         if own and (numbered := self.numbered(checkpoint)) and not numbered.exists():
-            save_on_master(checkpoint, numbered)  # the run was interrupted before it could
+            save_on_master(checkpoint, numbered)  # the run was interrupted before this was written
 
     def train_epoch(self, epoch: int) -> None:
         """Train an epoch, or the rest of an interrupted one, write its checkpoint, evaluate, and log."""
@@ -133,7 +133,7 @@ class TrainingRun:
             later_steps=(self.flags.epochs - epoch - 1) * self.steps_per_epoch,
         )
         if self.step.guard.skipped and not self.progress.logger.meters["loss"].count:
-            raise InputError(f"all steps of epoch {epoch} were skipped, for none was finite: lower --lr")
+            raise InputError(f"all steps of epoch {epoch} were skipped, because none was finite: lower --lr")
         entry = {f"train_{name}": value for name, value in stats.items()}
         self.lr_scheduler.step()
         self.progress.start_epoch()
@@ -146,11 +146,11 @@ class TrainingRun:
             log(f"epoch {epoch} took {spent} with evaluation; epochs left: {left}, about {remaining}")
 
     def steps_done(self, epoch: int) -> int:
-        """Return the number of steps of the run so far, within an epoch."""
+        """Return the number of steps of the run so far, including those of the current epoch."""
         return epoch * self.steps_per_epoch + self.progress.step
 
     def after_step(self, epoch: int) -> None:
-        """Write a checkpoint every `--save_every` steps and before a requested end, and curves as lines are printed."""
+        """Write a checkpoint every `--save_every` steps and before a requested end; write curves with each line."""
         if (self.progress.step - 1) % PRINT_FREQ == 0:
             self.board.write_step(self.steps_done(epoch), self.progress.logger)
         every = self.flags.save_every
@@ -163,11 +163,11 @@ class TrainingRun:
     def end_if_asked(self) -> None:
         """End the run on all processes, after a checkpoint."""
         if self.step.stopping:
-            # Wait for the process that still writes: the first one to end may take the others with it.
+            # Wait for the process that still writes, since the end of one process may end the others.
             raise Stopped(max(all_gather_plain(self.stop_request.exit_code)))
 
     def save(self, epoch: int, **more: Any) -> None:
-        """Write what it takes to resume; `epoch` is the last finished one."""
+        """Write everything needed to resume; `epoch` is the last finished one."""
         if not self.output_dir:
             return
         checkpoint = {
@@ -187,7 +187,7 @@ class TrainingRun:
             save_on_master(checkpoint, numbered)
 
     def numbered(self, checkpoint: dict[str, Any]) -> Path | None:
-        """Return where a checkpoint stays for good: before each drop of the learning rate, and every 10 epochs."""
+        """Return the path of a permanent checkpoint, before a drop of the learning rate or every 10 epochs."""
         epochs = checkpoint["epoch"] + 1
         stays = epochs % self.flags.lr_drop == 0 or epochs % 10 == 0
         if checkpoint.get("step") or not stays:
@@ -195,7 +195,7 @@ class TrainingRun:
         return self.output_dir / f"checkpoint{checkpoint['epoch']:04}.pth"
 
     def finish_epoch(self, epoch: int, entry: dict[str, Any]) -> None:
-        """Evaluate if it is time to, and log the epoch; `entry` is what training has to say."""
+        """Evaluate if this is due, and log the epoch; `entry` holds the results of its training."""
         evaluator = None
         if (epoch + 1) % self.flags.eval_every == 0 or epoch + 1 == self.flags.epochs:
             with self.stop_request.at_once():
@@ -216,7 +216,7 @@ class TrainingRun:
 
 
 def images_per_step(flags: Flags) -> int:
-    """Return the number of images that all processes together learn from in a step."""
+    """Return the number of images per step on all processes together."""
     return flags.batch_size * flags.accum_steps * get_world_size()
 
 

@@ -1,1 +1,1 @@
-"""The flags of main.py, the limits of their values, and what they become for a model."""
+"""The flags of main.py, the limits of their values, and their final values for a model."""

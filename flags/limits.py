@@ -1,6 +1,6 @@
-"""The values that each numeric flag takes, in one table for main.py and all tools, and the check of paths and devices.
+"""Limits of all numeric flags, in one table for main.py and all tools, and checks of paths and devices.
 
-It imports nothing that takes long, so that a mistake on the command line is reported at once.
+It imports nothing slow, so that a mistake on the command line is reported at once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MOST_WEIGHTS = 1e9  # of a transformer: training them takes 16 GB
 
 
 class Number(NamedTuple):
-    """The values of a flag: those of `kind` from `least` to `most`, and 0 if it has a meaning of its own.
+    """Valid values of a flag: those of `kind` from `least` to `most`, and 0 if it has a special meaning.
 
-    No flag takes NaN or infinity. `why` explains the limits.
+    No flag accepts NaN or infinity. `why` explains the limits.
     """
 
     kind: type
@@ -37,7 +37,7 @@ EPOCHS = 10**6, "file names count epochs in six digits"
 COUNT = 10**9, "more is never reached"
 MEMORY = "more does not fit into memory"
 RATE = Number(float, 1e-12, 1, "AdamW changes each weight by about this much per step", zero=True)
-# float32 holds seven digits: much smaller terms of a sum vanish next to others, as do gradients next to AdamW's 1e-8.
+# float32 holds seven digits: much smaller terms of a sum vanish next to others, as gradients do next to AdamW's 1e-8.
 COEFFICIENT = Number(float, 1e-6, 1e6, "smaller ones have no effect, larger ones overflow", zero=True)
 SHARE = Number(float, 0, 1)
 
@@ -67,8 +67,8 @@ LIMITS: dict[str, Number] = {
     "bbox_loss_coef": COEFFICIENT,
     "giou_loss_coef": COEFFICIENT,
     "eos_coef": COEFFICIENT,
-    "focal_alpha": Number(float, 0.001, 0.999, "else the class loss ignores the objects, or all that is none"),
-    "max_detections": Number(int, 1, 10_000, "more than the queries and classes of a model make"),
+    "focal_alpha": Number(float, 0.001, 0.999, "else the class loss ignores either the objects or the background"),
+    "max_detections": Number(int, 1, 10_000, "more than any model has queries times classes"),
     "max_megapixels": Number(int, 1, 10_000, MEMORY),
     "min_size": Number(int, 16, 10_000, "the model sees cells of 32 pixels, and larger images do not fit into memory"),
     "max_size": Number(int, 1, 20_000, MEMORY),
@@ -78,10 +78,10 @@ LIMITS: dict[str, Number] = {
     "save_every": Number(int, 0, *COUNT),
     "skip_nonfinite": Number(int, 0, *COUNT),
     "eval_every": Number(int, 1, *COUNT),
-    "num_workers": Number(int, 0, 512, "each is a process or thread of its own"),
+    "num_workers": Number(int, 0, 512, "each is a separate process or thread"),
     "world_size": Number(int, 1, 10**6),
     "local_rank": Number(int, 0, 10**6),
-    # of the tools alone
+    # only of the tools
     "threshold": SHARE,
     "every": Number(int, 1, *COUNT),
     "top": Number(int, 1, 100, "the page has a block for each"),
@@ -96,9 +96,9 @@ LIMITS: dict[str, Number] = {
 
 
 def check_numbers(args: argparse.Namespace, where: str = "", flags: Iterable[str] = LIMITS) -> None:
-    """Raise InputError for a number that its flag does not take; `where` leads the message, as a checkpoint's name.
+    """Raise InputError if a number is not valid for its flag; `where`, such as a checkpoint's name, starts the message.
 
-    Flags that are None or absent are left out; of lists, each number is checked.
+    Flags that are None or absent are skipped; in lists, each number is checked.
     """
     for flag in filter(LIMITS.get, flags):
         value = getattr(args, flag, None)
@@ -126,16 +126,16 @@ def wrong_with(value: Any, limits: Number) -> str:
 
 
 def check_sizes(args: argparse.Namespace) -> None:
-    """Raise InputError if the long side of images may not be as long as the short side is to be."""
+    """Raise InputError if the limit of the long side of images is below the short side."""
     if args.max_size < args.min_size:
         raise InputError(f"--max_size {args.max_size}: must be at least --min_size {args.min_size}")
 
 
 def check_texts(values: Mapping[str, Any]) -> None:
-    """Raise InputError for a text that cannot be a path: with a NUL, too long, in a folder that may not be entered.
+    """Raise InputError for a text that cannot be a path: with a NUL, too long, or in a folder that may not be entered.
 
-    `values` are those of flags, by their names in messages. Each text is tried, since the flags that take URLs or names
-    take paths, too.
+    `values` are those of flags, by their names in messages. Each text is checked, since flags that take URLs or names
+    also take paths.
     """
     for flag, value in values.items():
         for text in value if isinstance(value, list) else [value]:
@@ -143,14 +143,14 @@ def check_texts(values: Mapping[str, Any]) -> None:
                 try:
                     Path(text).stat()
                 except (FileNotFoundError, NotADirectoryError):
-                    continue  # it may be a file to write, and who reads it says more
+                    continue  # it may be a file to write; when a file is read, the error says more
                 except (OSError, ValueError) as error:
                     cause = getattr(error, "strerror", None) or reason(error)
                     raise InputError(f"{flag} {short(text)}: cannot be a path ({cause})") from error
 
 
 def check_model(args: argparse.Namespace, where: str = "") -> None:
-    """Raise InputError for flags that make no model; `where` leads the message, as a checkpoint's name."""
+    """Raise InputError for flags without a valid model; `where`, such as a checkpoint's name, starts the message."""
     if getattr(args, "pre_norm", False):
         raise InputError(
             f"{where}--pre_norm: Conditional DETR's decoder is defined with norms after the residuals; drop the flag"
@@ -165,7 +165,7 @@ def check_model(args: argparse.Namespace, where: str = "") -> None:
 
 
 def check_model_size(args: argparse.Namespace, where: str = "") -> None:
-    """Raise InputError for a transformer whose width does not divide, or with more than `MOST_WEIGHTS` weights."""
+    """Raise InputError for a transformer whose heads do not fit its width, or with more than `MOST_WEIGHTS` weights."""
     dim, heads = args.hidden_dim, args.nheads
     if dim < 4 or dim % 4 or heads < 1 or dim % heads:
         raise InputError(f"{where}--hidden_dim {dim} must be a multiple of 4 and of --nheads {heads}")
@@ -186,7 +186,7 @@ def check_device_name(name: str) -> None:
 
 def check_device(name: str) -> None:
     """Raise InputError for a device that is not supported, or that this machine does not have."""
-    import torch  # takes seconds, in which the rest has long been checked
+    import torch  # takes seconds, so everything else is checked before
 
     check_device_name(name)
     if name == "cpu":
@@ -198,7 +198,7 @@ def check_device(name: str) -> None:
 
 
 def resolve_device(text: str) -> str:
-    """Return the name of a device; of "auto", cuda if torch sees a GPU, else cpu."""
+    """Return the name of a device; for "auto", cuda if torch sees a GPU, else cpu."""
     if text != "auto":
         return text
     import torch
@@ -207,7 +207,7 @@ def resolve_device(text: str) -> str:
 
 
 def short(value: object) -> str:
-    """Return a value as the part of a line, at most 40 characters long."""
+    """Return a value as part of a line, at most 40 characters long."""
     if isinstance(value, int) and abs(value) >= 10**30:  # Python does not print integers of any length
         return f"{'-' if value < 0 else ''}1e{int(math.log10(abs(value)))}"
     text = str(value) if str(value).isprintable() else ascii(str(value))

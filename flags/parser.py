@@ -1,6 +1,6 @@
 """The flags of the command line, and the check of their values before anything is read.
 
-Importing this file takes no time, so that `--help` and mistakes are answered at once.
+Importing this file is fast, so that `--help` and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from flags.limits import (
 from util.command import Parser
 from util.errors import InputError
 
-# The defaults that depend on the model. The parser's are those of Conditional DETR, as published; `flags.resolve` puts
-# others in the place of flags that are not given.
+# The defaults that depend on the model. The parser's are those of Conditional DETR, as published; `flags.resolve`
+# replaces those of flags that are not given by the defaults of another model.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "conditional_detr": {},
     "detr": {"num_queries": 100, "epochs": 300, "lr_drop": 200, "set_cost_class": 1, "cls_loss_coef": 1},
 }
 MODELS = tuple(DEFAULTS)
-MAX_AUTO_WORKERS = 16  # more feed no GPU faster
+MAX_AUTO_WORKERS = 16  # more do not feed a GPU faster
 
 
 def worker_count(text: str) -> int:
-    """A number, or for "auto" that of the CPUs which fall to this process.
+    """Return a number of workers; for "auto", the number of CPUs for this process.
 
-    Those that it may use are shared by torchrun's processes of a node; srun's tasks have their own.
+    All processes of torchrun on a node share its CPUs; srun's tasks have their own.
     """
     if text != "auto":
         return int(text)
@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--lr", default=1e-4, type=float, help="learning rate")
     add("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
-    add("--batch_size", default=2, type=int, help="images a process and step")
+    add("--batch_size", default=2, type=int, help="images per process and step")
     add("--weight_decay", default=1e-4, type=float, help="weight decay")
     add("--epochs", default=50, type=int, help="epochs to train" + of_detr("epochs"))
     add(
@@ -69,13 +69,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--lr_scale",
         default="none",
         choices=("none", "sqrt", "linear"),
-        help="multiply the learning rates by the images a step over the recipe's 16, or by the root of that",
+        help="multiply the learning rates by the images per step over the recipe's 16, or by the root of that",
     )
     add("--accum_steps", default=1, type=int, help="batches that make one step, as if they were one batch")
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="conditional_detr", choices=MODELS, help="what to train or evaluate")
+    add("--model", default="conditional_detr", choices=MODELS, help="model to train or evaluate")
     add("--backbone", default="resnet50", help=f"one of {', '.join(BACKBONES)}")
     add("--dilation", action="store_true", help="DC5: dilate the last stage instead of striding it")
     add("--backbone_weights", default="imagenet", help="imagenet, none, or a file with torchvision's weights")
@@ -88,7 +88,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dropout", default=0.1, type=float, help="dropout in the transformer")
     add("--nheads", default=8, type=int, help="attention heads")
     add("--num_queries", default=300, type=int, help="object queries" + of_detr("num_queries"))
-    add("--pre_norm", action="store_true", help="not supported: the model is defined with norms behind the residuals")
+    add("--pre_norm", action="store_true", help="not supported: the model is defined with norms after the residuals")
     add(
         "--num_classes",
         default=None,
@@ -101,7 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--frozen_weights", default=None, help="detector to train a mask head on")
 
     add = parser.add_argument_group("losses and matching").add_argument
-    add("--max_detections", default=100, type=int, help="most detections per image; AP is that of 100, and of N above")
+    add("--max_detections", default=100, type=int, help="maximum detections per image; AP is at 100, and at N if above")
     add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses on the earlier decoder layers")
     add(
         "--set_cost_class",
@@ -131,7 +131,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--on_bad_image",
         default="error",
         choices=("error", "skip"),
-        help="for an image that cannot be decoded or is of another size than annotated: stop, or take the next one",
+        help="for an image that cannot be decoded or has another size than annotated: stop, or take the next one",
     )
     add(
         "--max_megapixels",
@@ -149,7 +149,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--resume",
         default="",
-        help="checkpoint to go on from: path, URL, hub name, or auto (the furthest in --output_dir)",
+        help="checkpoint to resume from: path, URL, hub name, or auto (the latest in --output_dir)",
     )
     add(
         "--finetune",
@@ -157,26 +157,26 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="start from the weights of another model as far as they fit: a checkpoint, a URL or a hub entry's name",
     )
     add("--overfit", default=0, type=int, metavar="N", help="train and evaluate on the first N training images only")
-    add("--start_epoch", default=0, type=int, help="first epoch, where no checkpoint says otherwise")
+    add("--start_epoch", default=0, type=int, help="first epoch, unless a checkpoint sets it")
     add(
         "--compile", action="store_true", help="compile the transformer by torch.compile; some early steps take minutes"
     )
-    add("--checkpoint_activations", action="store_true", help="less memory in training, by computing some things twice")
-    add("--save_every", default=0, type=int, help="also write checkpoint.pth after every so many steps; 0: epochs only")
+    add("--checkpoint_activations", action="store_true", help="less memory in training, by computing activations twice")
+    add("--save_every", default=0, type=int, help="also write checkpoint.pth every N steps; 0: only every epoch")
     add("--skip_nonfinite", default=0, type=int, help="steps with infinite or NaN losses to leave out before giving up")
-    add("--deterministic", action="store_true", help="the same numbers from every run on a GPU, too; slower")
+    add("--deterministic", action="store_true", help="make runs reproducible on GPUs, too; slower")
     add("--eval", action="store_true", help="evaluate only")
     add(
         "--image_set",
         default="val",
         choices=("val", "test"),
-        help="images that --eval is about; test: COCO's test-dev, whose detections are written for its server",
+        help="images for --eval; test: COCO's test-dev, whose detections are written for its server",
     )
-    add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
+    add("--eval_every", default=1, type=int, help="evaluate every N epochs, and after the last one")
     add("--tensorboard", action="store_true", help="in training, curves and pictures for TensorBoard in --output_dir")
-    add("--num_workers", default=2, type=worker_count, help="processes that load data; auto: as the CPUs suffice for")
+    add("--num_workers", default=2, type=worker_count, help="processes that load data; auto: as many as the CPUs allow")
     add("--world_size", default=1, type=int, help="set by the launcher")
-    add("--dist_url", default="env://", help="where the processes meet")
+    add("--dist_url", default="env://", help="address at which the processes connect")
     add("--local-rank", "--local_rank", dest="local_rank", default=None, type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -184,7 +184,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for a flag whose value makes no sense, or that is not supported yet.
 
-    Only flags are looked at, neither files nor the machine, so that it takes no time.
+    Only flags are checked, neither files nor the machine, so that it is fast.
     """
     segmentation = {"masks": False, "frozen_weights": None, "coco_panoptic_path": None}
     segmentation |= {"mask_loss_coef": 1, "dice_loss_coef": 1}
@@ -200,7 +200,7 @@ def check_args(args: argparse.Namespace) -> None:
         check_learns(args)
     if args.finetune and (args.eval or args.resume not in ("", "auto")):
         raise InputError(
-            "--finetune starts a new training: it goes neither with --eval nor with --resume, except --resume auto; "
+            "--finetune starts a new training: do not combine it with --eval or --resume, except --resume auto; "
             "name a model to evaluate or to resume by --resume alone"
         )
     if args.resume == "auto" and not args.output_dir:
@@ -212,7 +212,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_learns(args: argparse.Namespace) -> None:
-    """Raise InputError for flags with which training would change nothing, or leave nothing of the weights."""
+    """Raise InputError for flags with which training would change nothing, or destroy the weights."""
     if args.lr == args.lr_backbone == 0:
         raise InputError("--lr 0 with --lr_backbone 0: nothing would be trained")
     if args.cls_loss_coef == args.bbox_loss_coef == args.giou_loss_coef == 0:
@@ -222,7 +222,7 @@ def check_learns(args: argparse.Namespace) -> None:
 
 
 def command_line(flags: argparse.Namespace) -> argparse.Namespace:
-    """Read the flags of main.py's command line into a namespace, whose values take the place of defaults."""
+    """Read the flags of main.py's command line into a namespace, whose values replace the defaults."""
     parser = Parser(
         "main.py",
         usage="%(prog)s --coco_path PATH [flags]",
@@ -234,20 +234,20 @@ def command_line(flags: argparse.Namespace) -> argparse.Namespace:
 
 
 def check_command_line(flags: argparse.Namespace) -> None:
-    """Read the command line as `command_line` does, and raise InputError for what `check_args` refuses."""
+    """Read the command line like `command_line`, and check it by `check_args`."""
     check_args(command_line(flags))
 
 
 class ParsedFlags(argparse.Namespace):
     """Flags of a command line; `given` are the names of those that it sets."""
 
-    __slots__ = ("given",)  # outside `vars`, which checkpoints keep
+    __slots__ = ("given",)  # outside of `vars`, which checkpoints store
 
 
 def parse_flags(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, flags: argparse.Namespace
 ) -> argparse.Namespace:
-    """Read a command line into a namespace, and note in it which flags the command line sets."""
+    """Read a command line into a namespace, and record which flags the command line sets."""
     flags = parser.parse_args(argv, flags)
     unset = object()
     probe = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags), unset)))

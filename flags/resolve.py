@@ -1,4 +1,4 @@
-"""What flags amount to: nothing missing, nothing that changes any more."""
+"""Resolved flags: complete and read-only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from util.errors import InputError
 
 COCO_NUM_CLASSES = 91  # ids run to 90
 
-# The flags that decide what a model computes; a checkpoint is of use only to a model with the same.
+# The flags that decide what a model computes; a checkpoint fits only a model with the same values.
 MODEL_FLAGS = (
     "model",
     "backbone",
@@ -26,7 +26,7 @@ MODEL_FLAGS = (
     "num_queries",
 )
 IMAGE_SIZES = ("min_size", "max_size")
-# Those that decide how training continues: they may change, but rarely on purpose.
+# The flags that decide how training continues: they may change, but this is rarely intended.
 TRAINING_FLAGS = (
     "lr",
     "lr_backbone",
@@ -41,12 +41,12 @@ TRAINING_FLAGS = (
     *IMAGE_SIZES,
     "seed",
 )
-RESOLVED = "resolved"  # is True among flags of which none takes another default any more
-OF_ONE_PROCESS = ("rank", "gpu", "distributed", "local_rank")  # which checkpoints do not keep
+RESOLVED = "resolved"  # this key is True in flags whose defaults are final
+OF_ONE_PROCESS = ("rank", "gpu", "distributed", "local_rank")  # which checkpoints do not store
 
 
 class Flags(argparse.Namespace):
-    """Resolved flags. They cannot be set; `resolve` makes others of them.
+    """Resolved flags. They cannot be set; `resolve` makes new ones from them.
 
     Attributes:
         given: the names of the flags that were set on purpose.
@@ -69,7 +69,7 @@ def resolve(args: argparse.Namespace, **values: Any) -> Flags:
 
     Args:
         args: the flags of `get_args_parser`, of a checkpoint, or resolved ones.
-        values: take the place of those of `args`, without counting as given.
+        values: replace those of `args`, without counting as given.
 
     Defaults that depend on the model are those of its model, as long as they are not given.
 
@@ -95,8 +95,8 @@ def defaults() -> dict[str, Any]:
 def given_flags(args: argparse.Namespace) -> frozenset[str]:
     """Return the names of the flags that were set on purpose.
 
-    They are those that the command line sets, even to their default; in a namespace that Python code made, those whose
-    value is not the default.
+    They are those that the command line sets, even to their default; in a namespace from Python code, those whose value
+    is not the default.
     """
     if isinstance(args, Flags):
         return args.given
@@ -106,5 +106,5 @@ def given_flags(args: argparse.Namespace) -> frozenset[str]:
 
 
 def stored(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags as a checkpoint keeps them."""
+    """Return the flags as a checkpoint stores them."""
     return {name: value for name, value in vars(flags).items() if name not in OF_ONE_PROCESS}

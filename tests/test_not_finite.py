@@ -93,6 +93,6 @@ def test_the_log_stays_json(tmp_path):
 def test_an_epoch_whose_steps_are_all_skipped_ends_the_run(broken, shapes, tmp_path, parse):
     """With --skip_nonfinite, such a run would otherwise go on for all its epochs, and end like any other."""
     flags = ("--resume", broken(math.nan), "--output_dir", tmp_path / "out", "--epochs", 3, "--skip_nonfinite", 99)
-    with pytest.raises(InputError, match="all steps of epoch 0 were skipped, for none was finite: lower --lr"):
+    with pytest.raises(InputError, match="all steps of epoch 0 were skipped, because none was finite: lower --lr"):
         main.main(parse(*TINY, "--coco_path", shapes, *flags))
     assert not (tmp_path / "out" / "log.txt").exists()
