@@ -105,8 +105,8 @@ def _own_packages() -> _Iterator[None]:
     """Import the packages of this repository within the block, and free their names after it.
 
     Many projects have packages with these names, and the program that asks for a model may have imported them, or may
-    do so later. Afterwards, our modules are therefore not in `sys.modules`; those of the model stay, since pickling a model
-    looks for them, unless the program has others with these names.
+    do so later. Afterwards, our modules are therefore not in `sys.modules`; those of the model stay, since pickling a
+    model looks for them, unless the program has others with these names.
     """
     before = _modules()
     foreign = {name: module for name, module in before.items() if not _is_ours(before[name.partition(".")[0]])}

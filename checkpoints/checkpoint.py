@@ -1,4 +1,4 @@
-"""Writing, finding and reading checkpoints."""
+"""Writing, finding and reading of checkpoints."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def load_latest_checkpoint(
 
 
 def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
-    """Return the number of classes that a checkpoint's model tells apart. Raise InputError if it has no class head."""
+    """Return the number of classes of a checkpoint's model. Raise InputError if it has no class head."""
     head = checkpoint["model"].get("class_embed.bias")
     no_object = model_of(checkpoint["model"]) == "detr"
     if head is None or head.dim() != 1 or len(head) <= no_object:
@@ -158,7 +158,7 @@ def check_finite(weights: Mapping[str, Any], source: str | Path) -> None:
 def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str | Path) -> None:
     """Fill a model with a checkpoint's weights; every key must fit.
 
-    Raise InputError that names the first key that does not.
+    Raise InputError with the first key that does not.
     """
     ours, theirs = model.state_dict(), checkpoint["model"]
     wrong = sorted(key for key in ours.keys() | theirs.keys() if not fits(ours.get(key), theirs.get(key)))
@@ -229,6 +229,6 @@ def _local_path(source: str) -> Path:
 
 
 def sha256_of(stem: str) -> str | None:
-    """Return the digits with which a file's SHA-256 begins, if its name ends in them, as torch.hub's files do."""
+    """Return the first digits of a file's SHA-256 if its name ends in them, as in torch.hub's names, else None."""
     digits = re.search(r"-([0-9a-f]{8})$", stem)
     return digits[1] if digits else None

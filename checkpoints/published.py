@@ -14,7 +14,7 @@ DETR = "https://dl.fbaipublicfiles.com/detr/detr-{}.pth"
 
 
 class Published(NamedTuple):
-    """The address of a checkpoint, and the flags of its model that differ from the model's defaults."""
+    """Address of a checkpoint, and the flags of its model that differ from the model's defaults."""
 
     url: str
     flags: dict[str, Any]
@@ -38,13 +38,13 @@ PUBLISHED = {
 
 
 def known_flags(source: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the flags of a model whose file does not store them: DETR's published files hold weights only.
+    """Return the flags of a model whose file does not store them: DETR's published files hold only weights.
 
     Args:
-        source: a name in `PUBLISHED`, a path or a URL; files are known by their published names.
+        source: a name in `PUBLISHED`, a path or a URL; files are recognised by their published names.
         weights: the state dict.
 
-    Returns an empty dict for weights of Conditional DETR under another name, which may have any flags.
+    Return an empty dict for weights of Conditional DETR under another name, which may have any flags.
     """
     model = model_of(weights)
     for name, published in PUBLISHED.items():

@@ -25,7 +25,7 @@ LEARNED_POSITIONS = "backbone.1.row_embed.weight"
 
 
 def model_of(weights: Mapping[str, Tensor]) -> str:
-    """Return the model that a state dict is of, as `--model` names it."""
+    """Return the model of a state dict, by its name for `--model`."""
     return "detr" if CROSS_ATTENTION_OF_DETR in weights else "conditional_detr"
 
 

@@ -187,7 +187,7 @@ class CocoDetection(Dataset):
     def load_image(self, index: int) -> Picture:
         """Read an image as stored (without its EXIF orientation: COCO's coordinates refer to the stored pixels).
 
-        Raises InputError if it cannot be read or its size is not the annotated one.
+        Raise InputError if it cannot be read or its size is not the annotated one.
         """
         path = self.image_folder / self.records.file_name(index)
         name = f"{path} (image id {self.own_id(int(self.records.ids[index]))})"

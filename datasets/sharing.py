@@ -32,7 +32,7 @@ class Contents:
 def read_once(read: Callable[[], Contents]) -> Contents:
     """Call `read` on the first process, and return what it returns on all of them, which must call this together.
 
-    Raises InputError on all processes if `read` does.
+    Raise InputError on all processes if `read` does.
     """
     message = b""
     if is_main_process():

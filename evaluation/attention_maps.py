@@ -77,10 +77,10 @@ def recorded(*modules: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple[Any, .
 
 
 def maps_of_detr(layer: CrossAttention, inputs: tuple[Tensor, ...]) -> AttentionMaps:
-    """Return the maps of DETR, whose queries q = c_q + o_q meet keys that are sums, too (figure 1 of the paper).
+    """Return the maps of DETR, whose queries q = c_q + o_q and keys are both sums (figure 1 of the paper).
 
     The spatial map is the softmax of qᵀp_k, the content map that of qᵀc_k, after DETR's projections of the position p_k
-    and of the memory c_k; the bias of the keys, which moves no map, counts as content.
+    and of the memory c_k; the bias of the keys, which changes no map, counts as content.
 
     Args:
         layer: a layer's cross-attention.
@@ -97,7 +97,7 @@ def maps_of_detr(layer: CrossAttention, inputs: tuple[Tensor, ...]) -> Attention
 
 @torch.inference_mode()
 def view(model: Detector, image: Tensor, layer: int = -1) -> View:
-    """Run a model in evaluation mode on one image [3, h, w], uint8 or normalised, and take a decoder layer apart."""
+    """Run a model in evaluation mode on one image [3, h, w], uint8 or normalised; return a layer's attention."""
     decoder_layer = model.transformer.decoder.layers[layer]
     of_detr = isinstance(model, DETR)
     attention = decoder_layer.multihead_attn if of_detr else decoder_layer.cross_attn

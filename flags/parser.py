@@ -124,7 +124,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--coco_path", default=None, help="folder with annotations/ and images/")
     for split in ("train", "val"):
         add(f"--{split}_images", default=None, help=f"folder of the {split} images, instead of that under --coco_path")
-        add(f"--{split}_annotations", default=None, help=f"COCO JSON file of the {split} images, likewise")
+        add(f"--{split}_annotations", default=None, help=f"COCO JSON file of the {split} images; replaces the default")
     add("--coco_panoptic_path", default=None, help="not supported yet")
     add("--remove_difficult", action="store_true", help="leave out annotations marked 'difficult'")
     add(

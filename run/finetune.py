@@ -33,7 +33,7 @@ def start_from(
 
     Args:
         model: newly built.
-        classes: the classes that the model shall distinguish.
+        classes: the classes of the model.
         checkpoint: the result of `checkpoints.checkpoint.load_checkpoint`.
         source: its name in messages.
         args: the model's flags, which are compared with the checkpoint's if something does not fit.
@@ -45,7 +45,7 @@ def start_from(
     check_finite(checkpoint["model"], source)
     theirs, ours = checkpoint["model"], model.state_dict()
     same_model = model_of(ours) == model_of(theirs)
-    apart = CLASS_HEAD if same_model else tuple(name for name in ours if name.startswith(HEADS))  # mean something else
+    apart = CLASS_HEAD if same_model else tuple(name for name in ours if name.startswith(HEADS))  # with another meaning
     fitting = [name for name, tensor in ours.items() if name not in apart and fits(tensor, theirs.get(name))]
     if not fitting:
         raise InputError(f"--finetune {source}: none of its weights fits this model")

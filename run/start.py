@@ -54,7 +54,7 @@ class Start:
 
     @property
     def resumes(self) -> bool:
-        """True if training continues where the checkpoint was written; else a new one starts from its model."""
+        """True if training continues from the checkpoint; else a new one starts from its model."""
         return self.checkpoint is not None and holds_training(self.checkpoint)
 
     @property

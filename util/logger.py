@@ -202,7 +202,7 @@ class MetricLogger:
 
 
 def peak_memory_mib() -> float:
-    """The most memory used so far, in MiB: of the GPU if one is in use, else of this process (NaN on Windows)."""
+    """Return the peak memory so far, in MiB: of the GPU if one is in use, else of this process (NaN on Windows)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
