@@ -63,6 +63,7 @@ RESNETS = {
     name: {"depths": list(depths)} | (BASIC if CHANNELS[name] == 512 else BOTTLENECK) for name, depths in DEPTHS.items()
 }
 MOST_BYTES = 2**24  # of a JSON file
+CLASSES = {"conditional_detr": "ConditionalDetr", "detr": "Detr"}  # begin the names of transformers' classes
 NO_CLASS = "N/A"  # the name of a label that stands for no class
 
 
@@ -78,13 +79,14 @@ def write_folder(folder: Path, weights: dict[str, Tensor], args: argparse.Namesp
     Raises:
         InputError: if transformers does not support the model, or the folder cannot be written.
     """
-    if args.dec_layers < 2:
+    if args.model == "conditional_detr" and args.dec_layers < 2:
         raise InputError("a model of one decoder layer has no query_scale, which transformers' models always have")
     depths = None if args.dilation else RESNETS[args.backbone]["depths"]
-    tensors = to_theirs(weights, their_modules(args.enc_layers, args.dec_layers, depths))
+    tensors = to_theirs(weights, their_modules(args.enc_layers, args.dec_layers, depths, args.model))
     write_tensors(folder / WEIGHTS, tensors, {})
     write_json(folder / PREPROCESSOR, preprocessor_of(args))
-    write_json(folder / CONFIG, config_of(args, classes, len(weights["class_embed.bias"])))  # last: marks it complete
+    num_classes = len(weights["class_embed.bias"]) - (args.model == "detr")  # without "no object"
+    write_json(folder / CONFIG, config_of(args, classes, num_classes))  # last: marks it complete
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
@@ -102,10 +104,12 @@ def read_folder(folder: Path) -> dict[str, Any]:
     flags, depths = flags_of(config, folder / CONFIG)
     flags |= image_sizes_of(preprocessor, folder / PREPROCESSOR)
     flags = check_flags(flags, f"{folder}: args")
-    modules = their_modules(flags["enc_layers"], flags["dec_layers"], depths)
+    modules = their_modules(flags["enc_layers"], flags["dec_layers"], depths, flags["model"])
     tensors = check_weights(read_weights(folder), f"{folder}: weights")
     tensors = {key: tensor.float() for key, tensor in tensors.items()}
-    return {"model": to_ours(tensors, modules), "args": flags} | classes_of_config(config, folder / CONFIG)
+    return {"model": to_ours(tensors, modules, flags["model"]), "args": flags} | classes_of_config(
+        config, folder / CONFIG
+    )
 
 
 def _files_to_name(folder: Path) -> str:
@@ -119,8 +123,8 @@ def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> J
     """Return the config.json of a model; DC5 uses timm's ResNet, since that of transformers does not dilate."""
     names = {label: classes.names.get(label, NO_CLASS) for label in range(num_classes)}
     config = {
-        "architectures": ["ConditionalDetrForObjectDetection"],
-        "model_type": "conditional_detr",
+        "architectures": [f"{CLASSES[args.model]}ForObjectDetection"],
+        "model_type": args.model,
         **FIXED,
         **{field: getattr(args, flag) for field, flag in SIZES.items()},
         "position_embedding_type": args.position_embedding,
@@ -146,7 +150,7 @@ def resnet_of(name: str) -> Json:
 def preprocessor_of(args: argparse.Namespace) -> Json:
     """Return the preprocessor_config.json of a model."""
     return {
-        "image_processor_type": "ConditionalDetrImageProcessor",
+        "image_processor_type": f"{CLASSES[args.model]}ImageProcessor",
         "format": "coco_detection",
         **FIXED_PREPROCESSOR,
         "size": {"shortest_edge": args.min_size, "longest_edge": args.max_size},
@@ -156,8 +160,8 @@ def preprocessor_of(args: argparse.Namespace) -> Json:
 
 def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
     """Return the flags of a config.json's model, and the depths of transformers' own ResNet; None for timm's."""
-    if config.get("model_type") != "conditional_detr":
-        raise InputError(f"{path}: model_type is {config_text(config.get('model_type'))}, not conditional_detr")
+    if (model := config.get("model_type")) not in CLASSES:
+        raise InputError(f"{path}: model_type is {config_text(model)}, not {' or '.join(CLASSES)}")
     check_fixed(config, FIXED, path)
     flags = {}
     for field, flag in SIZES.items():
@@ -168,7 +172,7 @@ def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None
             raise InputError(f"{path}: {field} is {value} and the encoder's {flags[flag]}; here both must be equal")
     flags["position_embedding"] = config.get("position_embedding_type", "sine")
     backbone, depths = backbone_of(config, path)
-    return flags | backbone | {"backbone_norm": "frozen"}, depths
+    return flags | backbone | {"model": model, "backbone_norm": "frozen"}, depths
 
 
 def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:

@@ -35,7 +35,6 @@ LAYER = {
         "norm2": "final_layer_norm",
     },
     "decoder": {
-        "cross_attn": "encoder_attn",
         "linear1": "fc1",
         "linear2": "fc2",
         "norm1": "self_attn_layer_norm",
@@ -43,6 +42,7 @@ LAYER = {
         "norm3": "final_layer_norm",
     },
 }
+CROSS_ATTENTION = {"conditional_detr": "cross_attn", "detr": "multihead_attn"}  # theirs is encoder_attn
 # The ResNet of transformers itself: within the body, and within each block of its four stages.
 STEM = {"conv1": "embedder.embedder.convolution", "bn1": "embedder.embedder.normalization"}
 BLOCK = {
@@ -57,6 +57,9 @@ FROM_MODULES = (
     (r"^model\.backbone\.position_embedding\.", "model.position_embedding."),  # version 4, in files too
     (r"\.o_proj\.", ".out_proj."),
     (r"\.mlp\.fc([12])\.", r".fc\1."),
+)
+# Of Conditional DETR, whose projections are in the layers themselves.
+FROM_CONDITIONAL_MODULES = (
     (r"\.self_attn\.([qk])_(content|pos)_proj\.", r".sa_\1\2_proj."),
     (r"(\.decoder\..*)\.self_attn\.v_proj\.", r"\1.sa_v_proj."),
     (r"\.encoder_attn\.([qk])_(content|pos|pos_sine)_proj\.", r".ca_\1\2_proj."),
@@ -64,7 +67,9 @@ FROM_MODULES = (
 )
 
 
-def their_modules(num_encoder_layers: int, num_decoder_layers: int, depths: list[int] | None) -> dict[str, str]:
+def their_modules(
+    num_encoder_layers: int, num_decoder_layers: int, depths: list[int] | None, model: str = "conditional_detr"
+) -> dict[str, str]:
     """Return our modules' names and theirs for a model with these numbers of layers.
 
     Args:
@@ -74,6 +79,9 @@ def their_modules(num_encoder_layers: int, num_decoder_layers: int, depths: list
     for stack, num_layers in (("encoder", num_encoder_layers), ("decoder", num_decoder_layers)):
         for i, (ours, theirs) in product(range(num_layers), LAYER[stack].items()):
             names[f"transformer.{stack}.layers.{i}.{ours}"] = f"model.{stack}.layers.{i}.{theirs}"
+    for i in range(num_decoder_layers):
+        cross_attention = f"transformer.decoder.layers.{i}.{CROSS_ATTENTION[model]}"
+        names[cross_attention] = f"model.decoder.layers.{i}.encoder_attn"
     if depths:
         body, their_body = "backbone.0.body", MODULES["backbone.0.body"]
         names |= {f"{body}.{ours}": f"{their_body}.{theirs}" for ours, theirs in STEM.items()}
@@ -96,12 +104,12 @@ def to_theirs(weights: Weights, modules: dict[str, str]) -> Weights:
     }
 
 
-def to_ours(weights: Weights, modules: dict[str, str]) -> Weights:
+def to_ours(weights: Weights, modules: dict[str, str], model: str = "conditional_detr") -> Weights:
     """Return their weights, from a file or a model in memory, under our names; unknown keys stay as they are."""
     ours = {theirs: name for name, theirs in modules.items()}
     return join_projections(
         {
-            renamed(name_in_files(key), ours): tensor
+            renamed(name_in_files(key, model), ours): tensor
             for key, tensor in weights.items()
             if not key.endswith("num_batches_tracked")
         }
@@ -117,8 +125,9 @@ def renamed(key: str, modules: dict[str, str]) -> str:
     return key
 
 
-def name_in_files(key: str) -> str:
-    for pattern, replacement in FROM_MODULES:
+def name_in_files(key: str, model: str = "conditional_detr") -> str:
+    """Return the name of a weight in files, given its name in a model in memory."""
+    for pattern, replacement in FROM_MODULES + FROM_CONDITIONAL_MODULES * (model == "conditional_detr"):
         key = re.sub(pattern, replacement, key)
     return key
 
@@ -126,7 +135,7 @@ def name_in_files(key: str) -> str:
 def split_projections(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Yield weights with the encoder's fused projections split in three, under `{q,k,v}_proj`."""
     for key, tensor in weights.items():
-        if fused := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", key):
+        if fused := re.fullmatch(r"(.*\.(?:self|multihead)_attn\.)in_proj_(weight|bias)", key):
             for name, part in zip("qkv", tensor.chunk(3), strict=True):
                 yield f"{fused[1]}{name}_proj.{fused[2]}", part
         else:
@@ -137,7 +146,7 @@ def join_projections(weights: Weights) -> Weights:
     """Invert `split_projections`."""
     joined = {}
     for key, tensor in weights.items():
-        part = re.fullmatch(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)", key)
+        part = re.fullmatch(r"(.*\.(?:self|multihead)_attn\.)([qkv])_proj\.(weight|bias)", key)
         if not part:
             joined[key] = tensor
         elif part[2] == "q":

@@ -56,7 +56,7 @@ def convert(source: str, target: Path, to: str) -> None:
     else:
         save_on_master(checkpoint, target)
     args, classes = detector.args, counted(len(detector.classes.names), "class")
-    log(f"{target}: {args.backbone}{' dilated' if args.dilation else ''}, {classes}", "green")
+    log(f"{target}: {args.model}, {args.backbone}{' dilated' if args.dilation else ''}, {classes}", "green")
 
 
 def check_target(target: Path, to: str) -> None:

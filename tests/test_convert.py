@@ -193,7 +193,7 @@ def test_evaluation_takes_a_folder(shapes, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
-        ("config.json", {"model_type": "detr"}, "model_type is detr, not conditional_detr"),
+        ("config.json", {"model_type": "yolos"}, "model_type is yolos, not conditional_detr or detr"),
         ("config.json", {"backbone_config": {"model_type": "swin"}}, "its backbone is none of resnet18"),
         (
             "config.json",

@@ -20,9 +20,10 @@ from flags.resolve import resolve
 from models import build_model
 from models.classification import SoftmaxWithNoObject
 from run.finetune import start_from
-from scripts import export_onnx, plot_attention, predict
+from scripts import convert, export_onnx, plot_attention, predict
 from scripts.detector import load_detector
 from tests.conftest import ROOT, TINY, log_lines
+from tests.reference import reference_weights, sharpened
 from util.errors import InputError
 
 DETR = ("--model", "detr")
@@ -166,3 +167,25 @@ def test_attention_maps_are_what_the_model_used(trained, shapes, tmp_path):
     page = ["--image", str(photo), "--output", str(tmp_path / "page.png"), "--top", "2"]
     plot_attention.main(["--checkpoint", str(trained / "checkpoint.pth"), *page])
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_to_transformers_and_back(tmp_path, parse):
+    transformers = pytest.importorskip("transformers")
+    args = parse("--model", "detr", "--backbone", "resnet18", "--enc_layers", 2, "--dec_layers", 1)
+    model, _, _ = build_model(args)
+    weights = sharpened(reference_weights(model.state_dict()))
+    torch.save({"model": weights, "args": vars(args)}, tmp_path / "c.pth")
+    convert.main([str(tmp_path / "c.pth"), str(tmp_path / "there"), "--to", "transformers"])
+    theirs = transformers.DetrForObjectDetection.from_pretrained(tmp_path / "there").eval()
+    assert theirs.config.id2label[1] == "person" and theirs.config.num_labels == 91
+    model.load_state_dict(weights)
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model.eval()(images), theirs(pixel_values=images)
+    torch.testing.assert_close(found.logits, expected["pred_logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.pred_boxes, expected["pred_boxes"], atol=1e-4, rtol=0)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_detector(str(tmp_path / "theirs"))
+    assert (back.args.model, back.args.num_queries, len(back.classes.names)) == ("detr", 100, 80)
+    for name, tensor in back.model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
