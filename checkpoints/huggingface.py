@@ -63,7 +63,7 @@ RESNETS = {
     name: {"depths": list(depths)} | (BASIC if CHANNELS[name] == 512 else BOTTLENECK) for name, depths in DEPTHS.items()
 }
 MOST_BYTES = 2**24  # of a JSON file
-CLASSES = {"conditional_detr": "ConditionalDetr", "detr": "Detr"}  # begin the names of transformers' classes
+CLASSES = {"conditional_detr": "ConditionalDetr", "detr": "Detr"}  # prefixes of transformers' class names
 NO_CLASS = "N/A"  # the name of a label that stands for no class
 
 

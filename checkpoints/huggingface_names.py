@@ -58,7 +58,7 @@ FROM_MODULES = (
     (r"\.o_proj\.", ".out_proj."),
     (r"\.mlp\.fc([12])\.", r".fc\1."),
 )
-# Of Conditional DETR, whose projections are in the layers themselves.
+# Only for Conditional DETR, whose projections are in the layers themselves.
 FROM_CONDITIONAL_MODULES = (
     (r"\.self_attn\.([qk])_(content|pos)_proj\.", r".sa_\1\2_proj."),
     (r"(\.decoder\..*)\.self_attn\.v_proj\.", r"\1.sa_v_proj."),
@@ -133,7 +133,7 @@ def name_in_files(key: str, model: str = "conditional_detr") -> str:
 
 
 def split_projections(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights with the encoder's fused projections split in three, under `{q,k,v}_proj`."""
+    """Yield weights with fused projections split into three, under `{q,k,v}_proj`."""
     for key, tensor in weights.items():
         if fused := re.fullmatch(r"(.*\.(?:self|multihead)_attn\.)in_proj_(weight|bias)", key):
             for name, part in zip("qkv", tensor.chunk(3), strict=True):
