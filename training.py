@@ -33,6 +33,8 @@ from util.logger import log
 from util.preemption import Stopped, StopRequest
 from util.rng import seed_everything
 
+KEPT = {"conditional_detr": 10, "detr": 100}  # epochs between numbered checkpoints, as published
+
 
 class TrainingRun:
     """The epochs of a run, its checkpoints and its log.
@@ -189,7 +191,7 @@ class TrainingRun:
     def numbered(self, checkpoint: dict[str, Any]) -> Path | None:
         """Return the path of a permanent checkpoint, before a drop of the learning rate or every 10 epochs."""
         epochs = checkpoint["epoch"] + 1
-        stays = epochs % self.flags.lr_drop == 0 or epochs % 10 == 0
+        stays = epochs % self.flags.lr_drop == 0 or epochs % KEPT[self.flags.model] == 0
         if checkpoint.get("step") or not stays:
             return None
         return self.output_dir / f"checkpoint{checkpoint['epoch']:04}.pth"

@@ -35,7 +35,8 @@ def advice(flags: Flags, images: int, steps: int, from_scratch: bool) -> list[st
             f"{counted(steps, 'step is', 'steps are')} too few for a transformer from random weights (expect AP near 0 "
             f"below {needed:,}): start from a trained model by --finetune {suggested_start(flags)}, or raise --epochs"
         )
-    if flags.lr == RECIPE_LR and flags.lr_scale == "none" and not 0.5 <= images / RECIPE_IMAGES <= 2:
+    most = 2 if flags.model == "conditional_detr" else 4  # DETR was also published with 64 images per step
+    if flags.lr == RECIPE_LR and flags.lr_scale == "none" and not 0.5 <= images / RECIPE_IMAGES <= most:
         scaled = RECIPE_LR * (images / RECIPE_IMAGES) ** 0.5
         lines.append(
             f"the learning rate {RECIPE_LR:g} is meant for {RECIPE_IMAGES} images per step, not {images}: "

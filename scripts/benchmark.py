@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flags.limits import check_device
 from run.kernels import compile_model, use_fast_kernels
 from scripts.benchmarking.data import measure_data, measure_evaluator
-from scripts.benchmarking.model import TrainingStep, build, inference, random_images
+from scripts.benchmarking.model import PUBLISHED, TrainingStep, build, inference, random_images
 from scripts.benchmarking.peer import PeerRun, inference_of_peer, peer_runs, training_of_peer
 from scripts.benchmarking.timing import alternate, peak_mib
 from util.command import run_command
@@ -129,6 +129,7 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
                 "precision": PRECISIONS[amp],
                 "parameters M": round(parameters / 1e6, 1),
                 "GFLOP": round(gflop, 1),
+                "published M, GFLOP": "{}, {}".format(*PUBLISHED[variant]),
                 "ms": round(1e3 * seconds, 2),
                 "images/s": round(1 / seconds, 2),
                 "of matmul rate": round(gflop / seconds / machine["matmul GFLOP/s"][PRECISIONS[amp]], 3),

@@ -15,7 +15,7 @@ from flags.parser import check_args, get_args_parser, worker_count
 from util.command import Parser, answer_early
 from util.errors import InputError
 
-VARIANTS = ("r50", "r50dc5", "r101", "r101dc5")
+VARIANTS = tuple(f"{model}{name}" for model in ("", "detr_") for name in ("r50", "r50dc5", "r101", "r101dc5"))
 PARTS = ("inference", "training", "data", "evaluator")  # of the benchmark
 FORMATS = ("transformers", "safetensors", "checkpoint")
 CHECKPOINT = "a checkpoint, a URL or a hub entry's name"

@@ -9,12 +9,17 @@ import pytest
 from main import get_args_parser
 from tests.conftest import ROOT
 
-RECIPES = {
-    "conddetr_r50_epoch50": ("resnet50", False, 2),
-    "conddetr_r50dc5_epoch50": ("resnet50", True, 1),
-    "conddetr_r101_epoch50": ("resnet101", False, 2),
-    "conddetr_r101dc5_epoch50": ("resnet101", True, 1),
+VARIANTS = {
+    "r50": ("resnet50", False, 2),
+    "r50dc5": ("resnet50", True, 1),
+    "r101": ("resnet101", False, 2),
+    "r101dc5": ("resnet101", True, 1),
 }
+RECIPES = [
+    (model, variant, epochs)
+    for variant in VARIANTS
+    for model, epochs in (("conddetr", 50), ("detr", 50), ("detr", 500))
+]
 
 
 @pytest.fixture
@@ -34,14 +39,18 @@ def call(tmp_path):
     return call
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe(recipe, call):
+@pytest.mark.parametrize(("model", "variant", "epochs"), RECIPES)
+def test_recipe(model, variant, epochs, call):
+    recipe = f"{model}_{variant}_epoch{epochs}"
     standalone, processes, main, *flags = call(recipe)
     assert (standalone, processes) == ("--standalone", "--nproc_per_node=8")
     assert Path(main).samefile(ROOT / "main.py")
     args = get_args_parser().parse_args(flags)
-    assert (args.backbone, args.dilation, args.batch_size) == RECIPES[recipe]
-    assert (args.epochs, args.lr_drop, args.resume, args.output_dir) == (50, 40, "auto", f"output/{recipe}")
+    images = 8 if recipe == "detr_r50_epoch500" else VARIANTS[variant][2]  # per GPU and step
+    assert (args.backbone, args.dilation, args.batch_size * args.accum_steps) == (*VARIANTS[variant][:2], images)
+    assert args.model == {"detr": "detr", "conddetr": "conditional_detr"}[model]
+    assert (args.epochs, args.lr_drop, args.resume) == (epochs, epochs * 4 // 5, "auto")
+    assert args.output_dir == f"output/{recipe}"
 
 
 def test_settings_from_the_environment_and_further_flags(call):

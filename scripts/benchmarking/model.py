@@ -18,11 +18,17 @@ from run.step import Step, autocast, logged_losses
 from scripts.benchmarking.timing import synchronize
 from util.nested_tensor import NestedTensor
 
-VARIANTS = {
+BACKBONES = {
     "r50": (),
     "r50dc5": ("--dilation",),
     "r101": ("--backbone", "resnet101"),
     "r101dc5": ("--backbone", "resnet101", "--dilation"),
+}
+VARIANTS = BACKBONES | {f"detr_{name}": ("--model", "detr", *flags) for name, flags in BACKBONES.items()}
+# Parameters in millions and multiply-adds in billions, the mean of COCO val2017's first 100 images.
+PUBLISHED = {
+    **{"r50": (44, 90), "r50dc5": (44, 195), "r101": (63, 156), "r101dc5": (63, 262)},
+    **{"detr_r50": (41, 86), "detr_r50dc5": (41, 187), "detr_r101": (60, 152), "detr_r101dc5": (60, 253)},
 }
 NUM_CLASSES = 91
 BOXES = 7  # per image, about as many as COCO has

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# DETR with ResNet-101, 50 epochs: a row of the results table, with 2 images per GPU on 8 GPUs.
+# COCO_PATH, NGPU and OUTPUT_DIR come from the environment; further flags go to main.py.
+set -euo pipefail
+torchrun --standalone --nproc_per_node="${NGPU:-8}" "$(dirname "$0")/../main.py" --resume auto --model detr \
+  --coco_path "${COCO_PATH:-data/coco}" --output_dir "${OUTPUT_DIR:-output/detr_r101_epoch50}" \
+  --backbone resnet101 --epochs 50 --lr_drop 40 --batch_size 2 "$@"
