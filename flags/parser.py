@@ -19,6 +19,7 @@ from flags.limits import (
     check_texts,
     resolve_device,
 )
+from util import launcher
 from util.command import Parser
 from util.errors import InputError
 
@@ -40,7 +41,11 @@ def worker_count(text: str) -> int:
     if text != "auto":
         return int(text)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), MAX_AUTO_WORKERS)
+    try:
+        processes = launcher.number("LOCAL_WORLD_SIZE", 1, least=1)
+    except InputError as error:  # of a ValueError, argparse drops the message
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return min(max(cpus // processes, 1), MAX_AUTO_WORKERS)
 
 
 def of_detr(flag: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from flags.resolve import IMAGE_SIZES, MODEL_FLAGS, TRAINING_FLAGS, Flags, resol
 from models.detector import Detector
 from run.finetune import start_from
 from run.log_file import read_log
+from util import launcher
 from util.distributed import all_gather_plain, is_main_process
 from util.errors import InputError
 from util.logger import log, warn
@@ -141,7 +141,7 @@ def what_to_resume(flags: argparse.Namespace) -> str:
     """Return `--resume`; runs that torchrun may restart continue by themselves, as with "auto"."""
     if flags.resume or flags.eval or not flags.output_dir:
         return flags.resume
-    return "auto" if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 else ""
+    return "auto" if launcher.number("TORCHELASTIC_MAX_RESTARTS", 0) > 0 else ""
 
 
 def check_folder_is_new(flags: Flags) -> None:

@@ -16,7 +16,7 @@ import torch
 from models import build_model
 from tests import two_processes
 from tests.conftest import ROOT, TINY, assert_same_end, free_port, log_lines
-from util.distributed import distribute, first_slurm_node
+from util.distributed import distribute
 from util.preemption import EXIT_CODE
 
 MODULE = "torch.distributed.run"
@@ -78,20 +78,6 @@ def test_two_nodes_of_slurm(shapes, tmp_path, start):
     printed = "".join(task.communicate(timeout=120)[0] for task in tasks)
     assert [task.returncode for task in tasks] == [0, 0], printed
     assert_trained_together(printed, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu[03-05,9],login1", "gpu03"),
-        ("a,b", "a"),
-        ("node7", "node7"),
-        ("r1-n[2,4]", "r1-n2"),
-        ("x.y.org", "x.y.org"),
-    ],
-)
-def test_first_slurm_node(nodes, first):
-    assert first_slurm_node(nodes) == first
 
 
 def test_two_agents_of_torchrun(shapes, tmp_path, start):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from util import launcher
 from util.errors import InputError, reason
 
 
@@ -40,7 +41,7 @@ def is_main_process() -> bool:
 
 def is_first_of_node() -> bool:
     """Return whether this process fetches the files that all processes of its machine read."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
+    return launcher.number("LOCAL_RANK", launcher.number("SLURM_LOCALID", 0)) == 0
 
 
 def barrier() -> None:
@@ -64,23 +65,26 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     Set `args.rank`, `args.world_size`, `args.gpu` (the local rank) and `args.distributed`. Without a launcher, there is
     no group and `args.distributed` is False.
 
-    Raise InputError if the local rank has no GPU of its own while `args.device` is CUDA, or if the processes cannot
-    connect.
+    Raise InputError if a variable of the environment is missing or not a number, if the local rank has no GPU of its
+    own while `args.device` is CUDA, or if the processes cannot connect.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        args.rank, args.world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        args.gpu = int(env.get("LOCAL_RANK", args.local_rank or 0))
-    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun for its tasks, not in an interactive shell
-        args.rank, args.world_size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        args.gpu = int(env.get("SLURM_LOCALID", 0))
-        env.setdefault("MASTER_ADDR", first_slurm_node(env["SLURM_STEP_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", 0)) % 20_000))
+        args.rank, args.world_size = launcher.rank_and_size("RANK", "WORLD_SIZE")
+        args.gpu = launcher.number("LOCAL_RANK", args.local_rank or 0)
+    elif launcher.number("SLURM_STEP_NUM_TASKS", 1) > 1:  # set by srun for its tasks, not in an interactive shell
+        args.rank, args.world_size = launcher.rank_and_size("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        args.gpu = launcher.number("SLURM_LOCALID", 0)
+        env.setdefault("MASTER_ADDR", first_slurm_node(launcher.text("SLURM_STEP_NODELIST")))
+        env.setdefault("MASTER_PORT", str(20_000 + launcher.number("SLURM_JOB_ID", 0, most=2**63) % 20_000))
     else:
         args.rank, args.world_size, args.gpu, args.distributed = 0, 1, 0, False
         return
 
     args.distributed = True
+    if args.dist_url == "env://":
+        launcher.text("MASTER_ADDR")
+        launcher.number("MASTER_PORT", least=1, most=2**16 - 1)
     on_cuda = torch.device(args.device).type == "cuda"
     if on_cuda:
         if args.gpu >= torch.cuda.device_count():
@@ -91,7 +95,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
         torch.cuda.set_device(args.gpu)
     try:
         join_process_group(args, on_cuda)
-    except (RuntimeError, ValueError) as error:  # ValueError: the address is not set
+    except (RuntimeError, ValueError) as error:  # ValueError: the address is none
         address = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if args.dist_url == "env://" else args.dist_url
         raise InputError(
             f"process {args.rank} cannot meet the other processes at {address} ({reason(error)}); "
@@ -117,8 +121,12 @@ def join_process_group(args: argparse.Namespace, on_cuda: bool) -> None:
 
 def first_slurm_node(nodes: str) -> str:
     """Return the first host of SLURM's compressed list, such as "gpu03" for "gpu[03-05,9],login1"."""
-    prefix, number = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes).groups()
-    return prefix + (number or "")
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+    if not match:
+        raise InputError(
+            f"the environment variable SLURM_STEP_NODELIST is {launcher.short(nodes)}: names no node; {launcher.ADVICE}"
+        )
+    return match[1] + (match[2] or "")
 
 
 def distribute(model: nn.Module, device: torch.device, trained_norms: bool, trains: bool) -> nn.Module:
