@@ -160,7 +160,8 @@ def preprocessor_of(args: argparse.Namespace) -> Json:
 
 def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
     """Return the flags of a config.json's model, and the depths of transformers' own ResNet; None for timm's."""
-    if (model := config.get("model_type")) not in CLASSES:
+    model = config.get("model_type")
+    if not isinstance(model, str) or model not in CLASSES:
         raise InputError(f"{path}: model_type is {config_text(model)}, not {' or '.join(CLASSES)}")
     check_fixed(config, FIXED, path)
     flags = {}

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +26,6 @@ TINY = [
     *("--num_queries", "8", "--min_size", "64", "--max_size", "107", "--batch_size", "4", "--num_workers", "0"),
     *("--device", "cpu"),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def log_lines(output) -> list[dict]:
@@ -98,6 +91,23 @@ def parse():
         return get_args_parser().parse_args(["--device", "cpu", *map(str, flags)])
 
     return parse
+
+
+@pytest.fixture
+def meeting():
+    """Return a function that opens a place where processes meet, and returns the environment variables that name it.
+
+    A store listens there until the end of the test, so that nobody else can take its port.
+    """
+    stores = []
+
+    def open_place() -> dict[str, str]:
+        stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        port = str(stores[-1].port)
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    yield open_place
+    stores.clear()
 
 
 @pytest.fixture

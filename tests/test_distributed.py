@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 from models import build_model
 from tests import two_processes
-from tests.conftest import ROOT, TINY, assert_same_end, free_port, log_lines
+from tests.conftest import ROOT, TINY, assert_same_end, log_lines
 from util.distributed import distribute
 from util.preemption import EXIT_CODE
 
@@ -52,8 +51,8 @@ def start():
     "launcher",
     [
         TORCHRUN,
-        ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"),
-        ("-m", "torch.distributed.launch", "--use_env", "--nproc_per_node=2", f"--master_port={free_port()}"),
+        ("-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"),
+        ("-m", "torch.distributed.launch", "--standalone", "--use_env", "--nproc_per_node=2"),
     ],
     ids=["torchrun", "launch", "launch-use_env"],
 )
@@ -70,9 +69,9 @@ def assert_trained_together(printed: str, output) -> None:
     assert len(line["test_coco_eval_bbox"]) == 12
 
 
-def test_two_nodes_of_slurm(shapes, tmp_path, start):
-    """What srun sets for two tasks; the first node's name resolves to this machine."""
-    job = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": free_port() % 20_000}
+def test_two_nodes_of_slurm(shapes, tmp_path, start, meeting):
+    """What srun sets for two tasks, but for the address, which tests/test_launcher.py derives from it."""
+    job = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NODELIST": "localhost", **meeting()}
     command = (ROOT / "main.py", *flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2))
     tasks = [start(*command, SLURM_PROCID=rank, SLURM_LOCALID=0, **job) for rank in range(2)]
     printed = "".join(task.communicate(timeout=120)[0] for task in tasks)
@@ -80,11 +79,12 @@ def test_two_nodes_of_slurm(shapes, tmp_path, start):
     assert_trained_together(printed, tmp_path)
 
 
-def test_two_agents_of_torchrun(shapes, tmp_path, start):
+def test_two_agents_of_torchrun(shapes, tmp_path, start, meeting):
     """As on two nodes that meet at the first one's address."""
     agent = ("-m", MODULE, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test")
-    meeting = (f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1")
-    command = (*agent, *meeting, ROOT / "main.py", *flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2))
+    endpoint = f"--rdzv_endpoint=127.0.0.1:{meeting()['MASTER_PORT']}"
+    address = (endpoint, "--rdzv_conf=is_host=0", "--local_addr=127.0.0.1")
+    command = (*agent, *address, ROOT / "main.py", *flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2))
     agents = [start(*command) for _ in range(2)]
     printed = "".join(agent.communicate(timeout=120)[0] for agent in agents)
     assert [agent.returncode for agent in agents] == [0, 0], printed
@@ -96,15 +96,15 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 @pytest.mark.parametrize("boxes", [(1, 2, 3, 4), (1, 0, 3, 0)], ids=["boxes", "none_on_one_process"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
-def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, parse, tmp_path):
+def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, parse, tmp_path, meeting):
     """Images of one size, frozen norms, no dropout; by gloo on CPUs, by NCCL on GPUs.
 
     Each process starts from weights and statistics of its own: those of the first one count.
     """
     args = parse(*TINY, "--backbone_norm", "frozen", "--backbone_weights", "x", "--dropout", 0, "--num_classes", 4)
     args.device = device
-    torch.multiprocessing.spawn(two_processes.step, (1, 0, args, tmp_path, boxes), nprocs=1)
-    torch.multiprocessing.spawn(two_processes.step, (2, free_port(), args, tmp_path, boxes), nprocs=2)
+    torch.multiprocessing.spawn(two_processes.step, (1, {}, args, tmp_path, boxes), nprocs=1)
+    torch.multiprocessing.spawn(two_processes.step, (2, meeting(), args, tmp_path, boxes), nprocs=2)
     one, first, second = (torch.load(tmp_path / f"{name}.pth", map_location="cpu") for name in ("1-0", "2-0", "2-1"))
     assert first["stats"] == second["stats"]
     for name, value in one["stats"].items():
@@ -155,10 +155,10 @@ DIES = "import os, sys; import main, training; {owner}.{name} = lambda *_, **__:
 
 
 @pytest.mark.parametrize("place", ["main.load_data", "main.distribute", "training.take_steps", "main.evaluate"])
-def test_a_process_that_dies_ends_the_other_with_one_line(place, shapes, tmp_path, start):
+def test_a_process_that_dies_ends_the_other_with_one_line(place, shapes, tmp_path, start, meeting):
     """Started without torchrun, which would end the other process before it can say anything."""
     owner, name = place.split(".")
-    env = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    env = {"WORLD_SIZE": 2, **meeting()}
     recipe = flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2)
     survivor = start(ROOT / "main.py", *recipe, RANK=0, **env)
     dying = start("-c", DIES.format(owner=owner, name=name), *recipe, RANK=1, **env)
@@ -201,16 +201,16 @@ def test_replay_on_one_process_of_a_step_of_two(shapes, tmp_path, start):
     assert losses[0] != losses[1]
 
 
-def test_processes_that_read_different_checkpoints(shapes, tmp_path, start, parse):
+def test_processes_that_read_different_checkpoints(shapes, tmp_path, start, parse, meeting):
     """As where --output_dir is a folder of each node's own."""
-    port = free_port()
+    place = meeting()
     model, _, _ = build_model(parse(*TINY, "--num_classes", 4))
     tasks = []
     for rank in range(2):
         folder = tmp_path / str(rank)
         folder.mkdir()
         torch.save({"model": model.state_dict(), "epoch": rank, "args": {}}, folder / "checkpoint.pth")
-        env = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {"RANK": rank, "WORLD_SIZE": 2, **place}
         command = (ROOT / "main.py", *flags(shapes, ".", "--resume", "auto"))
         tasks.append(start(*command, cwd=folder, **env))
     for rank, task in enumerate(tasks):
@@ -225,7 +225,7 @@ def killed_run(shapes, output, processes: int, killed_at: str, start, *more: obj
     launcher = ("-m", MODULE, "--standalone", f"--nproc_per_node={processes}", restarts)
     recipe = ("--epochs", 2, "--batch_size", 1, "--dropout", 0.1, "--save_every", 1, *more)
     script = (ROOT / "tests" / "killed.py", *flags(shapes, output, *recipe))
-    return start(*launcher, *script, KILLED_AT=killed_at or ":", **env)
+    return start(*launcher, *script, KILLED_AT=killed_at, **env)
 
 
 def output_of(process: subprocess.Popen, exit_code: int | None = 0) -> str:
@@ -234,18 +234,23 @@ def output_of(process: subprocess.Popen, exit_code: int | None = 0) -> str:
     return printed
 
 
+MANY = (
+    "0: before checkpoint.pth is in place after step 2; 1: after step 3; 2: before step 1; "
+    "0: halfway into checkpoint.pth after step 3; 2: before step 2; "
+    "0: after checkpoint_previous.pth is in place after step 1"
+)
+
+
 @pytest.mark.parametrize(
-    ("processes", "killed_at"), [(2, "1:12"), pytest.param(3, "0:17,1:6,2:1,0:25,2:7,0:11", marks=pytest.mark.slow)]
+    ("processes", "killed_at"), [(2, "1: after step 6"), pytest.param(3, MANY, marks=pytest.mark.slow)]
 )
 def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes, tmp_path, start):
     """With three processes, the order of the sum over them matters, too."""
     output_of(killed_run(shapes, tmp_path / "whole", processes, "", start))
-    began = time.time()
     printed = output_of(killed_run(shapes, tmp_path / "killed", processes, killed_at, start))
     times = killed_at.count(":")
     assert printed.count("failed (exitcode: ") == times  # of the killed process, or of one that misses it
     assert printed.count("loading") == times
-    assert (time.time() - began) / (times + 1) < 60
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -253,7 +258,7 @@ def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
     """Its processes finish their step and write a checkpoint before it would kill them; fewer can go on."""
     ended = tmp_path / "ended"
     sigterm = int(signal.SIGTERM)
-    printed = output_of(killed_run(shapes, ended, 2, "1:5", start, KILLED_SIGNAL=sigterm), None)
+    printed = output_of(killed_run(shapes, ended, 2, "1: before step 3", start, KILLED_SIGNAL=sigterm), None)
     assert f"ended on request (exit code {EXIT_CODE})" in printed
     step = torch.load(ended / "checkpoint.pth", weights_only=True)["step"]
     assert 0 < step < 7
@@ -273,7 +278,7 @@ def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
 def test_ctrl_c_to_torchrun(shapes, tmp_path, start):
     """It passes Ctrl-C on; all processes stop in the same step."""
     sigint = int(signal.SIGINT)
-    printed = output_of(killed_run(shapes, tmp_path, 2, "1:5", start, KILLED_SIGNAL=sigint), None)
+    printed = output_of(killed_run(shapes, tmp_path, 2, "1: before step 3", start, KILLED_SIGNAL=sigint), None)
     assert printed.count("Ctrl-C: finishing this step; press it again to stop at once") == 1
     assert printed.count("ended on request (exit code 130); to resume, repeat the command\n") == 1
     assert "another process of this run has ended" not in printed

@@ -11,8 +11,18 @@ from tests import killed
 from tests.conftest import TINY, assert_same_end
 from util.preemption import EXIT_CODE
 
-# A step and its checkpoint have 9 of the moments that `killed` knows, so that some progress is sure to be made.
-MOMENTS = (1, 25)
+# Within the first three steps of a start, of which an epoch consists; checkpoints are written after each.
+MOMENTS = [
+    *(f"{when} step {step}" for step in (1, 2, 3) for when in ("before", "after")),
+    *(f"{when} checkpoint.pth after step {step}" for step in (1, 2, 3) for when in ("halfway into", "at the end of")),
+    *(
+        f"{when} {name} is in place after step {step}"
+        for step in (1, 2, 3)
+        for name in ("checkpoint_previous.pth", "checkpoint.pth")
+        for when in ("before", "after")
+    ),
+    *(f"{when} the log line after step {step}" for step in (1, 2, 3) for when in ("before", "after")),
+]
 
 
 def flags(shapes, output, *more: object) -> list[str]:
@@ -26,7 +36,7 @@ def run():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.killed"])
 
-    def run(flags: list[str], moment: int = 0, number: int = signal.SIGKILL) -> int:
+    def run(flags: list[str], moment: str = "", number: int = signal.SIGKILL) -> int:
         process = context.Process(target=killed.run, args=(flags, moment, number))
         process.start()
         process.join(120)
@@ -54,7 +64,7 @@ def test_killed_again_and_again(epochs, kills, shapes, tmp_path, run, whole):
     killed_at = []
     exit_code = None
     while exit_code != 0:
-        moment = rng.randint(*MOMENTS)
+        moment = rng.choice(MOMENTS)
         workers = ("--num_workers", rng.randint(0, 2))
         exit_code = run(flags(shapes, tmp_path, "--epochs", epochs, *workers), moment)
         assert exit_code in (0, -signal.SIGKILL)
@@ -66,22 +76,31 @@ def test_killed_again_and_again(epochs, kills, shapes, tmp_path, run, whole):
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        (signal.SIGUSR1, 1),  # in the first step
-        (signal.SIGTERM, 3),  # in its checkpoint
-        (signal.SIGTERM, 20),  # in the checkpoint of an epoch's end
-        (signal.SIGTERM, 28),  # in the evaluation
-        (signal.SIGTERM, 33),  # in the best checkpoint
-        (signal.SIGTERM, 38),  # behind the epoch's line in the log
+        (signal.SIGUSR1, "before step 1"),
+        (signal.SIGTERM, "halfway into checkpoint.pth after step 1"),
+        (signal.SIGTERM, "halfway into checkpoint.pth after step 3"),  # the end of the epoch
+        (signal.SIGTERM, "halfway into latest.pth after step 3"),  # in the evaluation
+        (signal.SIGTERM, "halfway into checkpoint_best.pth after step 3"),
+        (signal.SIGTERM, "after the log line after step 3"),
     ],
 )
 def test_asked_to_end(number, moment, shapes, tmp_path, run, whole):
-    assert run(flags(shapes, tmp_path, "--epochs", 2, "--num_workers", 1), moment, number) == EXIT_CODE
+    assert run(flags(shapes, tmp_path, "--epochs", 2, "--num_workers", 1), moment, number) == EXIT_CODE, (
+        f"{moment} never came"
+    )
     assert run(flags(shapes, tmp_path, "--epochs", 2)) == 0
     assert_same_end(tmp_path, whole(2))
 
 
 def test_the_published_reader_repeats_an_interrupted_epoch(shapes, tmp_path, run):
-    assert run(flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 1), 12, signal.SIGTERM) == EXIT_CODE
+    assert (
+        run(
+            flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 1),
+            "before checkpoint.pth is in place after step 2",
+            signal.SIGTERM,
+        )
+        == EXIT_CODE
+    )
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 3)
     checkpoint = torch.load(tmp_path / "checkpoint_previous.pth", weights_only=True)
@@ -89,7 +108,7 @@ def test_the_published_reader_repeats_an_interrupted_epoch(shapes, tmp_path, run
 
 
 def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_taken(shapes, tmp_path, run, run_main, whole):
-    assert run(flags(shapes, tmp_path, "--epochs", 2), 30) == -signal.SIGKILL
+    assert run(flags(shapes, tmp_path, "--epochs", 2), "halfway into latest.pth after step 3") == -signal.SIGKILL
     latest = tmp_path / "checkpoint.pth"
     latest.write_bytes(latest.read_bytes()[:-1000])
     done = run_main(*flags(shapes, tmp_path, "--epochs", 2))

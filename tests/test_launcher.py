@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from util import distributed
 from util.distributed import first_slurm_node, init_distributed_mode, is_first_of_node
 from util.errors import InputError
 
@@ -81,3 +82,15 @@ def test_main_prints_one_line(variables, flags, shapes):
 )
 def test_first_slurm_node(nodes, first):
     assert first_slurm_node(nodes) == first
+
+
+def test_where_the_tasks_of_srun_meet(environment, parse, monkeypatch):
+    """At the first node, by a port that follows from the job's number."""
+    asked = []
+    monkeypatch.setattr(distributed, "join_process_group", lambda args, on_cuda: asked.append(dict(os.environ)))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # to be restored
+        monkeypatch.delenv(name)
+    environment(SRUN | {"SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_JOB_ID": "1234567"})
+    init_distributed_mode(parse())
+    assert (asked[0]["MASTER_ADDR"], asked[0]["MASTER_PORT"]) == ("gpu07", str(20_000 + 1234567 % 20_000))

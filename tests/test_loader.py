@@ -22,7 +22,6 @@ from datasets.shapes import write_dataset
 from engine import evaluate
 from flags.parser import MAX_AUTO_WORKERS, get_args_parser
 from models import build_model
-from tests.conftest import free_port
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import init_distributed_mode, leave_process_group
 from util.errors import InputError
@@ -222,11 +221,10 @@ def test_results_do_not_depend_on_the_batch_size(photos, dc5, parse):
     assert 0.1 < numbers[0][0] < 0.9
 
 
-def read_together(rank: int, port: int, root: Path, file: str) -> None:
+def read_together(rank: int, meeting: dict, root: Path, file: str) -> None:
     """Build a data set as one of two processes, of which only the first may read the annotations."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} | meeting
     args = get_args_parser().parse_args(
         ["--device", "cpu", "--coco_path", str(root), "--val_annotations", str(root / file)]
     )
@@ -247,7 +245,7 @@ def read_together(rank: int, port: int, root: Path, file: str) -> None:
     leave_process_group()
 
 
-def test_one_process_reads_the_annotations_for_all(tmp_path, parse):
+def test_one_process_reads_the_annotations_for_all(tmp_path, parse, meeting):
     write_dataset(tmp_path, num_train=1, num_val=5)
     path = tmp_path / "annotations" / "instances_val2017.json"
     data = json.loads(path.read_text())
@@ -257,7 +255,7 @@ def test_one_process_reads_the_annotations_for_all(tmp_path, parse):
     path.write_text(json.dumps(data))
     (tmp_path / "damaged.json").write_text("{")
     for file in ("annotations/instances_val2017.json", "damaged.json"):
-        torch.multiprocessing.spawn(read_together, (free_port(), tmp_path, file), nprocs=2)
+        torch.multiprocessing.spawn(read_together, (meeting(), tmp_path, file), nprocs=2)
         results = [torch.load(tmp_path / f"process{rank}.pth", weights_only=False) for rank in range(2)]
         if file == "damaged.json":
             assert results[0] == results[1]

@@ -15,7 +15,7 @@ import torchvision
 
 import main
 from tests import killed
-from tests.conftest import ROOT, TINY, assert_same_end, free_port, log_lines
+from tests.conftest import ROOT, TINY, assert_same_end, log_lines
 from util.preemption import EXIT_CODE
 
 NOWHERE = "main.write_report"  # a function that training does not call
@@ -218,7 +218,7 @@ time.sleep(100)
     assert run_code(code).returncode == EXIT_CODE
 
 
-def test_ctrl_c_while_a_process_waits_for_another(shapes, tmp_path):
+def test_ctrl_c_while_a_process_waits_for_another(shapes, tmp_path, meeting):
     """C++ code waits there, in which Python runs no handlers."""
     code = """
 import os, signal, threading, torch
@@ -230,21 +230,21 @@ torch.distributed.rendezvous = meet_and_strike
 import main
 main.run()
 """
-    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    alone = {"RANK": "0", "WORLD_SIZE": "2", **meeting()}
     done = run_code(code, *TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, **alone)
     assert done.returncode == 130, done.stderr
     assert done.stderr == "stopped at once\n"
 
 
 @pytest.fixture
-def two_processes(struck):
+def two_processes(struck, meeting):
     """Runs main.py on two processes with a signal at a place of each; returns their exit codes and what they print."""
 
     def run(strikes: list[tuple[str, str]], *flags: object) -> list[tuple[int, str]]:
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env = {"WORLD_SIZE": "2", **meeting()}
         with ThreadPoolExecutor(2) as pool:
             runs = [
-                pool.submit(struck, place, name, *flags, RANK=str(rank), **meeting)
+                pool.submit(struck, place, name, *flags, RANK=str(rank), **env)
                 for rank, (place, name) in enumerate(strikes)
             ]
             return [(run.result().returncode, run.result().stdout + run.result().stderr) for run in runs]

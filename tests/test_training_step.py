@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from models import build_model
 from run.kernels import compile_model
 from tests import two_processes
-from tests.conftest import free_port
 from tests.operators import Recorder
 from tests.small import FLAGS, build_small
 
@@ -117,14 +116,14 @@ def test_compiled_code_gives_the_same_outputs():
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_accumulated_batches_are_one_large_batch(processes, parse, tmp_path):
+def test_accumulated_batches_are_one_large_batch(processes, parse, tmp_path, meeting):
     """Images of one size with different numbers of boxes, frozen norms, no dropout."""
     found = []
     for accum_steps in (1, 2):
         args = parse(*FLAGS, "--dropout", 0, "--accum_steps", accum_steps, "--clip_max_norm", 0)
         output = tmp_path / str(accum_steps)
         output.mkdir()
-        arguments = (processes, free_port(), args, output)
+        arguments = (processes, meeting(), args, output)
         torch.multiprocessing.spawn(two_processes.step, arguments, nprocs=processes)
         found.append(torch.load(output / f"{processes}-0.pth"))
     whole, accumulated = found

@@ -34,7 +34,7 @@ def build(*flags: object) -> torch.nn.Module:
 )
 @pytest.mark.parametrize("args", [{}, {"num_queries": 9}])
 def test_flags_that_weights_need(flags, args):
-    end = ", correct its args" if args else ": pass these, and --nheads and --dilation, to main.py"
+    end = ", correct its args" if args else ": pass these, --nheads and --dilation to main.py"
     with pytest.raises(InputError, match=rf"^c\.pth does not fit the model: .* its weights need {flags}{end}") as error:
         load_model_weights(build(), {"model": build(*flags.split()).state_dict(), "args": args}, "c.pth")
     assert len(str(error.value)) < 500
@@ -46,7 +46,7 @@ def test_tools_say_where_flags_are_stored(tmp_path):
     weights = {key: torch.zeros(tensor.shape) for key, tensor in build(*pairs).state_dict().items()}
     path, target = str(tmp_path / "c.pth"), str(tmp_path / "c.safetensors")
     torch.save(weights, path)
-    advice = re.escape('for other tools, save the file as {"model": weights, "args": {"hidden_dim": 256, ..}}')
+    advice = re.escape('or store them for all tools as {"model": weights, "args": {"hidden_dim": 256, ..}}')
     with pytest.raises(InputError, match=advice):
         convert.main([path, target, "--to", "safetensors"])
     (tmp_path / "photo.jpg").write_bytes(b"")

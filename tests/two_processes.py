@@ -32,13 +32,18 @@ def images_and_targets(boxes: Sequence[int]) -> tuple[list[torch.Tensor], list[d
 
 
 def step(
-    rank: int, world_size: int, port: int, args: argparse.Namespace, output: Path, boxes: Sequence[int] = (1, 2, 3, 4)
+    rank: int,
+    world_size: int,
+    meeting: dict,
+    args: argparse.Namespace,
+    output: Path,
+    boxes: Sequence[int] = (1, 2, 3, 4),
 ) -> None:
     """Take a step of gradient descent on this process's share of four images; save losses, gradients and weights."""
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= meeting
     init_distributed_mode(args)
     torch.manual_seed(rank)  # the first process's weights and statistics count
     device = torch.device(args.device)
