@@ -11,17 +11,18 @@ from tests import killed
 from tests.conftest import TINY, assert_same_end
 from util.preemption import EXIT_CODE
 
-# Within the first three steps of a start, of which an epoch consists; checkpoints are written after each.
+# In the first two steps of a start and their checkpoints, so that most starts are killed and some progress is made.
 MOMENTS = [
-    *(f"{when} step {step}" for step in (1, 2, 3) for when in ("before", "after")),
-    *(f"{when} checkpoint.pth after step {step}" for step in (1, 2, 3) for when in ("halfway into", "at the end of")),
-    *(
-        f"{when} {name} is in place after step {step}"
-        for step in (1, 2, 3)
-        for name in ("checkpoint_previous.pth", "checkpoint.pth")
-        for when in ("before", "after")
-    ),
-    *(f"{when} the log line after step {step}" for step in (1, 2, 3) for when in ("before", "after")),
+    moment.format(step)
+    for step in (1, 2)
+    for moment in (
+        "before step {}",
+        "after step {}",
+        "halfway into checkpoint.pth after step {}",
+        "at the end of checkpoint.pth after step {}",
+        "before checkpoint.pth is in place after step {}",
+        "after checkpoint.pth is in place after step {}",
+    )
 ]
 
 
@@ -71,6 +72,14 @@ def test_killed_again_and_again(epochs, kills, shapes, tmp_path, run, whole):
         killed_at += [moment] * bool(exit_code)
     assert len(killed_at) >= kills
     assert_same_end(tmp_path, whole(epochs))
+
+
+@pytest.mark.parametrize("moment", ["halfway into checkpoint_best.pth", "before the log line", "after the log line"])
+def test_killed_at_the_end_of_an_epoch(moment, shapes, tmp_path, run, whole):
+    code = run(flags(shapes, tmp_path, "--epochs", 2), f"{moment} after step 3")
+    assert code == -signal.SIGKILL, f"{moment!r} never came"
+    assert run(flags(shapes, tmp_path, "--epochs", 2)) == 0
+    assert_same_end(tmp_path, whole(2))
 
 
 @pytest.mark.parametrize(
