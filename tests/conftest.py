@@ -16,6 +16,8 @@ from torchvision.models.resnet import ResNet
 import models.backbone
 from datasets.shapes import write_dataset
 from main import get_args_parser
+from scripts import predict
+from tests import predicting
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,5 +127,33 @@ def run_main():
             timeout=300,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Images for prediction, for reading only."""
+    root = tmp_path_factory.mktemp("photos")
+    predicting.write_photos(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def scored_checkpoint(tmp_path_factory) -> Path:
+    """A tiny model whose scores are spread over 0 to 1."""
+    path = tmp_path_factory.mktemp("scored") / "checkpoint.pth"
+    predicting.save_scored_checkpoint(path, TINY)
+    return path
+
+
+@pytest.fixture
+def run_predict(scored_checkpoint, tmp_path, capsys):
+    """Predict with that model; return the exit code, the results by image id, and what was printed."""
+
+    def run(*flags: object) -> tuple[int, dict[int | str, list[dict]], str]:
+        common = ("--checkpoint", scored_checkpoint, "--device", "cpu", "--output", tmp_path / "out")
+        code = predict.main([str(flag) for flag in (*common, *flags)])
+        return code, predicting.results_by_image(tmp_path / "out"), capsys.readouterr().out
 
     return run
