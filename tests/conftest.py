@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torchvision.models.resnet import ResNet
 
+import main
 import models.backbone
 from datasets.shapes import write_dataset
-from main import get_args_parser
 from scripts import predict
 from tests import predicting
 
@@ -28,6 +28,14 @@ TINY = [
     *("--num_queries", "8", "--min_size", "64", "--max_size", "107", "--batch_size", "4", "--num_workers", "0"),
     *("--device", "cpu"),
 ]
+
+
+def flags(shapes: Path, *more: object) -> list[str]:
+    return [*TINY, "--coco_path", str(shapes), *map(str, more)]
+
+
+def train(shapes: Path, output: Path, *more: object) -> None:
+    main.main(main.get_args_parser().parse_args(flags(shapes, "--output_dir", output, *more)))
 
 
 def log_lines(output) -> list[dict]:
@@ -71,6 +79,14 @@ def shapes(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def trained(shapes, tmp_path_factory) -> Path:
+    """The folder of a run of three epochs without a break, for reading only."""
+    output = tmp_path_factory.mktemp("trained")
+    train(shapes, output, "--epochs", 3, "--lr_drop", 2, "--dropout", 0)
+    return output
+
+
 class NarrowResNet(ResNet):
     """A ResNet whose four stages have a 64th of the channels."""
 
@@ -90,7 +106,7 @@ def parse():
     """Flags to a namespace, on the CPU."""
 
     def parse(*flags: object) -> argparse.Namespace:
-        return get_args_parser().parse_args(["--device", "cpu", *map(str, flags)])
+        return main.get_args_parser().parse_args(["--device", "cpu", *map(str, flags)])
 
     return parse
 

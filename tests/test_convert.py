@@ -1,7 +1,6 @@
 """Models go to transformers, safetensors and checkpoints, and come back the same."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,10 @@ from checkpoints.checkpoint import load_checkpoint
 from datasets.classes import COCO_NAMES
 from main import get_args_parser
 from main import main as run
-from models import build_model
 from scripts.convert import main
 from scripts.detector import load_detector
 from tests.conftest import TINY
+from tests.converting import OWN_CLASSES, save
 from tests.reference import reference_images, reference_weights
 from util.errors import InputError
 from util.nested_tensor import nested_tensor_from_tensor_list
@@ -23,7 +22,6 @@ from util.nested_tensor import nested_tensor_from_tensor_list
 transformers = pytest.importorskip("transformers")
 
 SAMPLES = nested_tensor_from_tensor_list(reference_images([(128, 160), (96, 192)], seed=3))
-OWN_CLASSES = {"class_ids": {0: "ant", 1: 70_000, 2: 4}, "class_names": {0: "Ameise", 1: "bee", 2: "N/A?"}}
 SMALL = ("--enc_layers", 1, "--dec_layers", 2, "--dim_feedforward", 64, "--num_queries", 20)
 # What microsoft/conditional-detr-resnet-50 has on the hub, with the sizes of a tiny model.
 HUB_CONFIG = {
@@ -39,14 +37,6 @@ HUB_PREPROCESSOR = {
     **{"do_normalize": True, "do_resize": True, "feature_extractor_type": "ConditionalDetrFeatureExtractor"},
     **{"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "size": 640, "max_size": 900},
 }
-
-
-def save(path: Path, *flags: object, num_classes: int = 91, **more) -> Path:
-    """A checkpoint with weights as training would leave them."""
-    args = get_args_parser().parse_args([*map(str, flags), "--num_classes", str(num_classes)])
-    model, _, _ = build_model(args)
-    torch.save({"model": reference_weights(model.state_dict()), "args": vars(args), "epoch": 3, **more}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -250,53 +240,3 @@ def test_files_that_are_missing_are_named(folder, tmp_path):
         load_detector(str(folder))
     with pytest.raises(InputError, match=r"gone.safetensors: no such checkpoint"):
         load_detector(str(tmp_path / "gone.safetensors"))
-
-
-def test_metadata_of_others_is_refused(tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    for args in ("{", "[1]"):
-        save_file({"class_embed.bias": torch.zeros(3)}, tmp_path / "m.safetensors", {"args": args, "class_ids": args})
-        with pytest.raises(InputError, match=r"m.safetensors: (its metadata is not that of scripts.convert|args is)"):
-            load_checkpoint(tmp_path / "m.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("to", "target", "message"),
-    [
-        ("transformers", "full", "full: exists already"),
-        ("transformers", "file", "file: exists already"),
-        ("safetensors", "taken.safetensors", "taken.safetensors: exists already"),
-        ("safetensors", "m.pth", r"m.pth: --to safetensors writes a file, name it \*.safetensors"),
-        ("checkpoint", "m.safetensors", r"--to checkpoint writes a file, name it \*.pth"),
-    ],
-)
-def test_nothing_is_written_over(to, target, message, tiny, tmp_path):
-    (tmp_path / "full" / "inside").mkdir(parents=True)
-    for name in ("file", "taken.safetensors"):
-        (tmp_path / name).write_text("precious")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match=message):
-        main([str(tiny), str(tmp_path / target), "--to", to])
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_model_that_transformers_cannot_have_is_refused(tmp_path):
-    path = save(tmp_path / "c.pth", *TINY, "--dec_layers", 1)
-    with pytest.raises(InputError, match="one decoder layer"):
-        main([str(path), str(tmp_path / "folder"), "--to", "transformers"])
-    assert not (tmp_path / "folder").exists()
-
-
-def test_flags_of_another_model_are_refused_before_anything_is_written(tiny, tmp_path):
-    checkpoint = torch.load(tiny, weights_only=True)
-    torch.save(checkpoint | {"args": checkpoint["args"] | {"enc_layers": 2}}, tmp_path / "c.pth")
-    with pytest.raises(InputError, match="does not fit the model"):
-        main([str(tmp_path / "c.pth"), str(tmp_path / "m.safetensors"), "--to", "safetensors"])
-    assert not (tmp_path / "m.safetensors").exists()
-
-
-def test_safetensors_is_an_extra(tiny, tmp_path, monkeypatch):
-    for module in ("safetensors", "safetensors.torch"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=r"needs safetensors: pip install safetensors"):
-        main([str(tiny), str(tmp_path / "m.safetensors"), "--to", "safetensors"])

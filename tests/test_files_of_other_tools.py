@@ -1,64 +1,24 @@
-"""Annotation files and folders as exporters, converters and people leave them: accepted, or named for what they are."""
+"""Annotation files as exporters, converters and people leave them: accepted, or named for what they are."""
 
 import gzip
 import json
-import unicodedata
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import main
-from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
-from datasets.transforms import make_coco_transforms
 from scripts import check_data
+from tests.cells import NAMES, SIZE, cells, load_cells
 from tests.conftest import TINY
 from util.errors import InputError
-
-SIZE = (160, 120)
-NAMES = {1: "WBC", 2: "RBC", 3: "Platelets"}
-
-
-def cells(split: str = "train", images: int = 4) -> dict:
-    """Return annotations of images with three boxes each."""
-    return {
-        "images": [
-            {"id": i, "file_name": f"{split}{i:02}.jpg", "width": SIZE[0], "height": SIZE[1]}
-            for i in range(1, images + 1)
-        ],
-        "annotations": [
-            {
-                "id": 3 * i + k,
-                "image_id": i,
-                "category_id": k,
-                "bbox": [50.0 * (k - 1) + 5, 60.5, 40.0, 50.0],
-                "area": 2000.0,
-                "iscrowd": 0,
-            }
-            for i in range(1, images + 1)
-            for k in NAMES
-        ],
-        "categories": [{"id": class_id, "name": name} for class_id, name in NAMES.items()],
-    }
 
 
 @pytest.fixture
 def load(tmp_path):
-    """Write annotations and the images of `cells`, and return the data set."""
-
-    def load(data: dict | bytes, split: str = "train", rename=lambda name: name, **options) -> CocoDetection:
-        folder = tmp_path / split
-        for entry in cells(split)["images"]:
-            path = folder / rename(entry["file_name"])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", SIZE).save(path, "JPEG")
-        path = tmp_path / f"{split}.json"
-        path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-        return CocoDetection(folder, path, make_coco_transforms("val", 64, 107), **options)
-
-    return load
+    return partial(load_cells, tmp_path)
 
 
 def flags(folder: Path, *more: object) -> list[str]:
@@ -226,73 +186,6 @@ def test_missing_boxes_repeated_ids_and_absent_images(load, capsys):
     assert "2 annotations without a box or a segmentation that has one: left out" in printed
     assert "1 annotation of images that the file does not list: left out" in printed
     assert "1 annotation with the id of another got an id of their own" in printed
-
-
-COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "größe") for form in ("NFC", "NFD"))
-
-
-@pytest.mark.parametrize(
-    ("written", "stored"),
-    [
-        ("data/train/images/{}", "{}"),
-        ("images\\{}", "{}"),
-        ("C:\\data\\{}", "{}"),
-        ("/home/somebody/{}", "{}"),
-        ("../images/{}", "{}"),
-        ("{}", "sub/{}"),
-        ("my%20photo{}", "my photo{}"),
-        (DECOMPOSED + "{}", COMPOSED + "{}"),
-        (COMPOSED + "{}", DECOMPOSED + "{}"),
-    ],
-)
-def test_files_under_a_slightly_different_name(written, stored, load, capsys):
-    data = cells()
-    for entry in data["images"]:
-        entry["file_name"] = written.format(entry["file_name"])
-    dataset = load(data, rename=stored.format)
-    assert "4 of 4 images are there under a slightly different name, such as" in capsys.readouterr().out
-    assert dataset[3][0].shape[0] == 3
-
-
-def test_the_case_of_suffixes(load):
-    data = cells()
-    for entry in data["images"]:
-        entry["file_name"] = entry["file_name"].replace(".jpg", ".JPG")
-    assert len(load(data)) == 4
-
-
-def test_files_of_two_images_are_not_mixed_up(load, tmp_path):
-    """A file that another image has, or that two could mean, stands for none of them."""
-    data = cells()
-    data["images"][0]["file_name"] = "other/train02.jpg"
-    with pytest.raises(InputError, match=r"1 of 4 images of .* is missing: other/train02.jpg"):
-        load(data)
-    (tmp_path / "train" / "a").mkdir()
-    (tmp_path / "train" / "b").mkdir()
-    for folder in "ab":
-        Image.new("RGB", SIZE).save(tmp_path / "train" / folder / "x.jpg")
-    data["images"][0]["file_name"] = "x.jpg"
-    with pytest.raises(InputError, match=r"1 of 4 images of .* is missing: x.jpg"):
-        load(data)
-    data["images"][0]["file_name"] = "data/b/x.jpg"
-    assert len(load(data)) == 4
-
-
-@pytest.mark.parametrize("folder", ["masks", "Labels", "deep/SegmentationClass"])
-def test_pictures_of_another_kind_are_not_taken_for_photos(folder, load, tmp_path, capsys):
-    data = cells()
-    data["images"][0]["file_name"] = "x.png"
-    other = tmp_path / "train" / folder / "x.png"
-    other.parent.mkdir(parents=True)
-    Image.new("RGB", SIZE).save(other)
-    with pytest.raises(InputError, match=r"1 of 4 images of .* is missing: x.png"):
-        load(data)
-    (tmp_path / "train" / "photos").mkdir()
-    Image.new("RGB", SIZE).save(tmp_path / "train" / "photos" / "x.png")
-    assert load(data).records.file_name(0) == "photos/x.png"
-    assert capsys.readouterr().out.count("such as 'photos/x.png' for 'x.png'") == 1
-    data["images"][0]["file_name"] = f"data\\{folder}/x.png"
-    assert load(data).records.file_name(0) == f"{folder}/x.png"
 
 
 def first(data: dict, key: str, **more: object) -> dict:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from datasets import build_dataset
-from tests.test_files_of_other_tools import cells
+from tests.cells import cells
 from util.errors import InputError
 
 LAYOUTS = {

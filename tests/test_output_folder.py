@@ -1,9 +1,6 @@
-"""Output folders: one run at a time, also when processes are killed; nothing is lost, left over or made again."""
+"""Output folders: one run at a time, also if processes are killed, and no temporary files left."""
 
-import fcntl
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
-import main
-import training
 from run import output_folder
 from run.output_folder import FolderLock
-from tests.conftest import ROOT, TINY, log_lines
-from util.errors import InputError
+from tests.conftest import ROOT, flags, log_lines, train
 from util.files import remove_leftovers, replacing
 
 # Opens a file by `replacing`, writes to it, and waits for a line of input.
@@ -35,14 +28,6 @@ with replacing(Path(sys.argv[1])) as file:
     print("writing", flush=True)
     input()
 """
-
-
-def flags(shapes, output, *more: object) -> list[str]:
-    return [*TINY, "--coco_path", str(shapes), "--output_dir", str(output), *map(str, more)]
-
-
-def train(shapes, output, *more: object) -> None:
-    main.main(main.get_args_parser().parse_args(flags(shapes, output, *more)))
 
 
 @pytest.fixture
@@ -106,7 +91,7 @@ def test_a_second_run_names_the_first(shapes, tmp_path, run_main):
     lock.acquire()
     # Not of the lock: to close any handle of its file would release it.
     before = {path: path.read_bytes() for path in tmp_path.rglob("[a-z]*") if path.is_file()}
-    second = run_main(*flags(shapes, tmp_path, "--epochs", 2, "--resume", "auto"))
+    second = run_main(*flags(shapes, "--output_dir", tmp_path, "--epochs", 2, "--resume", "auto"))
     lock.check()
     assert second.returncode == 1
     (line,) = second.stderr.splitlines()
@@ -114,7 +99,7 @@ def test_a_second_run_names_the_first(shapes, tmp_path, run_main):
     assert " since 20" in line
     assert "pytest" in line
     assert line.endswith("; end that run, or name another folder")
-    evaluation = run_main(*flags(shapes, tmp_path, "--eval", "--resume", tmp_path / "checkpoint.pth"))
+    evaluation = run_main(*flags(shapes, "--output_dir", tmp_path, "--eval", "--resume", tmp_path / "checkpoint.pth"))
     assert evaluation.returncode == 0, evaluation.stderr
     assert (tmp_path / "eval.pth").exists()
     assert before == {path: path.read_bytes() for path in before}
@@ -124,10 +109,10 @@ def test_a_second_run_names_the_first(shapes, tmp_path, run_main):
 
 def test_a_restarted_run_waits_until_the_killed_one_is_gone(shapes, tmp_path, start):
     """Processes that load data do not keep the folder locked, not even if they cannot end."""
-    first = start(ROOT / "main.py", *flags(shapes, tmp_path, "--epochs", 1000, "--num_workers", 1))
+    first = start(ROOT / "main.py", *flags(shapes, "--output_dir", tmp_path, "--epochs", 1000, "--num_workers", 1))
     wait_for((tmp_path / "checkpoint.pth").exists, first)
     more = ("--epochs", 1001, "--resume", "auto")
-    second = start(ROOT / "main.py", *flags(shapes, tmp_path, *more), TORCHELASTIC_RESTART_COUNT="1")
+    second = start(ROOT / "main.py", *flags(shapes, "--output_dir", tmp_path, *more), TORCHELASTIC_RESTART_COUNT="1")
     line = second.stdout.readline()
     assert f"in use by process {first.pid} on " in line
     assert "waiting up to 60 seconds for its end" in line
@@ -161,22 +146,11 @@ def test_who_waits(env, restarted, monkeypatch):
     assert output_folder.is_restarted() == restarted
 
 
-def test_a_file_system_without_locks(shapes, tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    train(shapes, tmp_path, "--epochs", 1)
-    expected = f"warning: --output_dir {tmp_path}: its file system has no locks (No locks available); make sure that"
-    assert capsys.readouterr().out.count(expected) == 1
-    assert {path.name for path in tmp_path.glob("*.pth")} >= {"checkpoint.pth", "checkpoint_best.pth"}
-
-
 def test_processes_end_with_their_launcher(shapes, tmp_path, start):
     """Both ranks and what loads their data; the run goes on in the same folder at once."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py")
     more = ("--batch_size", 2, "--save_every", 1, "--num_workers", 1)
-    first = start(*launcher, *flags(shapes, tmp_path, "--epochs", 1000, *more))
+    first = start(*launcher, *flags(shapes, "--output_dir", tmp_path, "--epochs", 1000, *more))
     wait_for((tmp_path / "log.txt").exists, first)
     wait_for(lambda: len(family(first.pid)) == 7, first)  # launcher, two ranks, two workers each
     started = family(first.pid)
@@ -216,105 +190,3 @@ def test_a_run_removes_what_a_killed_one_left(shapes, tmp_path, start):
         (folder / ".latest.pth.0123abcd.tmp").write_text("half")
     train(shapes, tmp_path, "--epochs", 1)
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_numbered_checkpoint_is_written_by_the_resumed_run(shapes, tmp_path, monkeypatch):
-    def interrupted(checkpoint, path, original=training.save_on_master, **kwargs):
-        if path.name == "checkpoint0000.pth":
-            raise KeyboardInterrupt
-        original(checkpoint, path, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_on_master", interrupted)
-        train(shapes, tmp_path, "--epochs", 2, "--lr_drop", 1)
-    train(shapes, tmp_path, "--epochs", 2, "--lr_drop", 1, "--resume", "auto")
-    assert [line["epoch"] for line in log_lines(tmp_path)] == [0, 1]
-    train(shapes, tmp_path / "whole", "--epochs", 2, "--lr_drop", 1)
-    for name in ("checkpoint0000.pth", "checkpoint0001.pth"):
-        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (tmp_path, tmp_path / "whole"))
-        assert ours["epoch"] == theirs["epoch"]
-        assert ours["processes"] == theirs["processes"]
-        assert all(torch.equal(ours["model"][key], value) for key, value in theirs["model"].items())
-
-
-@pytest.fixture
-def during_evaluation(monkeypatch):
-    """Make the next evaluation end with something that happens to the output folder."""
-
-    def during_evaluation(happens):
-        def evaluate(*args, original=main.evaluate):
-            result = original(*args)
-            happens()
-            return result
-
-        monkeypatch.setattr(main, "evaluate", evaluate)
-
-    return during_evaluation
-
-
-@pytest.mark.parametrize("tensorboard", [(), ("--tensorboard",)], ids=["plain", "tensorboard"])
-def test_a_folder_that_is_deleted_ends_the_run(tensorboard, shapes, tmp_path, during_evaluation, capfd):
-    output = tmp_path / "run"
-    during_evaluation(lambda: shutil.rmtree(output))
-    with pytest.raises(InputError, match=f"^--output_dir {output}: was deleted during the run; nothing more is saved"):
-        train(shapes, output, "--epochs", 3, *tensorboard)
-    assert not output.exists()
-    assert capfd.readouterr().err == ""
-
-
-def test_a_folder_that_another_run_has_made_again_is_left_to_it(shapes, tmp_path, during_evaluation):
-    output = tmp_path / "run"
-
-    def happens() -> None:
-        shutil.rmtree(output)
-        output.mkdir()
-        (output / output_folder.TRAINING_LOCK).write_text("process 7 on host")
-
-    during_evaluation(happens)
-    with pytest.raises(InputError, match="was deleted during the run and is in use by process 7 on host; nothing more"):
-        train(shapes, output, "--epochs", 3)
-    assert [path.name for path in output.iterdir()] == [output_folder.TRAINING_LOCK]
-
-
-def test_a_full_disk_is_one_line_with_tensorboard(shapes, tmp_path, during_evaluation, monkeypatch, capfd):
-    """TensorBoard's own thread is what fails."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.compat.tensorflow_stub.io import gfile
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    during_evaluation(lambda: monkeypatch.setattr(gfile.LocalFileSystem, "append", full))
-    with pytest.raises(InputError, match=r"run/tensorboard: cannot be written \(\[Errno 28\] No space left on device"):
-        train(shapes, tmp_path / "run", "--epochs", 3, "--tensorboard")
-    assert capfd.readouterr().err == ""
-
-
-def test_folders_and_files_in_each_others_place(shapes, tmp_path):
-    for name in ("checkpoint_best.pth", "log.txt"):
-        (tmp_path / name).mkdir()
-        with pytest.raises(InputError, match=f"{name}: is a folder, not a file; move it elsewhere"):
-            train(shapes, tmp_path, "--epochs", 1)
-        (tmp_path / name).rmdir()
-    os.mkfifo(tmp_path / "eval")
-    with pytest.raises(InputError, match="eval: is a named pipe, not a folder; move it elsewhere"):
-        train(shapes, tmp_path, "--epochs", 1)
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_named_pipes_in_the_place_of_files(shapes, tmp_path, capsys):
-    """A pipe holds nothing that could be lost: files take its place."""
-    train(shapes, tmp_path, "--epochs", 1)
-    before = log_lines(tmp_path)
-    (tmp_path / "checkpoint.pth").replace(tmp_path / "checkpoint_previous.pth")
-    for name in ("log.txt", "checkpoint_best.pth", "eval/latest.pth"):
-        (tmp_path / name).unlink()
-    for name in ("log.txt", "checkpoint.pth", "checkpoint_best.pth", "eval/latest.pth"):
-        os.mkfifo(tmp_path / name)
-    train(shapes, tmp_path, "--epochs", 2, "--resume", "auto")
-    printed = capsys.readouterr().out
-    assert f"warning: {tmp_path}/checkpoint.pth: is a named pipe, not a file; trying an earlier one" in printed
-    assert f"warning: {tmp_path}/log.txt: is a named pipe, not a file; a new log takes its place" in printed
-    assert log_lines(tmp_path)[0] == before[0]
-    assert all(path.is_file() or path.is_dir() for path in tmp_path.rglob("*"))
-    json.loads((tmp_path / "log.txt").read_text().splitlines()[1])
