@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
-import torch
 from torch import Tensor, nn
 
 from checkpoints.checkpoint_schema import check_checkpoint
+from checkpoints.downloads import local_path
 from checkpoints.published import PUBLISHED, known_flags
 from checkpoints.state_dicts import with_plain_weights
 from checkpoints.torch_file import load_file
@@ -24,12 +21,8 @@ from checkpoints.weight_flags import flags_of, model_of
 from datasets.classes import Classes
 from flags.limits import check_model, check_numbers
 from flags.resolve import IMAGE_SIZES, MODEL_FLAGS
-from util.distributed import barrier, is_first_of_node, is_main_process
 from util.errors import InputError
-from util.files import download
 from util.text import counted
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any]:
@@ -46,7 +39,7 @@ def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any
         InputError: if it is missing, unreadable, contains more than tensors and plain data, holds no model, or if any
             value is not of the expected kind.
     """
-    path = _local_path(PUBLISHED[str(source)].url if str(source) in PUBLISHED else str(source))
+    path = local_path(PUBLISHED[str(source)].url if str(source) in PUBLISHED else str(source))
     if path.is_dir():
         from checkpoints.huggingface import read_folder  # these import packages that the hub entries do not need
 
@@ -204,31 +197,3 @@ def shape_text(weight: Tensor | None) -> str:
         return "nothing"
     kind = "" if weight.is_floating_point() else f"{str(weight.dtype).removeprefix('torch.')} "
     return f"{kind}{list(weight.shape)}"
-
-
-def _local_path(source: str) -> Path:
-    """Return the path of a file, or of a URL's file, which is downloaded once per machine into torch.hub's folder."""
-    url = urlsplit(source)
-    if "://" not in source:
-        return Path(source)
-    if url.scheme == "file":
-        return Path(url2pathname(url.path))
-    if url.scheme != "https" and not (url.scheme == "http" and url.hostname in LOOPBACK):
-        raise InputError(f"{source}: not loaded over {url.scheme}; use https or a file")
-    key = hashlib.sha256(source.encode()).hexdigest()[:8]  # many checkpoints share the name checkpoint.pth
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{Path(url.path).name}"
-    if is_first_of_node() and not path.exists():
-        try:
-            download(source, path, sha256_of(path.stem), progress=is_main_process())
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"{source}: could not be downloaded ({error}); place the file at {path} or name another by its path"
-            ) from error
-    barrier()
-    return path
-
-
-def sha256_of(stem: str) -> str | None:
-    """Return the first digits of a file's SHA-256 if its name ends in them, as in torch.hub's names, else None."""
-    digits = re.search(r"-([0-9a-f]{8})$", stem)
-    return digits[1] if digits else None

@@ -1,4 +1,4 @@
-"""The published checkpoints, by the names of their hub entries."""
+"""The published checkpoints and logs, by the names of the hub entries."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ PUBLISHED = {
     f"{model}_{variant}": Published(address.format(file), {"model": model} | flags)
     for model, (address, files) in FILES.items()
     for (variant, flags), file in zip(VARIANTS.items(), files, strict=True)
+}
+LOGS = {
+    f"detr_{variant}": f"https://dl.fbaipublicfiles.com/detr/logs/detr-{name}_log.txt"
+    for variant, name in zip(VARIANTS, ("r50", "r50-dc5", "r101", "r101-dc5"), strict=True)
 }
 
 

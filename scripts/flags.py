@@ -116,6 +116,14 @@ def convert() -> Parser:
     return parser
 
 
+def convergence() -> Parser:
+    """Return the flags of `scripts.convergence`."""
+    parser = parser_of("convergence", "Compare how fast models learn: a figure and tables of AP over epochs.")
+    help_text = "folder with the runs in MODEL/seed*, and for the results"
+    parser.add_argument("--runs", default="output/convergence", type=Path, metavar="DIR", help=help_text)
+    return parser
+
+
 def demo_pictures() -> Parser:
     """Return the flags of `scripts.demo_pictures`."""
     parser = parser_of("demo_pictures", "Show predictions next to ground truth, and the curves of the run.")
@@ -155,7 +163,8 @@ def plot_attention() -> Parser:
 def plot_logs() -> Parser:
     """Return the flags of `scripts.plot_logs`."""
     parser = parser_of("plot_logs", "Draw the loss and AP curves of runs.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--output_dir of a run")
+    help_text = "--output_dir of a run, a log file, a URL, or a hub entry's name for DETR's published log"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=help_text)
     parser.add_argument("--output", default="curves", type=Path, help="the pictures' path, without .png and .svg")
     return parser
 
@@ -188,5 +197,16 @@ def replay() -> Parser:
     return parser
 
 
-TOOLS = (benchmark, check_data, convert, demo_pictures, export_onnx, plot_attention, plot_logs, predict, replay)
+TOOLS = (
+    benchmark,
+    check_data,
+    convergence,
+    convert,
+    demo_pictures,
+    export_onnx,
+    plot_attention,
+    plot_logs,
+    predict,
+    replay,
+)
 PARSERS: dict[str, Callable[[], Parser]] = {tool.__name__: tool for tool in TOOLS}

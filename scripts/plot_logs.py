@@ -1,8 +1,9 @@
 """Draw the loss and AP curves of runs, also while they train.
 
-    python -m scripts.plot_logs output/first output/second --output curves
+    python -m scripts.plot_logs output/first output/second detr_resnet50 --output curves
 
-It reads log.txt in each folder, also of the published code, and writes curves.png and curves.svg.
+A run is its folder, also one of the published code; a log file or its URL; or the name of one of DETR's hub entries for
+its published log. The pictures are curves.png and curves.svg.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ if __name__ == "__main__":  # the imports below take seconds
 from collections.abc import Sequence
 from itertools import count, cycle
 from typing import Any
+from urllib.parse import urlsplit
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from checkpoints.downloads import local_path
+from checkpoints.published import LOGS
 from run.log_file import number_in, read_log
 from util.command import run_command
 from util.errors import InputError
@@ -38,19 +42,24 @@ LEGEND_COLUMNS = 3
 COLOURS = mpl.colormaps["tab10"].colors
 TRAIN = {"linestyle": "--", "linewidth": 1.2, "markersize": 3}
 VAL = {"linestyle": "-", "linewidth": 1.6, "markersize": 3, "marker": "o"}
+MOST_MARKERS = 60  # epochs of a run, above which points are not marked
 # Smallest range of an axis, so that noise looks like noise: a tenth of AP's range, and a tenth of the largest loss.
 MIN_AP_RANGE = 0.1
 MIN_LOSS_RANGE = 0.1
 
 
-def plot_logs(folders: Sequence[Path], output: Path) -> list[Path]:
+def plot_logs(runs: Sequence[str | Path], output: Path) -> list[Path]:
     """Draw the logs of runs into OUTPUT.png and OUTPUT.svg, and return their paths.
 
+    Args:
+        runs: folders of runs, log files, their URLs, or names in `checkpoints.published.LOGS`.
+        output: the path of the pictures.
+
     Raises:
-        InputError: if a folder has no log or no finished epoch, or nothing can be written.
+        InputError: if a run has no log or no finished epoch, or nothing can be written.
     """
-    folders = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
-    figure = draw({distinct_name(folder, folders): read_run(folder) for folder in folders})
+    logs = dict(find_log(str(run)) for run in runs)
+    figure = draw({distinct_name(path, list(logs)): read_run(log) for path, log in logs.items()})
     stem = output.stem if output.suffix in (".png", ".svg") else output.name
     paths = [output.with_name(f"{stem}.{kind}") for kind in ("png", "svg")]
     for path in paths:
@@ -59,25 +68,36 @@ def plot_logs(folders: Sequence[Path], output: Path) -> list[Path]:
     return paths
 
 
-def read_run(folder: Path) -> Log:
-    """Return the entries of a run's log that are about its training."""
-    path = folder / "log.txt"
+def find_log(run: str) -> tuple[Path, Path]:
+    """Return a path whose end names a run, and the path of its log."""
+    if run in LOGS and not Path(run).exists():
+        return Path(f"{run}, published"), local_path(LOGS[run])
+    path = local_path(run)
+    if path.is_file():
+        return Path(urlsplit(run).path) if "://" in run else path.resolve(), path
+    return path.resolve(), path / "log.txt"
+
+
+def read_run(path: Path) -> Log:
+    """Return the entries of a log that are about training."""
     check_is_file(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file; name the --output_dir of runs")
+        raise InputError(
+            f"{path}: no such file; name the --output_dir of a run, a log file, or one of {', '.join(LOGS)}"
+        )
     if not (log := [entry for entry in read_log(path) if "train_loss" in entry]):
         raise InputError(f"{path}: it holds no finished epoch (yet)")
     return log
 
 
-def distinct_name(folder: Path, folders: Sequence[Path]) -> str:
-    """Return a folder's name, preceded by as many parent folders as distinguish it from the other folders."""
+def distinct_name(run: Path, runs: Sequence[Path]) -> str:
+    """Return the last part of a path, preceded by as many parent folders as distinguish it from the other paths."""
 
     def tail(path: Path, length: int) -> str:
         return "/".join(path.parts[-length:])
 
-    others = [other for other in folders if other != folder]
-    return next(tail(folder, n) for n in count(1) if tail(folder, n) not in [tail(other, n) for other in others])
+    others = [other for other in runs if other != run]
+    return next(tail(run, n) for n in count(1) if tail(run, n) not in [tail(other, n) for other in others])
 
 
 def points(log: Log, key: str, index: int | None = None) -> tuple[list[int], list[float]]:
@@ -95,11 +115,12 @@ def draw(logs: dict[str, Log]) -> Figure:
     colours = dict(zip(logs, cycle(COLOURS), strict=False))
     for name, log in logs.items():
         dot = "o" if len(log) == 1 else ""  # one point makes no line
+        val = VAL | {"marker": "o" if len(log) <= MOST_MARKERS else ""}
         loss.plot(*points(log, "train_loss"), color=colours[name], marker=dot, **TRAIN)
-        loss.plot(*points(log, "test_loss"), color=colours[name], **VAL)
-        precision.plot(*points(log, "test_coco_eval_bbox", 0), color=colours[name], label="AP", **VAL)
+        loss.plot(*points(log, "test_loss"), color=colours[name], **val)
+        precision.plot(*points(log, "test_coco_eval_bbox", 0), color=colours[name], label="AP", **val)
         if single:
-            precision.plot(*points(log, "test_coco_eval_bbox", 1), color=COLOURS[1], label="AP50", **VAL)
+            precision.plot(*points(log, "test_coco_eval_bbox", 1), color=COLOURS[1], label="AP50", **val)
     loss.set(xlabel="epoch", title="Loss", ylim=widened(*loss.get_ylim()))
     precision.set(xlabel="epoch", title="Average precision on val" if single else "AP on val")
     precision.set_ylim(0, max(precision.get_ylim()[1], MIN_AP_RANGE))
@@ -139,7 +160,7 @@ def add_legends(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     flags = parse_flags("plot_logs", argv)
-    for path in plot_logs(flags.folders, flags.output):
+    for path in plot_logs(flags.runs, flags.output):
         print(f"wrote {path}")
 
 

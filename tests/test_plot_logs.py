@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from scripts import plot_logs
@@ -95,6 +96,30 @@ def test_equal_names_are_told_apart(tmp_path, drawn):
     runs = [write(tmp_path / name, 1) for name in ("a/seed1/run", "b/seed1/run", "other")]
     plot_logs.plot_logs(runs, tmp_path / "curves")
     assert legend(drawn.figures[0]) == ["a/seed1/run", "b/seed1/run", "other"]
+
+
+def test_log_files_urls_and_published_logs(tmp_path, drawn, monkeypatch):
+    """Logs from elsewhere: a file, a file's URL, and DETR's, from where they are published."""
+    long = write(tmp_path / "published", 100) / "log.txt"
+    asked = []
+
+    def download(url, target, **_):
+        asked.append(url)
+        Path(target).write_bytes(long.read_bytes())
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    own = write(tmp_path / "run", 2) / "log.txt"
+    renamed = own.rename(own.with_name("other_log.txt"))
+    plot_logs.main([str(renamed), "detr_resnet101_dc5", long.as_uri(), "--output", str(tmp_path / "curves")])
+    assert asked == ["https://dl.fbaipublicfiles.com/detr/logs/detr-r101-dc5_log.txt"]
+    assert legend(drawn.figures[0]) == ["other_log.txt", "detr_resnet101_dc5, published", "log.txt"]
+    assert sorted(len(values) for values in drawn().values()) == [2] * 3 + [100] * 6
+
+    (tmp_path / "detr_resnet50").mkdir()  # a folder of one's own comes first
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"detr_resnet50/log\.txt: no such file"):
+        plot_logs.main(["detr_resnet50"])
 
 
 def test_a_run_that_was_not_evaluated_yet(tmp_path, drawn):
