@@ -19,6 +19,7 @@ from models.position_encoding import build_position_embedding
 from models.postprocess import PostProcess
 
 MODELS = {"conditional_detr": build_conditional_detr, "detr": build_detr}
+MODEL_NAMES = {"conditional_detr": "Conditional DETR", "detr": "DETR"}  # as in papers
 
 
 def build_model(

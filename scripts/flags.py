@@ -149,6 +149,7 @@ def plot_attention() -> Parser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help=CHECKPOINT)
+    add("--compare", default=None, metavar="CHECKPOINT", help="a second model: its attention to the same objects")
     add("--image", required=True, type=Path, help="the image file to look at")
     add("--output", default="attention.png", type=Path, help="the picture to write; its suffix sets the format")
     which = parser.add_mutually_exclusive_group()

@@ -3,7 +3,8 @@
     python -m scripts.plot_attention --checkpoint output/demo/checkpoint.pth --image photo.jpg --output attention.png
 
 For every query, the page shows its detection next to the spatial, the content and the combined attention of each head
-of a decoder layer.
+of a decoder layer. With --compare, a second model's query for the same object follows: with checkpoints of Conditional
+DETR and DETR, this is the paper's comparison.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 import argparse
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +31,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import box_iou, nms
 from torchvision.transforms.v2.functional import rgb_to_grayscale, to_pil_image
 
 from datasets.classes import Classes
 from datasets.images import read_image
 from evaluation.attention_maps import AttentionMaps, View, view
 from evaluation.pictures import annotate
+from models import MODEL_NAMES
 from scripts.detector import load_detector
 from util.box_ops import box_cxcywh_to_xyxy
 from util.command import run_command
@@ -57,37 +60,76 @@ def main(argv: Sequence[str] | None = None) -> None:
     formats = Figure().canvas.get_supported_filetypes()
     if (ending := args.output.suffix.lower().removeprefix(".")) not in formats:
         raise InputError(f"--output {args.output}: the file's name must end in one of .{', .'.join(sorted(formats))}")
-    detector = load_detector(args.checkpoint, args.device)
-    check_query_and_layer(args, detector.args.num_queries, detector.args.dec_layers)
-    image = detector.resize(read_image(args.image, max_megapixels=args.max_megapixels).pixels)
-    seen = view(detector.model, image.to(detector.device), args.layer)
-    if not all(part.isfinite().all() for part in (*seen.maps, seen.logits, seen.boxes)):
-        raise InputError(f"{args.checkpoint}: the model's outputs for {args.image} are not finite: check its weights")
-    probabilities = detector.postprocess.classification.probabilities(seen.logits)
-    queries = args.queries or best_queries(seen, probabilities, args.top)
-    figure = draw_page(image, seen, probabilities, queries, detector.classes)
+    image = read_image(args.image, max_megapixels=args.max_megapixels).pixels
+    subject = look(args.checkpoint, image, args)
+    check_queries(args.queries or (), len(subject.seen.boxes))
+    queries = args.queries or best_queries(subject, args.top)
+    blocks = [(subject, query) for query in queries]
+    if args.compare:
+        other = look(args.compare, image, args)
+        partners = [query_for(subject.seen.boxes[query], other) for query in queries]
+        blocks = [pair for block, query in zip(blocks, partners, strict=True) for pair in (block, (other, query))]
+    figure = draw_page(blocks)
     with replacing(args.output) as file:
         figure.savefig(file, format=ending)
-    print(f"wrote {args.output}: queries {', '.join(map(str, queries))}")
+    print(f"wrote {args.output}: queries {', '.join(str(query) for _, query in blocks)}")
 
 
-def check_query_and_layer(args: argparse.Namespace, num_queries: int, num_layers: int) -> None:
-    """Raise InputError for a query or a layer that the model does not have."""
-    for query in args.queries or ():
-        if not 0 <= query < num_queries:
-            raise InputError(f"--queries {query}: the model's queries are 0 to {num_queries - 1}")
-    if not -num_layers <= args.layer < num_layers:
-        raise InputError(f"--layer {args.layer}: the model's decoder layers are 0 to {num_layers - 1}")
+class Subject(NamedTuple):
+    """An image as one model sees it.
+
+    name: of the model.
+    image: [3, H, W] uint8, at the model's evaluation size.
+    probabilities: [Q, K], those of the classes.
+    """
+
+    name: str
+    image: Tensor
+    seen: View
+    probabilities: Tensor
+    classes: Classes
 
 
-def best_queries(seen: View, probabilities: Tensor, number: int) -> list[int]:
+def look(checkpoint: str, image: Tensor, args: argparse.Namespace) -> Subject:
+    """Return an image [3, h, w] as the model of a checkpoint sees it.
+
+    Raises:
+        InputError: if the model has no layer `--layer`, or its outputs are not finite.
+    """
+    detector = load_detector(checkpoint, args.device)
+    layers = detector.args.dec_layers
+    if not -layers <= args.layer < layers:
+        raise InputError(f"--layer {args.layer}: the decoder layers of {checkpoint} are 0 to {layers - 1}")
+    image = detector.resize(image)
+    seen = view(detector.model, image.to(detector.device), args.layer)
+    if not all(part.isfinite().all() for part in (*seen.maps, seen.logits, seen.boxes)):
+        raise InputError(f"{checkpoint}: the model's outputs for {args.image} are not finite: check its weights")
+    probabilities = detector.postprocess.classification.probabilities(seen.logits)
+    return Subject(MODEL_NAMES[detector.args.model], image, seen, probabilities, detector.classes)
+
+
+def check_queries(queries: Sequence[int], number: int) -> None:
+    """Raise InputError for a query that the model does not have."""
+    for query in queries:
+        if not 0 <= query < number:
+            raise InputError(f"--queries {query}: the model's queries are 0 to {number - 1}")
+
+
+def best_queries(subject: Subject, number: int) -> list[int]:
     """Return the queries with the highest scores; of boxes that overlap by half, only the best counts."""
-    scores = probabilities.amax(-1)
-    return nms(box_cxcywh_to_xyxy(seen.boxes), scores, iou_threshold=0.5)[:number].tolist()
+    boxes = box_cxcywh_to_xyxy(subject.seen.boxes)
+    return nms(boxes, subject.probabilities.amax(-1), iou_threshold=0.5)[:number].tolist()
+
+
+def query_for(box: Tensor, subject: Subject) -> int:
+    """Return a model's query for the object in a box [4]: of boxes that overlap by half the best, else the closest."""
+    overlap = box_iou(box_cxcywh_to_xyxy(box[None]), box_cxcywh_to_xyxy(subject.seen.boxes))[0]
+    scores = subject.probabilities.amax(-1)
+    return int(torch.where(overlap >= 0.5, 1 + scores, overlap).argmax())
 
 
 class Layout:
-    """Layout of the page, as rectangles for `Figure.add_axes`; photo and maps keep the image's shape."""
+    """Layout of a page of blocks, as rectangles for `Figure.add_axes`; photo and maps keep the image's shape."""
 
     def __init__(self, width: int, height: int, heads: int, blocks: int) -> None:
         scale = min(MAP_WIDTH / width, MAP_HEIGHT / height)
@@ -117,37 +159,49 @@ class Layout:
         return self.rectangle(MARGIN + 0.1, self.page_height - FOOTER, 1.6, 0.12)
 
 
-def draw_page(image: Tensor, seen: View, probabilities: Tensor, queries: Sequence[int], classes: Classes) -> Figure:
-    """Draw a block per query: its detection in the image [3, H, W] and the maps, a row per kind, a column per head."""
-    height, width = image.shape[1:]
-    heads = len(seen.maps.spatial)
-    layout = Layout(width, height, heads, len(queries))
+def draw_page(blocks: Sequence[tuple[Subject, int]]) -> Figure:
+    """Draw a block per model and query: its detection, and its maps, a row per kind and a column per head."""
+    height, width = blocks[0][0].image.shape[1:]
+    heads = max(len(subject.seen.maps.spatial) for subject, _ in blocks)
+    layout = Layout(width, height, heads, len(blocks))
     page = Figure(figsize=(layout.page_width, layout.page_height), dpi=DPI)
-    sides = [max(round(DPI * side), 1) for side in (layout.photo_width, layout.photo_height)]
-    photo, scale = to_pil_image(image).resize(sides), np.tile(np.divide(sides, (width, height)), 2)
-    backdrop = rgb_to_grayscale(image)[0].numpy()
-    points = None if seen.reference is None else seen.reference * torch.tensor([width, height])
-    boxes = box_cxcywh_to_xyxy(seen.boxes) * torch.tensor([width, height, width, height])
-    scores, labels = probabilities.max(-1)
-    for block, query in enumerate(queries):
-        label, box = int(labels[query]), boxes[query].tolist()
-        axes = page.add_axes(layout.photo(block))
-        drawn = annotate(photo, [box * scale], [label], [f"{classes.name_of(label)} {scores[query]:.2f}"])
-        axes.imshow(drawn, extent=(0, width, height, 0))
-        axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-        axes.set_title(f"query {query}", fontsize=9)
-        if points is not None:
-            axes.plot(*points[query].tolist(), **REFERENCE_POINT)
-        for row, (name, maps) in enumerate(zip(seen.maps._fields, seen.maps, strict=True)):
-            for head in range(heads):
-                axes = page.add_axes(layout.map(block, row, head))
-                draw_map(axes, backdrop, maps[head, query].numpy(), box)
-                if row == 0:
-                    axes.set_title(f"head {head}", fontsize=9)
-                if head == 0:
-                    axes.set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center")
-    draw_footer(page, layout, points is not None)
+    several = len({id(subject) for subject, _ in blocks}) > 1
+    for number, (subject, query) in enumerate(blocks):
+        axes = page.add_axes(layout.photo(number))
+        draw_detection(axes, subject, query)
+        axes.set_title(f"{subject.name}, query {query}" if several else f"query {query}", fontsize=9)
+        draw_maps(page, layout, number, subject, query)
+    draw_footer(page, layout, any(subject.seen.reference is not None for subject, _ in blocks))
     return page
+
+
+def draw_detection(axes: Axes, subject: Subject, query: int) -> None:
+    """Draw the image with a query's box, class and score, and its reference point if it has one."""
+    height, width = subject.image.shape[1:]
+    score, label = (value.item() for value in subject.probabilities[query].max(-1))
+    size = [max(round(side), 1) for side in (axes.bbox.width, axes.bbox.height)]  # pixels of the page
+    box = box_cxcywh_to_xyxy(subject.seen.boxes[query]) * torch.tensor([*size, *size])
+    photo = to_pil_image(subject.image).resize(size)
+    drawn = annotate(photo, [box.tolist()], [label], [f"{subject.classes.name_of(label)} {score:.2f}"])
+    axes.imshow(drawn, extent=(0, width, height, 0))
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    if subject.seen.reference is not None:
+        axes.plot(*(subject.seen.reference[query] * torch.tensor([width, height])).tolist(), **REFERENCE_POINT)
+
+
+def draw_maps(page: Figure, layout: Layout, block: int, subject: Subject, query: int) -> None:
+    """Draw the maps of a query."""
+    height, width = subject.image.shape[1:]
+    backdrop = rgb_to_grayscale(subject.image)[0].numpy()
+    box = (box_cxcywh_to_xyxy(subject.seen.boxes[query]) * torch.tensor([width, height, width, height])).tolist()
+    for row, (name, maps) in enumerate(zip(AttentionMaps._fields, subject.seen.maps, strict=True)):
+        for head, attention in enumerate(maps[:, query].numpy()):
+            axes = page.add_axes(layout.map(block, row, head))
+            draw_map(axes, backdrop, attention, box)
+            if row == 0:
+                axes.set_title(f"head {head}", fontsize=9)
+            if head == 0:
+                axes.set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center")
 
 
 def draw_map(axes: Axes, backdrop: np.ndarray, attention: np.ndarray, box: Sequence[float]) -> None:

@@ -13,7 +13,8 @@ from evaluation.attention_maps import AttentionMaps, View, attention_maps, recor
 from evaluation.pictures import colour_of
 from flags.parser import get_args_parser
 from models.attention import merge_heads
-from scripts.plot_attention import best_queries, draw_map, draw_page, main
+from scripts import plot_attention
+from scripts.plot_attention import Subject, best_queries, draw_map, draw_page, main, query_for
 from tests.small import FLAGS, build_small
 from util.errors import InputError
 
@@ -45,6 +46,10 @@ def photo(image, tmp_path):
     path = tmp_path / "photo.png"
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     return path
+
+
+def subject_of(image, seen, name="Conditional DETR") -> Subject:
+    return Subject(name, image, seen, seen.logits.sigmoid(), CLASSES)
 
 
 @pytest.mark.parametrize("layer", [*range(LAYERS), -1])
@@ -121,7 +126,8 @@ def test_a_page_keeps_the_shape_of_any_image(size, model):
     height, width = size
     picture = torch.zeros(3, *size, dtype=torch.uint8)
     seen = view(model, picture)
-    page = draw_page(picture, seen, seen.logits.sigmoid(), [5, 2], CLASSES)
+    subject = subject_of(picture, seen)
+    page = draw_page([(subject, 5), (subject, 2)])
     page.canvas.draw()
     assert page.bbox.width < 1700
     assert [axes.get_title() for axes in page.axes if "query" in axes.get_title()] == ["query 5", "query 2"]
@@ -146,7 +152,7 @@ def test_the_photo_of_a_query_has_its_box_and_class(model, image):
     seen = view(model, image)._replace(
         boxes=torch.full((7, 4), 0.5), logits=torch.tensor([-9.0, -9.0, 2.0]).expand(7, 3)
     )
-    (photo,) = draw_page(image, seen, seen.logits.sigmoid(), [5], CLASSES).axes[0].images
+    (photo,) = draw_page([(subject_of(image, seen), 5)]).axes[0].images
     pixels = np.asarray(photo.get_array())
     height, width = pixels.shape[:2]
     coloured = (pixels == colour_of(2)).all(-1)
@@ -158,9 +164,33 @@ def test_the_photo_of_a_query_has_its_box_and_class(model, image):
 def test_an_object_that_two_queries_see_counts_once():
     boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.31, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2], [0.7, 0.3, 0.1, 0.1]])
     logits = torch.tensor([[-9.0, 1.0], [2.0, -9.0], [-1.0, -9.0], [0.0, -9.0]])
-    seen = View(None, None, logits, boxes)
-    assert best_queries(seen, seen.logits.sigmoid(), 3) == [1, 3, 2]
-    assert best_queries(seen, seen.logits.sigmoid(), 2) == [1, 3]
+    subject = subject_of(None, View(None, None, logits, boxes))
+    assert best_queries(subject, 3) == [1, 3, 2]
+    assert best_queries(subject, 2) == [1, 3]
+    # Another model's query for an object: the best of those on it, even if others have higher scores, or the closest.
+    assert query_for(torch.tensor([0.3, 0.3, 0.2, 0.2]), subject) == 1
+    assert query_for(torch.tensor([0.7, 0.3, 0.1, 0.12]), subject) == 3
+    assert query_for(torch.tensor([0.72, 0.5, 0.2, 0.3]), subject) == 2
+
+
+def test_a_comparison_shows_the_same_object_by_both_models(checkpoint, photo, tmp_path, capsys, monkeypatch):
+    """DETR's block follows that of Conditional DETR; models may differ in their heads, queries and image sizes."""
+    model, _ = build_small("--model", "detr", "--num_classes", 3, "--nheads", 4, "--num_queries", 9)
+    flags = [*FLAGS, "--model", "detr", "--nheads", 4, "--num_queries", 9, "--min_size", 96, "--max_size", 160]
+    args = get_args_parser().parse_args(list(map(str, flags)))
+    other = tmp_path / "detr.pth"
+    torch.save({"model": model.state_dict(), "args": vars(args), **CLASSES.state_dict()}, other)
+    pages = []
+    draw = plot_attention.draw_page
+    monkeypatch.setattr(plot_attention, "draw_page", lambda blocks: pages.append(draw(blocks)) or pages[-1])
+    main([*argv(checkpoint, photo, tmp_path / "a.png"), "--compare", str(other), "--queries", "5", "2"])
+    queries = capsys.readouterr().out.strip().split("queries ")[1].split(", ")
+    assert queries[::2] == ["5", "2"]
+    titles = [axes.get_title() for axes in pages[0].axes if "query" in axes.get_title()]
+    names = ["Conditional DETR", "DETR"] * 2
+    assert titles == [f"{name}, query {query}" for name, query in zip(names, queries, strict=True)]
+    assert len([axes for axes in pages[0].axes if axes.images]) == 2 * (1 + 3 * 8) + 2 * (1 + 3 * 4)
+    assert pages[0].bbox.height == pytest.approx(4 * 250, abs=200)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +221,8 @@ def test_command(flags, queries, ending, checkpoint, photo, tmp_path, capsys):
         (("--queries", 2, 7), "--queries 7: the model's queries are 0 to 6"),
         (("--queries", -1), "--queries -1: must be at least 0"),
         (("--top", 0), "--top 0: must be at least 1"),
-        (("--layer", 3), "--layer 3: the model's decoder layers are 0 to 2"),
-        (("--layer", -4), "--layer -4: the model's decoder layers are 0 to 2"),
+        (("--layer", 3), "--layer 3: the decoder layers of {checkpoint} are 0 to 2"),
+        (("--layer", -4), "--layer -4: the decoder layers of {checkpoint} are 0 to 2"),
         (("--output", "a.xyz"), "--output a.xyz: the file's name must end in one of ."),
         (("--output", "attention"), "--output attention: the file's name must end in one of"),
         (("--queries", 0, "--output", "{photo}/a.png"), "photo.png/a.png: cannot be written"),
@@ -202,6 +232,7 @@ def test_command(flags, queries, ending, checkpoint, photo, tmp_path, capsys):
         (("--image", "{text}"), "text.jpg: cannot be decoded (not an image"),
         (("--checkpoint", "absent.pth"), "absent.pth: no such checkpoint"),
         (("--checkpoint", "{text}"), "text.jpg: not a checkpoint"),
+        (("--compare", "absent.pth"), "absent.pth: no such checkpoint"),
     ],
 )
 def test_mistakes(flags, message, checkpoint, photo, tmp_path):
@@ -212,7 +243,7 @@ def test_mistakes(flags, message, checkpoint, photo, tmp_path):
     places["broken"].write_bytes(photo.read_bytes()[:5000])
     with pytest.raises(InputError) as error:
         main([*argv(checkpoint, photo, tmp_path / "a.png"), *(str(flag).format(**places) for flag in flags)])
-    assert message in str(error.value)
+    assert message.replace("{checkpoint}", str(checkpoint)) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "a.png").exists()
 
