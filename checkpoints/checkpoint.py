@@ -25,7 +25,7 @@ from util.errors import InputError
 from util.text import counted
 
 
-def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any]:
+def load_checkpoint(source: str | Path, training: bool = False, all_groups: bool = False) -> dict[str, Any]:
     """Return a checkpoint on the CPU, checked against `checkpoints.checkpoint_schema`; `args` is a plain dict.
 
     If weights other than those under the key model are taken, a line of the log names them.
@@ -34,6 +34,7 @@ def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any
         source: a file, a URL, the name of a hub entry (`PUBLISHED`), a safetensors file, or a folder of Hugging Face
             transformers.
         training: also return the state of the training, and prefer raw weights to averaged ones.
+        all_groups: also return the queries of Group DETR that only training uses; they always belong to its state.
 
     Raises:
         InputError: if it is missing, unreadable, contains more than tensors and plain data, holds no model, or if any
@@ -59,7 +60,25 @@ def load_checkpoint(source: str | Path, training: bool = False) -> dict[str, Any
         log(line)
     checkpoint = check_checkpoint(contents, source, training)
     checkpoint["args"] = known_flags(str(source), checkpoint["model"]) | checkpoint["args"]
-    return checkpoint
+    return checkpoint if training or all_groups else with_first_group(checkpoint, source)
+
+
+def with_first_group(checkpoint: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Return a checkpoint as that of a plain model, with the first of the groups of queries that it was trained with.
+
+    Raises:
+        InputError: if its queries are not in as many groups as its flags say.
+    """
+    groups, queries = checkpoint["args"].get("group_detr", 1), checkpoint["model"].get("query_embed.weight")
+    if groups == 1 or queries is None:
+        return checkpoint
+    if queries.dim() != 2 or len(queries) % groups:
+        raise InputError(f"{source}: its queries, {list(queries.shape)}, cannot be in {groups} groups (--group_detr)")
+    first = queries[: len(queries) // groups].clone()
+    return checkpoint | {
+        "model": checkpoint["model"] | {"query_embed.weight": first},
+        "args": checkpoint["args"] | {"group_detr": 1},
+    }
 
 
 def _known_names(source: str) -> str:
@@ -131,8 +150,9 @@ def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: I
 
 
 def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags of a checkpoint's run; published ones, which lack some, have frozen norms."""
-    return checkpoint["args"] and {"backbone_norm": "frozen", "model": "conditional_detr"} | checkpoint["args"]
+    """Return the flags of a checkpoint's run; those that published ones lack are the published code's."""
+    published = {"backbone_norm": "frozen", "model": "conditional_detr", "group_detr": 1}
+    return checkpoint["args"] and published | checkpoint["args"]
 
 
 def check_stored_flags(args: argparse.Namespace, source: str | Path) -> None:

@@ -41,6 +41,7 @@ MOST_REPEATED = 4  # how many times larger than the file the weights may be: som
 NUMBERS = (
     *("lr", "lr_backbone", "batch_size", "weight_decay", "epochs", "lr_drop", "clip_max_norm", "accum_steps", "seed"),
     *("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "dropout", "nheads", "num_queries", "num_classes"),
+    "group_detr",
     *("set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
     *("focal_alpha", "eos_coef", "min_size", "max_size", "max_detections", "max_megapixels", "overfit"),
 )

@@ -57,6 +57,7 @@ LIMITS: dict[str, Number] = {
     "dropout": SHARE,
     "nheads": Number(int, 1, 2**12),
     "num_queries": Number(int, 1, 10_000, MEMORY),
+    "group_detr": Number(int, 1, 100, MEMORY),
     "num_classes": Number(int, 1, 100_000, MEMORY),
     "set_cost_class": COEFFICIENT,
     "set_cost_bbox": COEFFICIENT,
@@ -157,6 +158,8 @@ def check_model(args: argparse.Namespace, where: str = "") -> None:
         )
     if args.backbone not in BACKBONES:
         raise InputError(f"{where}--backbone {short(args.backbone)}: choose one of {', '.join(BACKBONES)}")
+    if args.group_detr > 1 and args.model != "conditional_detr":
+        raise InputError(f"{where}--group_detr {args.group_detr}: only conditional_detr trains groups of queries")
     if args.dropout == 1:
         raise InputError(f"{where}--dropout 1: nothing would be left to learn from")
     if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:

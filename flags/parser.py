@@ -93,6 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dropout", default=0.1, type=float, help="dropout in the transformer")
     add("--nheads", default=8, type=int, help="attention heads")
     add("--num_queries", default=300, type=int, help="object queries" + of_detr("num_queries"))
+    add("--group_detr", default=1, type=int, metavar="G", help="Group DETR: groups of queries in training; 1: off")
     add("--pre_norm", action="store_true", help="not supported: the model is defined with norms after the residuals")
     add(
         "--num_classes",

@@ -24,6 +24,7 @@ MODEL_FLAGS = (
     "dec_layers",
     "dim_feedforward",
     "num_queries",
+    "group_detr",
 )
 IMAGE_SIZES = ("min_size", "max_size")
 # The flags that decide how training continues: they may change, but this is rarely intended.

@@ -53,6 +53,7 @@ def build_model(
         dropout=flags.dropout,
         aux_loss=flags.aux_loss,
         checkpoint_activations=flags.checkpoint_activations,
+        **({"num_groups": flags.group_detr} if flags.group_detr > 1 else {}),
     )
     classification = SoftmaxWithNoObject(flags.eos_coef) if flags.model == "detr" else FocalSigmoid(flags.focal_alpha)
     matcher = HungarianMatcher(flags.set_cost_class, flags.set_cost_bbox, flags.set_cost_giou, classification)
@@ -62,7 +63,9 @@ def build_model(
         CardinalityError(),
         ClassError(),
     ]
-    criterion = SetCriterion(matcher, terms, num_layers=flags.dec_layers if flags.aux_loss else 1)
+    criterion = SetCriterion(
+        matcher, terms, num_layers=flags.dec_layers if flags.aux_loss else 1, num_groups=flags.group_detr
+    )
     return model, criterion, {"bbox": PostProcess(flags.max_detections, classification)}
 
 

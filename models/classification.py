@@ -20,7 +20,7 @@ EPS = 1e-8
 class Totals(NamedTuple):
     """Numbers of targets of a training step, in all its batches.
 
-    num_boxes: the number of targets, averaged over the processes; at least 1.
+    num_boxes: the number of targets, averaged over the processes.
     per_image: the number of targets in each image of this process.
     """
 

@@ -1,9 +1,10 @@
 """Conditional DETR: a decoder with separate content and spatial attention, and boxes as offsets from points.
 
 Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021; the sections named below are the paper's.
+Groups of queries: Chen et al., "Group DETR", ICCV 2023.
 
-Shapes: B images, S = H·W cells of the feature map, Q queries, C width, h heads, L decoder layers; `visible`
-[B, 1, 1, S] is False on padding, or None if there is none.
+Shapes: B images, S = H·W cells of the feature map, Q queries of G groups (one unless the model is in training mode), C
+width, h heads, L decoder layers; `visible` [B, 1, 1, S] is False on padding, or None if there is none.
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ class ConditionalDecoderLayer(nn.Module):
     In the cross-attention (section 3.3) every head's query is the concatenation of a content part c_q and a spatial
     part p_q, and every key that of c_k and p_k, so that the logit is the sum c_qᵀc_k + p_qᵀp_k. The first layer, whose
     queries have no content yet, also adds the positions to the content parts.
+
+    In training, the queries attend only to those of their own group.
     """
 
-    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, first: bool) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, first: bool, num_groups: int = 1
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.num_groups = num_groups
         self.sa_qcontent_proj = nn.Linear(dim, dim)
         self.sa_qpos_proj = nn.Linear(dim, dim)
         self.sa_kcontent_proj = nn.Linear(dim, dim)
@@ -77,11 +83,13 @@ class ConditionalDecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(ffn))
 
     def attend_to_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:
-        """Return the output of the self-attention, [B, Q, C]."""
+        """Return the output of the self-attention within groups, [B, Q, C]."""
         q = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos)
         k = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
         v = self.sa_v_proj(x)
-        return self.self_attn(*(split_heads(t, self.num_heads) for t in (q, k, v)))[0]
+        if self.training and self.num_groups > 1:
+            q, k, v = (t.unflatten(1, (self.num_groups, -1)).flatten(0, 1) for t in (q, k, v))  # [B·G, Q / G, C]
+        return self.self_attn(*(split_heads(t, self.num_heads) for t in (q, k, v)))[0].reshape_as(x)
 
     def attend_to_image(
         self, x: Tensor, query_pos: Tensor, spatial: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None
@@ -108,6 +116,7 @@ class ConditionalDecoder(nn.Module):
         dim: the width C.
         num_heads, dim_feedforward, dropout: of each layer.
         checkpoint_activations: compute activations again in the backward pass instead of storing them.
+        num_groups: G, in training.
     """
 
     def __init__(
@@ -118,11 +127,13 @@ class ConditionalDecoder(nn.Module):
         dim_feedforward: int,
         dropout: float,
         checkpoint_activations: bool = False,
+        num_groups: int = 1,
     ) -> None:
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
         self.layers = nn.ModuleList(
-            ConditionalDecoderLayer(dim, num_heads, dim_feedforward, dropout, first=i == 0) for i in range(num_layers)
+            ConditionalDecoderLayer(dim, num_heads, dim_feedforward, dropout, i == 0, num_groups)
+            for i in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim)
         # λ_q of section 3.3, computed from the embeddings of the previous layer: a single layer has none.
@@ -177,8 +188,12 @@ def build_conditional_detr(
     dropout: float,
     aux_loss: bool,
     checkpoint_activations: bool,
+    num_groups: int = 1,
 ) -> ConditionalDETR:
-    """Return a randomly initialised model; class ids are 0 to `num_classes` - 1, without a background class."""
+    """Return a randomly initialised model; class ids are 0 to `num_classes` - 1, without a background class.
+
+    With `num_groups` above 1, training uses as many groups of `num_queries` queries (Group DETR).
+    """
     sizes = dim, num_heads, dim_feedforward, dropout, checkpoint_activations
-    transformer = Transformer(Encoder(enc_layers, *sizes), ConditionalDecoder(dec_layers, *sizes))
-    return ConditionalDETR(backbone, transformer, dim, num_classes, num_queries, aux_loss)
+    transformer = Transformer(Encoder(enc_layers, *sizes), ConditionalDecoder(dec_layers, *sizes, num_groups))
+    return ConditionalDETR(backbone, transformer, dim, num_classes, num_queries, aux_loss, num_groups)

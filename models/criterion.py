@@ -124,14 +124,18 @@ class SetCriterion(nn.Module):
         matcher: assigns targets to queries.
         terms: the losses, and values that are only logged.
         num_layers: the number of decoder layers in the outputs; 1 without auxiliary outputs.
+        num_groups: the number of groups of queries in the outputs in training mode, each matched with all targets.
 
     `weight_dict` has the weight of every loss by name. The last layer's losses have the plain names, those of each
     earlier layer i have the suffix `_i`. The host waits for the device once, for the costs of the matching.
     """
 
-    def __init__(self, matcher: HungarianMatcher, terms: Sequence[Term], num_layers: int = 1) -> None:
+    def __init__(
+        self, matcher: HungarianMatcher, terms: Sequence[Term], num_layers: int = 1, num_groups: int = 1
+    ) -> None:
         super().__init__()
         self.matcher = matcher
+        self.num_groups = num_groups
         self.terms = terms
         weights = {name: weight for term in terms for name, weight in term.weights.items()}
         self.weight_dict = {name + suffix: w for suffix in layer_suffixes(num_layers) for name, w in weights.items()}
@@ -141,15 +145,18 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Return scalars by name for the model's outputs and B targets.
 
-        Targets have `labels` [T_b] and `boxes` [T_b, 4], normalised cxcywh. The losses are divided by
-        `totals`, those of all batches of a step, by default of this one. `loss_*` are unweighted; `class_error` and
-        `cardinality_error` are only logged.
+        Targets have `labels` [T_b] and `boxes` [T_b, 4], normalised cxcywh. The losses are divided by `totals`, by
+        default those of this batch; boxes count once per group of queries, and as at least 1. `loss_*` are unweighted;
+        `class_error` and `cardinality_error` are only logged.
         """
         layers = [outputs, *outputs.get("aux_outputs", [])]  # the last decoder layer first
         logits = torch.stack([layer["pred_logits"] for layer in layers])
         boxes = torch.stack([layer["pred_boxes"] for layer in layers])
-        totals = totals or self.totals(targets, logits.device)
-        matched = Matched(logits, boxes, outputs, targets, self.matcher.match(logits, boxes, targets), totals)
+        num_groups = self.num_groups if self.training else 1
+        num_boxes, per_image = totals or self.totals(targets, logits.device)
+        totals = Totals((num_groups * num_boxes).clamp(min=1), per_image)
+        matches = self.matcher.match(logits, boxes, targets, num_groups)
+        matched = Matched(logits, boxes, outputs, targets, matches, totals)
         values = {name: value for term in self.terms for name, value in term(matched).items()}
         losses = {
             name + suffix: value[i]
@@ -161,10 +168,10 @@ class SetCriterion(nn.Module):
 
     @staticmethod
     def totals(targets: list[dict[str, Tensor]], device: torch.device) -> Totals:
-        """Return the number of targets, averaged over the processes; at least 1."""
+        """Return the numbers of targets of a batch."""
         per_image = [len(target["labels"]) for target in targets]
         num_boxes = reduce_sum(torch.full((), float(sum(per_image)), device=device)) / get_world_size()
-        return Totals(num_boxes.clamp(min=1), per_image)
+        return Totals(num_boxes, per_image)
 
 
 def layer_suffixes(num_layers: int) -> list[str]:

@@ -1,6 +1,8 @@
 """Common part of all detectors: images in, class logits and boxes of a fixed number of queries out.
 
 Shapes: B images H×W, feature map H'×W', S = H'·W', Q queries, C width, K logits, L decoder layers.
+
+With G groups of queries (Group DETR), Q counts those of all groups in training, and those of the first group otherwise.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ class Detector(nn.Module):
         transformer: maps a feature map and queries to decoder outputs.
         dim: the width C of the transformer.
         num_logits: K, per query.
-        num_queries: Q, the maximum number of objects that can be found in an image.
+        num_queries: the maximum number of objects that can be found in an image.
         aux_loss: also return the predictions of the decoder layers before the last one.
+        num_groups: G; each group has `num_queries` queries.
     """
 
     def __init__(
@@ -58,15 +61,17 @@ class Detector(nn.Module):
         num_logits: int,
         num_queries: int,
         aux_loss: bool = False,
+        num_groups: int = 1,
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self.class_embed = nn.Linear(dim, num_logits)
         self.bbox_embed = MLP(dim, dim, 4, 3)
-        self.query_embed = nn.Embedding(num_queries, dim)
+        self.query_embed = nn.Embedding(num_groups * num_queries, dim)
         self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
         self.backbone = backbone
         self.aux_loss = aux_loss
+        self.num_groups = num_groups
 
     def forward(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """Return predictions for a NestedTensor, a list of [3, h, w] images of any sizes, or one [B, 3, H, W] tensor.
@@ -91,6 +96,8 @@ class Detector(nn.Module):
         x, padding = stages["0"].decompose()  # [B, C', H', W'], [B, H', W']
         features = self.input_proj(x)  # [B, C, H', W']
         query_pos = self.query_embed.weight  # [Q, C]
+        if self.num_groups > 1 and not self.training:
+            query_pos = query_pos[: len(query_pos) // self.num_groups]
         position = position.flatten(1, 2).to(query_pos.dtype)  # [B, S, C]
         padding = padding.flatten(1) if samples.has_padding else None  # [B, S]
         hs, reference, memory = self.transformer(features.flatten(2).transpose(1, 2), position, padding, query_pos)

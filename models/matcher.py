@@ -1,7 +1,7 @@
 """The assignment of targets to queries (DETR, section 3.1).
 
-Shapes: L decoder layers, B images, Q queries, K logits, T_b targets of image b, T targets of all images,
-M = sum of min(Q, T_b) matched pairs per layer.
+Shapes: L decoder layers, B images, Q queries in G groups, K logits, T_b targets of image b, T targets of all images,
+M = sum of G·min(Q / G, T_b) matched pairs per layer.
 """
 
 from __future__ import annotations
@@ -51,12 +51,17 @@ class HungarianMatcher:
         self.cost_giou = cost_giou
         self.classification = classification or SoftmaxWithNoObject()
 
-    def __call__(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Return the matched queries and targets of each image, [min(Q, T_b)] each, as the published code does.
+    def __call__(
+        self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], num_groups: int = 1
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the matched queries and targets of each image, [G·min(Q / G, T_b)] each, as the published code does.
 
-        outputs: `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4]; targets: `labels` and `boxes` of B images.
+        Args:
+            outputs: `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4].
+            targets: `labels` and `boxes` of B images.
+            num_groups: G.
         """
-        matches = self.match(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)
+        matches = self.match(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets, num_groups)
         pairs, first = [], 0
         for image, target in enumerate(targets):
             mine = matches.image[0] == image
@@ -65,23 +70,27 @@ class HungarianMatcher:
         return pairs
 
     @torch.no_grad()
-    def match(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
+    def match(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], num_groups: int = 1) -> Matches:
         """Return the matches of logits [L, B, Q, K] and boxes [L, B, Q, 4] with the `labels` and `boxes` of B targets.
 
-        The queries of an image are in ascending order. The host waits for the device once, for the costs of all layers
+        Every group of queries has an assignment of its own (Group DETR). The queries of an image are in ascending
+        order. The host waits for the device once, for the costs of all layers
         and images; each image's costs are only for its own targets.
         """
         sizes = [len(target["labels"]) for target in targets]
         cost = self.cost(logits, boxes, targets, sizes).cpu()  # [T, L, Q]
         cost = cost.nan_to_num(nan=torch.finfo(cost.dtype).max)  # a diverged model still has an assignment
+        first_query = torch.arange(num_groups)[:, None] * (logits.shape[2] // num_groups)  # [G, 1]
         image, query, target = [], [], []
         first = 0  # first row of the image's targets among all targets
         for i, cost_of_image in enumerate(cost.split(sizes)):
-            pairs = [linear_sum_assignment(layer) for layer in cost_of_image.permute(1, 2, 0).numpy()]  # of [Q, T_b]
-            queries, rows = torch.from_numpy(np.array(pairs)).unbind(1)  # [L, min(Q, T_b)]
+            groups = cost_of_image.permute(1, 2, 0).unflatten(1, (num_groups, -1))  # [L, G, Q / G, T_b]
+            pairs = [linear_sum_assignment(group) for group in groups.flatten(0, 1).numpy()]
+            pairs = torch.from_numpy(np.array(pairs)).unflatten(0, (-1, num_groups))  # [L, G, 2, min(Q / G, T_b)]
+            queries = (pairs[:, :, 0] + first_query).flatten(1)
             image.append(torch.full_like(queries, i))
             query.append(queries)
-            target.append(rows + first)
+            target.append(pairs[:, :, 1].flatten(1) + first)
             first += sizes[i]
         index = torch.stack([torch.cat(parts, dim=1) for parts in (image, query, target)])  # [3, L, M]
         index = copy_to_device(index, logits.device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import changed_flags, check_finite, classes_of, fits, shape_text
+from checkpoints.checkpoint import changed_flags, check_finite, classes_of, fits, shape_text, stored_flags
 from checkpoints.weight_flags import model_of
 from datasets.classes import Classes, normalized
 from flags.resolve import MODEL_FLAGS
@@ -19,6 +19,7 @@ from util.text import counted
 
 HEADS = ("class_embed.", "bbox_embed.")
 CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
+QUERIES = "query_embed.weight"
 BATCH_COUNTER = "num_batches_tracked"  # of trained norms; frozen ones have none, and nothing depends on it
 
 
@@ -44,6 +45,7 @@ def start_from(
     """
     check_finite(checkpoint["model"], source)
     theirs, ours = checkpoint["model"], model.state_dict()
+    theirs = theirs | queries_of_groups(theirs.get(QUERIES), ours[QUERIES], stored_flags(checkpoint), args)
     same_model = model_of(ours) == model_of(theirs)
     apart = CLASS_HEAD if same_model else tuple(name for name in ours if name.startswith(HEADS))  # with another meaning
     fitting = [name for name, tensor in ours.items() if name not in apart and fits(tensor, theirs.get(name))]
@@ -68,6 +70,21 @@ def start_from(
         changed = "".join(f"; {flag}" for flag in changed_flags(args, checkpoint, MODEL_FLAGS))
         warn(f"not taken over: {describe_misfits(left_out, ours, theirs)}{changed}")
     return not any(name.startswith("backbone.0.") for name in left_out)
+
+
+def queries_of_groups(
+    theirs: Tensor | None, ours: Tensor, stored: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Tensor]:
+    """Return the queries of a checkpoint for a model with another number of groups (Group DETR), by their key.
+
+    Both begin with the same groups; those that the checkpoint lacks are as in the new model. There are none if the
+    groups are as many, or not of the same size.
+    """
+    groups = stored.get("group_detr", 1)
+    if theirs is None or groups == args.group_detr or theirs.shape[0] * args.group_detr != ours.shape[0] * groups:
+        return {}
+    log(f"groups of queries: {args.group_detr} instead of {groups}; the first {min(args.group_detr, groups)} are kept")
+    return {QUERIES: torch.cat([theirs[: len(ours)], ours[len(theirs) :].to(theirs)])}
 
 
 def has_head(weights: dict[str, Tensor], width: int) -> bool:

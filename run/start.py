@@ -97,6 +97,8 @@ def find_start(flags: Flags, output_dir: Path | None) -> Start:
     Raises:
         InputError: if the checkpoint cannot be used, flags contradict it, or there are no epochs left to train.
     """
+    if flags.eval:
+        flags = resolve(flags, group_detr=1)  # evaluation uses only the first group of queries
     checkpoint, source = read_checkpoint(flags)
     if checkpoint:
         flags = with_model_flags(flags, checkpoint, source)
@@ -107,7 +109,7 @@ def find_start(flags: Flags, output_dir: Path | None) -> Start:
         return Start(flags, checkpoint, source)
     unlogged = unlogged_epoch(checkpoint, source, output_dir)
     epoch = first_epoch(checkpoint, source, flags)
-    other_model = load_checkpoint(flags.finetune) if flags.finetune and not checkpoint else None
+    other_model = load_checkpoint(flags.finetune, all_groups=True) if flags.finetune and not checkpoint else None
     start = Start(flags, checkpoint, source, other_model, epoch, unlogged)
     if epoch >= flags.epochs and not unlogged and not start.finished:
         raise InputError(f"--start_epoch {epoch}: the run has only {counted(flags.epochs, 'epoch')}, counted from 0")

@@ -1,4 +1,4 @@
-"""Both models against the published code in float64, where rounding hides no mistake: see tests/data/README.md."""
+"""All models against the published code in float64, where rounding hides no mistake: see tests/data/README.md."""
 
 import pytest
 import torch
@@ -10,7 +10,11 @@ from run.optim import build_optimizer
 from run.step import logged_losses
 from tests.reference import load_figures, reference_images, reference_targets, reference_weights, sharpened
 
-MODELS = {"detr": "sharp_detr_resnet50", "conditional_detr": "sharp_conditional_detr_resnet50"}
+FIGURES = {
+    "sharp_detr_resnet50": ["--model", "detr"],
+    "sharp_conditional_detr_resnet50": [],
+    "sharp_conditional_detr_resnet50_group3": ["--group_detr", "3", "--num_queries", "100"],
+}
 
 
 @pytest.fixture
@@ -20,11 +24,11 @@ def _float64():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FIGURES)
 def test_everything(name, _float64):
-    figures, arrays = load_figures(MODELS[name])
+    figures, arrays = load_figures(name)
     arrays = {key: value.double() if value.is_floating_point() else value for key, value in arrays.items()}
-    args = get_args_parser().parse_args(["--model", name, "--dropout", "0", "--device", "cpu"])
+    args = get_args_parser().parse_args([*FIGURES[name], "--dropout", "0", "--device", "cpu"])
     model, criterion, postprocessors = build_model(args)
     model.load_state_dict(sharpened(reference_weights(model.state_dict())))
     images = [image.double() for image in reference_images(figures["sizes"], figures["seed"])]
@@ -38,10 +42,7 @@ def test_everything(name, _float64):
         assert_close(outputs[key], arrays[key], atol=1e-5, rtol=0)
         for layer in (0, 4):
             assert_close(outputs["aux_outputs"][layer][key][:, ::5], arrays[f"aux{layer}_{key}"], atol=1e-5, rtol=0)
-    for i, layer in enumerate([outputs, *outputs["aux_outputs"]]):
-        for image, pairs in enumerate(criterion.matcher(layer, targets)):
-            assert torch.stack(pairs).tolist() == arrays[f"match{i}_{image}"].tolist()
-    check_losses(criterion(outputs, targets), figures["eval_losses"])
+    check_losses(criterion.eval()(outputs, targets), figures["eval_losses"])
     detections = postprocessors["bbox"](outputs, torch.tensor([[480, 640], [427, 640]]))
     for image, found in enumerate(detections):
         assert torch.equal(found["labels"], arrays[f"post{image}_labels"])
@@ -49,12 +50,20 @@ def test_everything(name, _float64):
         assert_close(found["boxes"], arrays[f"post{image}_boxes"], atol=1e-3, rtol=0)
 
     optimizer = build_optimizer(model.train(), args.lr, args.lr_backbone, args.weight_decay)
+    criterion.train()
     for step, expected in enumerate(figures["trajectory"]):
-        losses = criterion(model(images), targets)
+        outputs = model(images)
+        losses = criterion(outputs, targets)
         loss = logged_losses(losses, criterion.weight_dict)["loss"]
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
+            for i, layer in enumerate([outputs, *outputs["aux_outputs"]]):
+                for image, pairs in enumerate(criterion.matcher(layer, targets, args.group_detr)):
+                    assert torch.stack(pairs).tolist() == arrays[f"match{i}_{image}"].tolist()
+            if args.group_detr > 1:
+                every_20th = outputs["pred_logits"][:, ::20]
+                assert_close(every_20th, arrays["train_pred_logits_every20th_query"], atol=1e-5, rtol=0)
             check_losses(losses, figures["losses"])
             norms = {key: p.grad.norm().item() for key, p in model.named_parameters() if p.grad is not None}
             assert norms == pytest.approx(figures["grad_norms"], rel=1e-6, abs=1e-9)
