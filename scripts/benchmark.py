@@ -159,7 +159,12 @@ def measure_step(
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Measure training steps of one batch size and precision."""
-    steps = {"": TrainingStep(*build(variant, device), batch_size, amp, flags)}
+    steps = {
+        f", {groups} groups" if groups > 1 else "": TrainingStep(
+            *build(variant, device, "--group_detr", str(groups)), batch_size, amp, flags
+        )
+        for groups in flags.group_detr
+    }
     if flags.compile:
         steps[" compiled"] = TrainingStep(*build(variant, device), batch_size, amp, flags)
         compile_model(steps[" compiled"].step.model)

@@ -81,6 +81,7 @@ def benchmark() -> Parser:
     add_device(parser)
     add("--size", nargs=2, type=int, default=(800, 1066), metavar=("HEIGHT", "WIDTH"), help="of images")
     add("--batch_sizes", nargs="+", type=int, default=[2], help="images of a training step")
+    add("--group_detr", nargs="+", type=int, default=[1], help="groups of queries in a training step (Group DETR)")
     add("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16", "fp16"), help="precisions")
     add("--compile", action="store_true", help="also measure compiled models")
     add("--no_peer", action="store_true", help="without transformers")

@@ -17,14 +17,18 @@ from util.errors import InputError
 @pytest.mark.parametrize("part", benchmark.PARTS)
 def test_a_small_run(part, tmp_path, monkeypatch, capsys):
     report = tmp_path / "report.json"
-    flags = f"--parts {part} --device cpu --size 64 64 --repeats 1 --amp none --no_peer --json {report}"
+    flags = (
+        f"--parts {part} --device cpu --size 64 64 --repeats 1 --amp none --no_peer --json {report} --group_detr 1 2"
+    )
     monkeypatch.setattr(sys, "argv", ["benchmark", *flags.split()])
     benchmark.main()
     written = json.loads(report.read_text())
     assert written["machine"]["matmul GFLOP/s"]["float32"] > 0
     row, *others = written[part]
     assert row["model"] == "r50"
-    assert [other["model"] for other in others] == ["r50, attention weights in full"] * (part == "inference")
+    assert [other["model"] for other in others] == [
+        {"inference": "r50, attention weights in full", "training": "r50, 2 groups"}[part]
+    ]
     assert row["ms"] > 0
     printed = capsys.readouterr().out
     assert f"| {row['model']} | float32 |" in printed

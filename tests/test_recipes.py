@@ -39,6 +39,13 @@ def call(tmp_path):
     return call
 
 
+def test_recipe_of_group_detr(call):
+    args = get_args_parser().parse_args(call("conddetr_r50_epoch12_groupdetr11")[3:])
+    assert (args.group_detr, args.epochs, args.lr_drop, args.batch_size, args.resume) == (11, 12, 11, 2, "auto")
+    assert (args.model, args.backbone, args.dilation) == ("conditional_detr", "resnet50", False)
+    assert args.output_dir == "output/conddetr_r50_epoch12_groupdetr11"
+
+
 @pytest.mark.parametrize(("model", "variant", "epochs"), RECIPES)
 def test_recipe(model, variant, epochs, call):
     recipe = f"{model}_{variant}_epoch{epochs}"

@@ -107,7 +107,7 @@ class TrainingStep:
             outputs = timed("forward", step.forward, self.samples)
             layers = [outputs, *outputs["aux_outputs"]]
             predictions = [torch.stack([layer[name] for layer in layers]) for name in ("pred_logits", "pred_boxes")]
-            timed("matching", criterion.matcher.match, *predictions, self.targets)
+            timed("matching", criterion.matcher.match, *predictions, self.targets, criterion.num_groups)
             losses = timed("matching and losses", criterion, outputs, self.targets)
             loss = logged_losses(losses, criterion.weight_dict)["loss"]
             step.optimizer.zero_grad()
