@@ -12,19 +12,21 @@ from torch import Tensor, nn
 
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
 from evaluation.evaluators import build_evaluators
+from models.criterion import SetCriterion
+from models.postprocess import PostProcess
 from run.progress import Progress
 from run.step import Step, autocast, logged_losses
 from util.distributed import all_gather_plain
 from util.files import save_on_master
-from util.logger import MetricLogger, warn
+from util.logger import MetricLogger, SizedIterable, warn
 
 PRINT_FREQ = 10
 
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: nn.Module,
-    data_loader: Iterable,
+    criterion: SetCriterion,
+    data_loader: SizedIterable,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     epoch: int,
@@ -42,7 +44,7 @@ def train_one_epoch(
 
 def take_steps(
     step: Step,
-    data_loader: Iterable,
+    data_loader: SizedIterable,
     device: torch.device,
     epoch: int,
     progress: Progress,
@@ -76,9 +78,9 @@ def take_steps(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    criterion: nn.Module,
-    postprocessors: dict[str, nn.Module],
-    data_loader: Iterable,
+    criterion: SetCriterion,
+    postprocessors: dict[str, PostProcess],
+    data_loader: SizedIterable,
     base_ds: COCO,
     device: torch.device,
     output_dir: str | Path,
@@ -101,7 +103,7 @@ def evaluate(
 
     evaluators = detect(model, postprocessors, data_loader, base_ds, device, amp, logger, measure)
     logger.synchronize_between_processes()
-    stats = logger.averages()
+    stats: dict[str, Any] = logger.averages()
     for evaluator in evaluators:
         evaluator.accumulate()
         evaluator.summarize()
@@ -116,8 +118,8 @@ def evaluate(
 @torch.no_grad()
 def detect(
     model: nn.Module,
-    postprocessors: dict[str, nn.Module],
-    data_loader: Iterable,
+    postprocessors: dict[str, PostProcess],
+    data_loader: SizedIterable,
     base_ds: COCO,
     device: torch.device,
     amp: str = "none",
@@ -156,7 +158,7 @@ def detect(
 class InGroups:
     """Batches of a loader in groups of `size`, without an incomplete last group."""
 
-    def __init__(self, loader: Iterable, size: int) -> None:
+    def __init__(self, loader: SizedIterable, size: int) -> None:
         self.loader = loader
         self.size = size
 
@@ -167,11 +169,12 @@ class InGroups:
         return zip(*[iter(self.loader)] * self.size, strict=False)
 
 
-def report_skipped(data_loader: Iterable) -> None:
+def report_skipped(data_loader: SizedIterable) -> None:
     """Print which images the processes have skipped, if the loader's data set can skip images."""
-    take_skipped = getattr(getattr(data_loader, "dataset", None), "take_skipped", list)
+    dataset: Any = getattr(data_loader, "dataset", None)
+    take_skipped = getattr(dataset, "take_skipped", list)
     if positions := set().union(*all_gather_plain(take_skipped())):
-        warn(data_loader.dataset.describe_skipped(positions))
+        warn(dataset.describe_skipped(positions))
 
 
 def to_device(samples: Any, targets: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[Any, list[dict]]:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from datasets.build import CocoLoader
 from datasets.coco_eval import CocoEvaluator
 from datasets.odd_boxes import crowded_images
 from engine import detect, evaluate
@@ -110,6 +111,7 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
     dataset_val = data.val.dataset
     if flags.eval and flags.image_set == "test":
         found, *_ = detect(parallel_model, postprocessors, data.val, dataset_val.ground_truth(), device, flags.amp)
+        assert output_dir is not None  # as `check_args` makes sure
         write_test_results(found, data.all_classes, output_dir)
         return
     arrays_dir = "" if flags.eval else flags.output_dir  # eval/ belongs to training, which may use the folder, too
@@ -118,18 +120,19 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
         base_ds = dataset_val.ground_truth()
         return evaluate(parallel_model, criterion, postprocessors, data.val, base_ds, device, arrays_dir, flags.amp)
 
-    if flags.eval:
+    if data.train is None:
         _, evaluator = evaluate_val()
         if output_dir:
             write_report(evaluator, dataset_val, data.all_classes, output_dir)
         return
 
-    print_training(start, data)
-    board_dir = output_dir / "tensorboard" if flags.tensorboard and is_main_process() else None
+    print_training(start, data.train)
+    board_dir = output_dir / "tensorboard" if output_dir and flags.tensorboard and is_main_process() else None
     board = TensorBoard(board_dir, partial(draw_examples, dataset_val, data.all_classes))
     with stop_request.deferred(), board:
         TrainingRun(
-            start, data, model, parallel_model, criterion, device, evaluate_val, output_dir, stop_request, board
+            *(start, data.train, data.num_classes, model, parallel_model, criterion, device),
+            *(evaluate_val, output_dir, stop_request, board),
         ).train()
 
 
@@ -151,12 +154,12 @@ def print_summary(flags: Flags, data: Data, model: Detector) -> None:
     )
 
 
-def print_training(start: Start, data: Data) -> None:
+def print_training(start: Start, loader: CocoLoader) -> None:
     """Print the size of the training, and warnings about its settings."""
     flags = start.flags
     accumulated = f" × {flags.accum_steps} batches" if flags.accum_steps > 1 else ""
     images = images_per_step(flags)
-    steps = len(data.train) // flags.accum_steps * flags.epochs
+    steps = len(loader) // flags.accum_steps * flags.epochs
     log(
         f"training: {counted(flags.batch_size, 'image')} × {counted(get_world_size(), 'process')}{accumulated} = "
         f"{images} per step; {counted(flags.epochs, 'epoch')}, {counted(steps, 'step')}; "

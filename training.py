@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from datasets.build import CocoLoader
 from datasets.coco_eval import CocoEvaluator
 from engine import PRINT_FREQ, take_steps
 from flags.resolve import Flags, stored
+from models.criterion import SetCriterion
 from models.detector import Detector
 from run.advice import lr_factor
-from run.data import Data
 from run.log_file import append_log, best_ap, trim_log
 from run.optim import build_optimizer, build_schedule, restore_optimizer
 from run.progress import Progress
@@ -41,7 +42,8 @@ class TrainingRun:
 
     Args:
         start: its start.
-        data: its data.
+        loader: the batches of the training data.
+        num_classes: the size of the class head.
         model, parallel_model: the model, and the same one wrapped for several processes.
         criterion: the losses.
         device: of the model.
@@ -54,10 +56,11 @@ class TrainingRun:
     def __init__(
         self,
         start: Start,
-        data: Data,
+        loader: CocoLoader,
+        num_classes: int,
         model: Detector,
         parallel_model: nn.Module,
-        criterion: nn.Module,
+        criterion: SetCriterion,
         device: torch.device,
         evaluate_val: Callable[[], tuple[dict[str, Any], CocoEvaluator]],
         output_dir: Path | None,
@@ -66,14 +69,14 @@ class TrainingRun:
     ) -> None:
         self.start = start
         self.flags = flags = start.flags
-        self.loader = data.train
+        self.loader = loader
         self.model = model
         self.device = device
         self.evaluate_val = evaluate_val
         self.output_dir = output_dir
         self.stop_request = stop_request
         self.board = board
-        self.stored_flags = stored(flags) | {"num_classes": data.num_classes}
+        self.stored_flags = stored(flags) | {"num_classes": num_classes}
         self.images_per_step = flags.batch_size * flags.accum_steps  # of this process
         self.steps_per_epoch = len(self.loader) // flags.accum_steps
         factor = lr_factor(flags, images_per_step(flags))
@@ -97,34 +100,35 @@ class TrainingRun:
         """Train all remaining epochs, and print how to use the model."""
         begin = time.time()
         start = self.start
-        if start.resumes:
-            self.restore()
+        if start.resumed is not None:
+            self.restore(start.resumed)
         if self.output_dir:
             trim_log(self.output_dir / "log.txt", start.epoch)
-        self.board.begin(start.epoch - start.unlogged, self.steps_done(start.epoch))
-        if start.unlogged:
-            self.finish_epoch(start.epoch - 1, start.checkpoint["train_stats"])
+        unlogged = start.unlogged is not None
+        self.board.begin(start.epoch - unlogged, self.steps_done(start.epoch))
+        if start.unlogged is not None:
+            self.finish_epoch(start.epoch - 1, start.unlogged)
         for epoch in range(start.epoch, self.flags.epochs):
             self.train_epoch(epoch)
         log(f"training took {timedelta(seconds=int(time.time() - begin))}", "green")
         if self.output_dir:
             log("\n".join(summary(self.flags, self.output_dir)))
 
-    def restore(self) -> None:
+    def restore(self, checkpoint: dict[str, Any]) -> None:
         """Continue from a checkpoint of this run, or from a published one."""
-        checkpoint, source = self.start.checkpoint, self.start.source
+        source = self.start.source
         restore_optimizer(self.step.optimizer, checkpoint["optimizer"], source)
         self.progress.restore(checkpoint, self.images_per_step, source)
         self.step.restore(checkpoint)
-        own = self.output_dir and Path(source).parent.resolve() == self.output_dir.resolve()
-        if own and (numbered := self.numbered(checkpoint)) and not numbered.exists():
+        folder = Path(source).parent
+        own = self.output_dir is not None and folder.resolve() == self.output_dir.resolve()
+        if own and (numbered := self.numbered(checkpoint, folder)) and not numbered.exists():
             save_on_master(checkpoint, numbered)  # the run was interrupted before this was written
 
     def train_epoch(self, epoch: int) -> None:
         """Train an epoch, or the rest of an interrupted one, write its checkpoint, evaluate, and log."""
         begin, is_whole = time.time(), self.progress.step == 0
-        self.loader.dataset.set_epoch(epoch)
-        self.loader.sampler.set_epoch(epoch, start=self.progress.step * self.images_per_step)
+        self.loader.set_epoch(epoch, start=self.progress.step * self.images_per_step)
         stats = take_steps(
             self.step,
             self.loader,
@@ -185,16 +189,16 @@ class TrainingRun:
         }
         latest, previous = (self.output_dir / f"checkpoint{name}.pth" for name in ("", "_previous"))
         save_on_master(checkpoint, latest, keep_old_as=previous)
-        if numbered := self.numbered(checkpoint):
+        if numbered := self.numbered(checkpoint, self.output_dir):
             save_on_master(checkpoint, numbered)
 
-    def numbered(self, checkpoint: dict[str, Any]) -> Path | None:
+    def numbered(self, checkpoint: dict[str, Any], folder: Path) -> Path | None:
         """Return the path of a permanent checkpoint, before a drop of the learning rate or every 10 epochs."""
         epochs = checkpoint["epoch"] + 1
         stays = epochs % self.flags.lr_drop == 0 or epochs % KEPT[self.flags.model] == 0
         if checkpoint.get("step") or not stays:
             return None
-        return self.output_dir / f"checkpoint{checkpoint['epoch']:04}.pth"
+        return folder / f"checkpoint{checkpoint['epoch']:04}.pth"
 
     def finish_epoch(self, epoch: int, entry: dict[str, Any]) -> None:
         """Evaluate if this is due, and log the epoch; `entry` holds the results of its training."""

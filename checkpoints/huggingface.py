@@ -59,7 +59,7 @@ FIXED_PREPROCESSOR = {
 }
 BASIC = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
-RESNETS = {
+RESNETS: dict[str, dict[str, Any]] = {
     name: {"depths": list(depths)} | (BASIC if CHANNELS[name] == 512 else BOTTLENECK) for name, depths in DEPTHS.items()
 }
 MOST_BYTES = 2**24  # of a JSON file
@@ -164,7 +164,7 @@ def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None
     if not isinstance(model, str) or model not in CLASSES:
         raise InputError(f"{path}: model_type is {config_text(model)}, not {' or '.join(CLASSES)}")
     check_fixed(config, FIXED, path)
-    flags = {}
+    flags: dict[str, Any] = {}
     for field, flag in SIZES.items():
         value = config.get(field)
         if type(value) is not int or value < 0:
@@ -180,8 +180,8 @@ def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | N
     """Return the flags of a config.json's backbone, and the depths of transformers' own ResNet; None for timm's."""
     backbone = config.get("backbone_config")
     if backbone is None and config.get("use_timm_backbone", True):  # version 4
-        stride = 16 if config.get("dilation") else 32
-        backbone = {"model_type": "timm_backbone", "backbone": config.get("backbone"), "output_stride": stride}
+        backbone = {"model_type": "timm_backbone", "backbone": config.get("backbone")}
+        backbone["output_stride"] = 16 if config.get("dilation") else 32
     elif not isinstance(backbone, dict):
         backbone = {}
     stages = backbone.get("out_indices")

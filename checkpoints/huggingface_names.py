@@ -150,9 +150,9 @@ def join_projections(weights: Weights) -> Weights:
         if not part:
             joined[key] = tensor
         elif part[2] == "q":
-            parts = [weights.get(f"{part[1]}{name}_proj.{part[3]}") for name in "qkv"]
-            if all(
-                p is not None and p.dim() > 0 and p.shape == tensor.shape for p in parts
-            ):  # else: reported as missing
+            keys = [f"{part[1]}{name}_proj.{part[3]}" for name in "qkv"]
+            parts = [weights[key] for key in keys if key in weights]
+            # Else the whole is reported as missing.
+            if len(parts) == 3 and all(p.dim() > 0 and p.shape == tensor.shape for p in parts):
                 joined[f"{part[1]}in_proj_{part[3]}"] = torch.cat(parts)
     return joined

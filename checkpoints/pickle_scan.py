@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Collection
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from util.errors import InputError
 
@@ -40,7 +40,7 @@ class Nested(NamedTuple):
     depth: int
 
 
-def scan_pickle(file: BinaryIO, source: object, allowed: Collection[str], bytes_of: Callable[[Any], int]) -> None:
+def scan_pickle(file: IO[bytes], source: object, allowed: Collection[str], bytes_of: Callable[[Any], int]) -> None:
     """Scan one pickle, and leave `file` at its end.
 
     Args:
@@ -56,6 +56,7 @@ def scan_pickle(file: BinaryIO, source: object, allowed: Collection[str], bytes_
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    argument: Any
     for number, (instruction, argument, _) in enumerate(pickletools.genops(file)):
         name = instruction.name
         if name == "PROTO" and argument > NEWEST_PROTOCOL:

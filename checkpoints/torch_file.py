@@ -114,7 +114,7 @@ def load_file(path: Path, source: str | Path) -> Any:
     try:
         _scan(path, source)
         names = [(stand_in, name) for name, stand_in in STAND_INS.items()]
-        with torch.serialization.safe_globals(names):
+        with torch.serialization.safe_globals([*names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise

@@ -40,7 +40,7 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 def flags_of(weights: Mapping[str, Tensor]) -> dict[str, int | str]:
     """Return all flags that follow from a state dict; a stack without a weight has no layers."""
-    told: dict[str, int | str] = dict.fromkeys(STACKS, 0) | sizes_of(weights)
+    told: dict[str, int | str] = {**dict.fromkeys(STACKS, 0), **sizes_of(weights)}
     if QUERIES in weights and weights[QUERIES].dim() > 0:
         told["num_queries"] = weights[QUERIES].shape[0]
     if backbone := next((name for name, key in BACKBONES.items() if key in weights), None):

@@ -81,14 +81,12 @@ def load_annotations(
     notes = [f"{path}: {line}" for line in (*checker.notes(), *_repeated_names(data["categories"]))]
     if renumbered := _number_annotations(annotations):
         notes.append(f"{path}: {counted(renumbered, 'annotation')} with the id of another got an id of their own")
-    if classes:
-        known, classes = classes, classes.of_categories(data["categories"], str(path))
-        if difference := classes.difference(known):
-            notes.append(f"{path}: {difference}")
-    else:
-        classes = Classes.from_categories(data["categories"], str(path))
-    _label(data["categories"], annotations, classes)
-    return Annotations(data["images"], annotations, data["categories"], classes, image_ids, notes)
+    own = classes.of_categories if classes else Classes.from_categories
+    found = own(data["categories"], str(path))
+    if classes and (difference := found.difference(classes)):
+        notes.append(f"{path}: {difference}")
+    _label(data["categories"], annotations, found)
+    return Annotations(data["images"], annotations, data["categories"], found, image_ids, notes)
 
 
 def read_annotations(
@@ -111,7 +109,7 @@ def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _number_images(data: dict[str, Any]) -> dict[int, str | int]:
     """Number the images of a file whose ids are texts, in order; return the ids by number, {} for integers."""
-    ids = [entry.get("id") for entry in data["images"] if isinstance(entry, dict)]
+    ids: list[Any] = [entry.get("id") for entry in data["images"] if isinstance(entry, dict)]
     if not any(isinstance(image_id, str) for image_id in ids) or not all(is_int(i) or is_line(i) for i in ids):
         return {}
     if len(set(ids)) < len(ids):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
+import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pycocotools.coco import COCO
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from datasets.classes import Classes
 from datasets.coco import CocoDetection
@@ -93,12 +95,25 @@ def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
     Its category ids are labels, which models predict and the evaluator scores. If the file has other ids (texts,
     numbers above 1,999, or another numbering than the model's), `dataset.classes.ids` has them by label.
     """
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return dataset.coco
+    base: Any = dataset
+    while isinstance(base, Subset):
+        base = base.dataset
+    return base.coco
 
 
-def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> DataLoader:
+class CocoLoader(DataLoader):
+    """Batches of a data set in COCO format."""
+
+    dataset: CocoDetection
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order and the augmentation of an epoch, and how many samples of this process are skipped."""
+        self.dataset.set_epoch(epoch)
+        if isinstance(self.sampler, EpochSampler):  # evaluation has a fixed order
+            self.sampler.set_epoch(epoch, start)
+
+
+def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> CocoLoader:
     """Return this process's batches: in training, shuffled by (seed, epoch) and without a partial last one.
 
     In evaluation, the images of a batch have one shape, so that nothing is padded; every image is in a batch of one of
@@ -111,16 +126,17 @@ def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> DataLoade
     if train:
         sampler = EpochSampler(dataset, get_world_size(), get_rank(), seed=flags.seed)
         sampler.set_epoch(0)
-        batches = {"sampler": sampler, "batch_size": flags.batch_size, "drop_last": True}
+        batches: dict[str, Any] = {"sampler": sampler, "batch_size": flags.batch_size, "drop_last": True}
     else:
         sizes = dataset.records.sizes.tolist()
-        shapes = [resized_size(*size, flags.min_size, flags.max_size) if all(size) else None for size in sizes]
+        shapes = [resized_size(w, h, flags.min_size, flags.max_size) if w and h else None for w, h in sizes]
         of_all = same_shape_batches(shapes, flags.batch_size)
-        mine = DistributedSampler(of_all, get_world_size(), get_rank(), shuffle=False)
-        batches = {"batch_sampler": [of_all[i] for i in mine]}
+        repeated = -(-len(of_all) // get_world_size()) * get_world_size()  # processes have equally many
+        mine = range(get_rank(), repeated, get_world_size())
+        batches = {"batch_sampler": [of_all[i % len(of_all)] for i in mine]}
     if flags.num_workers:
         kill_workers_at_exit()
-    loader = DataLoader(
+    loader = CocoLoader(
         dataset,
         **batches,
         collate_fn=collate_fn,
@@ -128,7 +144,7 @@ def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> DataLoade
         persistent_workers=flags.num_workers > 0,
         # Forked workers share the annotations with this process, and end when it is killed.
         multiprocessing_context="fork" if flags.num_workers and sys.platform == "linux" else None,
-        worker_init_fn=start_worker,
+        worker_init_fn=partial(start_worker, os.getpid()),
         pin_memory=torch.device(flags.device).type == "cuda",
         generator=torch.Generator(),  # a separate one, so that loading does not change the model's random numbers
     )
@@ -140,9 +156,9 @@ def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> DataLoade
     return loader
 
 
-def start_worker(_worker: int) -> None:
-    """Prepare a process that loads data; torch gives it a single thread."""
-    end_with(multiprocessing.parent_process().pid, "")
+def start_worker(parent: int, _worker: int) -> None:
+    """Prepare a process that loads data for the process `parent`; torch gives it a single thread."""
+    end_with(parent, "")
     ignore_signals()
     ignore_image_warnings()
     gc.freeze()  # or the collector would write to, and so copy, the memory that is shared with the main process

@@ -113,7 +113,8 @@ class Classes:
         by_name = self._labels_by_name(categories)
         by_id = {class_id: label for label, class_id in self.ids.items()}
         plain = all(label == class_id for label, class_id in self.ids.items())
-        ids, names = {}, {}
+        ids: dict[int, ClassId] = {}
+        names: dict[int, str] = {}
         for entry in sorted(categories, key=lambda entry: entry["id"] not in by_name):  # new ones give way
             class_id, name = entry["id"], entry["name"]
             label = by_name.get(class_id, by_id.get(class_id))
@@ -125,7 +126,7 @@ class Classes:
                     f"{source}: category id {class_id} is {name!r}, but {self.names[label]!r} in {self.source}, "
                     "and names do not tell which class is meant: give each class one name"
                 )
-            if label in ids:
+            if label is not None and label in ids:
                 raise InputError(
                     f"{source}: category ids {ids[label]} ({names[label]}) and {class_id} ({name}) are one class in "
                     f"{self.source}: {self.names[label]}; give each class one name"
@@ -141,7 +142,7 @@ class Classes:
         """Return the label of each category id whose name is that of one class here, and of one category."""
         here = {label: name for label, name in self.names.items() if not (self.assumed and name == str(label))}
         there = {entry["id"]: entry["name"] for entry in categories}
-        labels = {}
+        labels: dict[ClassId, int] = {}
         for simplify in (normalized, str):  # exact names come last and so take precedence
             ours, theirs = _by_name(here, simplify), _by_name(there, simplify)
             labels |= {theirs[name]: label for name, label in ours.items() if name in theirs}

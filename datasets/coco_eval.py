@@ -80,14 +80,14 @@ class CocoEvaluator:
         """Give every process the detections of all; an image that several processes saw counts once."""
         images = [[image_id, len(d.rows), len(d.codes)] for image_id, d in self.detections.items()]
         rows = np.concatenate([np.zeros((0, 9)), *(d.rows for d in self.detections.values())])
-        codes = bytearray().join(d.codes for d in self.detections.values())
+        codes = bytearray().join(d.codes for d in self.detections.values())  # tensors are made of writable bytes
         images = all_gather_rows(torch.tensor(images, dtype=torch.int64).view(-1, 3)).tolist()
         rows = all_gather_rows(torch.from_numpy(rows)).numpy()
-        codes = all_gather_rows(torch.tensor(codes, dtype=torch.uint8)).numpy().tobytes()
+        all_codes = all_gather_rows(torch.tensor(codes, dtype=torch.uint8)).numpy().tobytes()
         self.detections = {}
         row = byte = 0
         for image_id, num_rows, num_bytes in images:
-            self.detections[image_id] = Detections(rows[row : row + num_rows], codes[byte : byte + num_bytes])
+            self.detections[image_id] = Detections(rows[row : row + num_rows], all_codes[byte : byte + num_bytes])
             row, byte = row + num_rows, byte + num_bytes
 
     def accumulate(self) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 MAXIMA = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 31, 32))
 SLACK = 1 / 16  # of a maximum: darker images look black; floats may lie this far outside of 0 to the maximum
@@ -32,7 +34,7 @@ LOW_BYTE = {
 LOW_BYTE["LA;16B"] = "RGBA"
 
 
-def to_rgb8(image: Image.Image, reopen: Callable[[], Image.Image]) -> tuple[np.ndarray, str]:
+def to_rgb8(image: Image.Image, reopen: Callable[[], ImageFile]) -> tuple[np.ndarray, str]:
     """Return the pixels of an opened image, uint8 [H, W, 3], and a note if their scale is a guess (else "").
 
     Transparent pixels keep their colour.
@@ -104,7 +106,7 @@ def _declared_maximum(image: Image.Image) -> float | None:
 
 def _tag(image: Image.Image, number: int) -> Any:
     """Return a TIFF tag; None if it is missing, as in other formats."""
-    return image.tag_v2.get(number) if image.format == "TIFF" else None
+    return image.tag_v2.get(number) if isinstance(image, TiffImageFile) else None
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
@@ -131,15 +133,15 @@ def _colour_bands(high: np.ndarray, low: Image.Image, channels: slice) -> Iterat
 
 def _raw_mode(image: Image.Image) -> str | None:
     """Return the layout of the stored pixels of an image that is not yet loaded; None for formats without one."""
-    if not image.tile:
+    if not isinstance(image, ImageFile) or not image.tile:
         return None
     args = image.tile[0][3]
     return args if isinstance(args, str) else args[0] if args and isinstance(args[0], str) else None
 
 
-def _set_raw_mode(image: Image.Image, raw_mode: str) -> None:
+def _set_raw_mode(image: ImageFile, raw_mode: str) -> None:
     """Make Pillow read an image that is not yet loaded as if its pixels were stored in another layout."""
     image.tile = [
-        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:]))
+        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *(tile.args or ())[1:]))
         for tile in image.tile
     ]

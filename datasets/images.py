@@ -12,6 +12,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -73,7 +75,8 @@ def read_image(path: Path, upright: bool = False, max_megapixels: int = MAX_MEGA
             notes.append("several frames, of which the first is used")
         size, orientation = image.size, _orientation(image) if upright else 1
         if reduction := _reduction(image, file, max_megapixels):
-            image.draft(None, tuple(max(side // reduction, 1) for side in size))
+            width, height = (max(side // reduction, 1) for side in size)
+            image.draft(None, (width, height))
             notes.append(f"more than {counted(max_megapixels, 'megapixel')}, decoded at 1/{reduction} of its size")
         rgb = None if reduction else _decode_jpeg(image, file)
         if rgb is None:
@@ -118,7 +121,7 @@ def _errors_that_name(name: object) -> Iterator[None]:
         raise InputError(f"{name}: cannot be decoded ({reason(error)})") from error
 
 
-def _open(path: Path, files: contextlib.ExitStack) -> tuple[Image.Image, BinaryIO]:
+def _open(path: Path, files: contextlib.ExitStack) -> tuple[ImageFile, BinaryIO]:
     """Return the image of a file and the file itself, which `files` closes."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
         raise InputError("cannot be read (not a regular file)")
@@ -126,17 +129,18 @@ def _open(path: Path, files: contextlib.ExitStack) -> tuple[Image.Image, BinaryI
     return _identify(file), file
 
 
-def _identify(file: BinaryIO) -> Image.Image:
+def _identify(file: BinaryIO) -> ImageFile:
     """Return the image of an open file, like `Image.open`, which would refuse large files that can be reduced."""
     start = file.read(16).ljust(16)
     for load_plugins in (Image.preinit, Image.init):  # first only the common ones, which takes less time
         load_plugins()
         for name in FORMATS:
             factory, accepts = Image.OPEN.get(name, (None, None))
-            if factory and accepts(start) is True:  # a string means that this Pillow lacks the format's library
+            # A string means that this Pillow lacks the format's library.
+            if factory and accepts and accepts(start) is True:
                 file.seek(0)
                 try:
-                    return factory(_without_texts(file) if name == "PNG" else file)
+                    return factory(_without_texts(file) if name == "PNG" else file, "")
                 except SyntaxError as error:  # what Pillow raises for a bad header
                     raise InputError(f"cannot be decoded (a damaged {name} file)") from error
     raise InputError(f"cannot be decoded (not an image, or not in one of the formats {', '.join(FORMATS)})")
@@ -181,7 +185,7 @@ def _reduction(image: Image.Image, file: BinaryIO, max_megapixels: int) -> int:
 
 def _has_one_scan(image: Image.Image, file: BinaryIO) -> bool:
     """Return whether a file is a JPEG whose first scan holds all channels of all pixels."""
-    if image.format not in ("JPEG", "MPO") or "progressive" in image.info:
+    if not isinstance(image, JpegImageFile) or "progressive" in image.info:
         return False
     length = 6 + 2 * image.layers  # of the scan's header, after which Pillow has stopped
     file.seek(-2 - length, io.SEEK_CUR)

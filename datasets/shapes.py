@@ -20,6 +20,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -49,7 +50,8 @@ def write_split(root: Path, split: str, number: int, seed: int) -> None:
     """Write one split: `number` JPEG images and their annotations with boxes, areas and polygons."""
     folder = root / "images" / f"{split}2017"
     folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id in range(1, number + 1):
         image, objects = draw_scene(random.Random(f"{seed} {split} {image_id}"))
         name = f"{image_id:06}.jpg"
@@ -116,7 +118,8 @@ def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[
 
 def to_rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     """Return a colour of 8 bits per channel; hues repeat at every integer."""
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+    red, green, blue = (round(255 * channel) for channel in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+    return red, green, blue
 
 
 def bounds(outline: list[Point]) -> tuple[float, float, float, float]:

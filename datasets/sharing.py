@@ -56,7 +56,8 @@ def pack(contents: Contents) -> bytes:
 
 def pack_arrays(arrays: dict[str, np.ndarray], plain: dict[str, Any]) -> bytes:
     file = io.BytesIO()
-    np.savez(file, plain=np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8), **arrays)
+    contents: dict[str, Any] = arrays | {"plain": np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)}
+    np.savez(file, **contents)
     return file.getvalue()
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import CrossAttention, split_heads
+from models.conditional_detr import ConditionalDecoder
 from models.detector import Detector
-from models.detr import DETR
+from models.detr import DETRDecoder
 
 
 class AttentionMaps(NamedTuple):
@@ -98,14 +99,18 @@ def maps_of_detr(layer: CrossAttention, inputs: tuple[Tensor, ...]) -> Attention
 @torch.inference_mode()
 def view(model: Detector, image: Tensor, layer: int = -1) -> View:
     """Run a model in evaluation mode on one image [3, h, w], uint8 or normalised; return a layer's attention."""
-    decoder_layer = model.transformer.decoder.layers[layer]
-    of_detr = isinstance(model, DETR)
-    attention = decoder_layer.multihead_attn if of_detr else decoder_layer.cross_attn
+    decoder = model.transformer.decoder
+    assert isinstance(decoder, ConditionalDecoder | DETRDecoder)
+    name = "multihead_attn" if isinstance(decoder, DETRDecoder) else "cross_attn"
+    attention = decoder.layers[layer].get_submodule(name)
     with recorded(model.input_proj, model.transformer, attention) as calls:
         outputs = model([image])
     cells = calls[model.input_proj][1].shape[-2:]
     inputs, _ = calls[attention]
-    maps = maps_of_detr(attention, inputs) if of_detr else attention_maps(inputs[0][0], inputs[1][0])
+    if isinstance(attention, CrossAttention):
+        maps = maps_of_detr(attention, inputs)
+    else:
+        maps = attention_maps(inputs[0][0], inputs[1][0])
     maps = AttentionMaps(*(x.unflatten(-1, cells).cpu() for x in maps))
     _, reference, _ = calls[model.transformer][1]
     reference = None if reference is None else reference.cpu()

@@ -80,7 +80,7 @@ def compare(rows: np.ndarray, objects: Objects, min_score: float = MIN_SCORE) ->
     """
     found = rows[rows[:, 1] >= min_score, :6]
     found = found[np.argsort(-found[:, 1], kind="stable")]
-    objects = objects.select((objects.boxes[:, 2:] > 0).all(1))
+    objects = objects.select(objects.boxes[:, 2:].min(1) > 0)
     ious = np.reshape(mask_api.iou(found[:, 2:], objects.boxes, objects.crowds), (len(found), len(objects.boxes)))
     right = (ious >= MIN_IOU) & (found[:, :1] == objects.labels)
     free = ~objects.crowds

@@ -66,7 +66,7 @@ def place_texts(
     for extent, box in zip(extents, boxes, strict=True):
         candidates = _places_at(box, extent, size)
         overlap = (candidates[:, None, :2] < taken[:, 2:]) & (taken[:, :2] < candidates[:, None, 2:])  # [C, T, 2]
-        free = candidates[~overlap.all(2).any(1)]
+        free = candidates[~(overlap[..., 0] & overlap[..., 1]).any(1)]
         places.append(tuple(free[0].tolist()) if len(free) else None)
         taken = np.concatenate([taken, free[:1]])
     return places
@@ -102,7 +102,8 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, cell: tuple[int
 def colour_of(label: int) -> Colour:
     """Return the bright colour of a class, 8 bits per channel; those of neighbouring labels differ most."""
     hue = (FIRST_HUE + label * GOLDEN_RATIO) % 1
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.8, (1.0, 0.85)[label % 2]))
+    red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.8, (1.0, 0.85)[label % 2]))
+    return red, green, blue
 
 
 def text_colour(background: Colour) -> Colour:

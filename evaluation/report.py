@@ -82,7 +82,8 @@ def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes
 def precision_recall(evaluator: CocoEvaluator, classes: Classes) -> Figure:
     """Return a figure of precision over recall, averaged over classes, next to AP per class, the highest first."""
     by_class = {label: ap for label, ap in evaluator.average_precision("bbox").items() if not np.isnan(ap)}
-    bars = [(classes.name_of(label), ap) for label, ap in sorted(by_class.items(), key=lambda item: -item[1])]
+    best_first = sorted(by_class.items(), key=lambda item: -item[1])
+    bars: list[tuple[str, float | None]] = [(classes.name_of(label), ap) for label, ap in best_first]
     half = MOST_BARS // 2
     shown = bars if len(bars) <= MOST_BARS else [*bars[:half], (f".. {len(bars) - 2 * half} more", None), *bars[-half:]]
     figure = Figure(figsize=(9, max(3.6, 0.8 + 0.19 * len(shown))), layout="constrained")

@@ -111,7 +111,8 @@ def check_numbers(args: argparse.Namespace, where: str = "", flags: Iterable[str
 def wrong_with(value: Any, limits: Number) -> str:
     """Return what is wrong with a number; "" if nothing is."""
     kind, least, most, why, zero = limits
-    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+    is_of_kind = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not is_of_kind:
         return f"must be {'an integer' if kind is int else 'a number'}"
     if value != value or value in (math.inf, -math.inf):
         return "must be a finite number"

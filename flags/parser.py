@@ -192,7 +192,7 @@ def check_args(args: argparse.Namespace) -> None:
 
     Only flags are checked, neither files nor the machine, so that it is fast.
     """
-    segmentation = {"masks": False, "frozen_weights": None, "coco_panoptic_path": None}
+    segmentation: dict[str, Any] = {"masks": False, "frozen_weights": None, "coco_panoptic_path": None}
     segmentation |= {"mask_loss_coef": 1, "dice_loss_coef": 1}
     for flag, default in segmentation.items():
         if getattr(args, flag) != default:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import argparse
-
-from torch import nn
+from collections.abc import Callable
 
 from flags.limits import check_model, check_numbers
 from flags.resolve import COCO_NUM_CLASSES, MODEL_FLAGS, resolve
 from models.backbone import Backbone, BackboneWithPosition
 from models.classification import FocalSigmoid, SoftmaxWithNoObject
 from models.conditional_detr import build_conditional_detr
-from models.criterion import BoxLoss, CardinalityError, ClassError, ClassLoss, SetCriterion
+from models.criterion import BoxLoss, CardinalityError, ClassError, ClassLoss, SetCriterion, Term
 from models.detector import Detector
 from models.detr import build_detr
 from models.matcher import HungarianMatcher
 from models.position_encoding import build_position_embedding
 from models.postprocess import PostProcess
 
-MODELS = {"conditional_detr": build_conditional_detr, "detr": build_detr}
+MODELS: dict[str, Callable[..., Detector]] = {"conditional_detr": build_conditional_detr, "detr": build_detr}
 MODEL_NAMES = {"conditional_detr": "Conditional DETR", "detr": "DETR"}  # as in papers
 
 
 def build_model(
     args: argparse.Namespace, num_classes: int | None = None
-) -> tuple[Detector, SetCriterion, dict[str, nn.Module]]:
+) -> tuple[Detector, SetCriterion, dict[str, PostProcess]]:
     """Return the randomly initialised model, its criterion and its postprocessors, from the flags of `main.py`.
 
     Nothing is read or downloaded: the caller loads pretrained weights. Namespaces of the published code work too;
@@ -57,7 +56,7 @@ def build_model(
     )
     classification = SoftmaxWithNoObject(flags.eos_coef) if flags.model == "detr" else FocalSigmoid(flags.focal_alpha)
     matcher = HungarianMatcher(flags.set_cost_class, flags.set_cost_bbox, flags.set_cost_giou, classification)
-    terms = [
+    terms: list[Term] = [
         ClassLoss(classification, flags.cls_loss_coef),
         BoxLoss(flags.bbox_loss_coef, flags.giou_loss_coef),
         CardinalityError(),

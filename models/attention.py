@@ -66,12 +66,8 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None) -> Ten
     return logits.softmax(-1)
 
 
-class Attention(nn.Module):
-    """Attention softmax(q kᵀ / sqrt(width of q)) v in every head, and the output projection.
-
-    The caller projects queries, keys and values, since the layers of this model differ in how these combine content and
-    position. Queries and keys may be wider than values.
-    """
+class MultiHeadAttention(nn.Module):
+    """Attention softmax(q kᵀ / sqrt(width of q)) v in every head, and the output projection."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -80,7 +76,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(
+    def attend_heads(
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output [B, N, C] and, if this module has forward hooks, the weights [B, N, S], else None.
@@ -96,7 +92,18 @@ class Attention(nn.Module):
         return self.out_proj(merge_heads(x)), weights
 
 
-class PackedAttention(Attention):
+class Attention(MultiHeadAttention):
+    """Attention of queries, keys and values that the caller projects, since layers combine content and position in
+    different ways. Queries and keys may be wider than values."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the result of `attend_heads`."""
+        return self.attend_heads(query, key, value, visible)
+
+
+class PackedAttention(MultiHeadAttention):
     """Attention with one matrix for the projections of queries, keys and values, like `nn.MultiheadAttention`."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
@@ -105,24 +112,23 @@ class PackedAttention(Attention):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def attend_heads(
-        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the result of `Attention` for projected queries, keys and values [B, .., C]."""
-        return super().forward(*(split_heads(x, self.num_heads) for x in (query, key, value)), visible)
+    def attend_projected(self, *projected: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the result of `attend_heads` for projected queries, keys and values [B, .., C]."""
+        query, key, value = (split_heads(x, self.num_heads) for x in projected)
+        return self.attend_heads(query, key, value, visible)
 
 
 class SelfAttention(PackedAttention):
     """Self-attention whose queries and keys have a position added."""
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return [B, S, C] and weights [B, S, S] or None, like `Attention`, for x and position [B, S, C]."""
+        """Return [B, S, C] and weights [B, S, S] or None, like `attend_heads`, for x and position [B, S, C]."""
         dim = x.shape[-1]
         w_qk, w_v = self.in_proj_weight.split([2 * dim, dim])
         b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])
         query, key = F.linear(x + position, w_qk, b_qk).chunk(2, dim=-1)
         value = F.linear(x, w_v, b_v)
-        return self.attend_heads(query, key, value, visible)
+        return self.attend_projected(query, key, value, visible=visible)
 
 
 class CrossAttention(PackedAttention):
@@ -131,10 +137,10 @@ class CrossAttention(PackedAttention):
     def forward(
         self, x: Tensor, query_pos: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return [B, Q, C] and weights [B, Q, S] or None, like `Attention`.
+        """Return [B, Q, C] and weights [B, Q, S] or None, like `attend_heads`.
 
         x and query_pos: [B, Q, C] and [Q, C]; memory and position: [B, S, C].
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = x + query_pos, memory + position, memory
-        return self.attend_heads(*map(F.linear, inputs, weights, biases), visible)
+        return self.attend_projected(*map(F.linear, inputs, weights, biases), visible=visible)

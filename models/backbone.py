@@ -100,7 +100,9 @@ class BackboneWithPosition(nn.Sequential):
         super().__init__(backbone, position_embedding)
         self.num_channels = backbone.num_channels
 
-    def forward(self, images: Tensor, padding: Tensor) -> tuple[dict[str, NestedTensor], Tensor]:
+    def forward(  # type: ignore[override]  # takes a mask, too
+        self, images: Tensor, padding: Tensor
+    ) -> tuple[dict[str, NestedTensor], Tensor]:
         """Return the stages like `Backbone`, and the positions [B, H', W', C] of the cells of the last one."""
         stages = self[0](images, padding)
         return stages, self[1](stages["0"].mask)

@@ -10,6 +10,7 @@ width, h heads, L decoder layers; `visible` [B, 1, 1, S] is False on padding, or
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,8 +137,8 @@ class ConditionalDecoder(nn.Module):
             for i in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim)
-        # λ_q of section 3.3, computed from the embeddings of the previous layer: a single layer has none.
-        self.query_scale = MLP(dim, dim, dim, 2) if num_layers > 1 else None
+        if num_layers > 1:  # λ_q of section 3.3, computed from the embeddings of the previous layer
+            self.query_scale = MLP(dim, dim, dim, 2)
         self.ref_point_head = MLP(dim, dim, 2, 2)
         share_initial_vectors(self.layers)
 
@@ -150,7 +151,8 @@ class ConditionalDecoder(nn.Module):
         """
         with without_autocast(query_pos.device):  # points keep at least float32
             reference = at_least_float32(self.ref_point_head(query_pos)).sigmoid()
-        p_s = point_embedding(*reference.unbind(-1), dim=query_pos.shape[-1]).to(query_pos.dtype)  # [Q, C]
+        x, y = reference.unbind(-1)
+        p_s = point_embedding(x, y, query_pos.shape[-1]).to(query_pos.dtype)  # [Q, C]
         x = memory.new_zeros(memory.shape[0], *query_pos.shape)
         outputs = []
         for i, layer in enumerate(self.layers):
@@ -163,14 +165,15 @@ class ConditionalDecoder(nn.Module):
 class ConditionalDETR(Detector):
     """Meng et al., ICCV 2021: one logit per class, and boxes that are offsets from reference points."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         nn.init.constant_(self.class_embed.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        for parameter in self.bbox_embed.layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
-    def boxes(self, hs: Tensor, reference: Tensor) -> Tensor:
+    def boxes(self, hs: Tensor, reference: Tensor | None) -> Tensor:
         """Return boxes [L, B, Q, 4] whose centres are offsets from the reference points [Q, 2] (section 3.2)."""
+        assert reference is not None  # the decoder returns them
         offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]
         return (self.bbox_embed(hs) + offset).sigmoid()
 

@@ -54,7 +54,8 @@ class Term(Protocol):
     `weights` are the weights of its losses in the total; losses without a weight are only logged.
     """
 
-    weights: dict[str, float]
+    @property
+    def weights(self) -> dict[str, float]: ...
 
     def __call__(self, matched: Matched) -> dict[str, Tensor]: ...
 

@@ -88,18 +88,18 @@ class Detector(nn.Module):
     def embed(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> Embeddings:
         """Return the outputs of backbone, encoder and decoder for images, given as to `forward`."""
         samples = as_batch(samples)
-        images, padding = samples.decompose()
+        images, mask = samples.decompose()
         if images.dtype == torch.uint8:
-            images = self.normalize(images, padding)
+            images = self.normalize(images, mask)
 
-        stages, position = self.backbone(images, padding)
-        x, padding = stages["0"].decompose()  # [B, C', H', W'], [B, H', W']
+        stages, position = self.backbone(images, mask)
+        x, mask = stages["0"].decompose()  # [B, C', H', W'], [B, H', W']
         features = self.input_proj(x)  # [B, C, H', W']
         query_pos = self.query_embed.weight  # [Q, C]
         if self.num_groups > 1 and not self.training:
             query_pos = query_pos[: len(query_pos) // self.num_groups]
         position = position.flatten(1, 2).to(query_pos.dtype)  # [B, S, C]
-        padding = padding.flatten(1) if samples.has_padding else None  # [B, S]
+        padding = mask.flatten(1) if samples.has_padding else None  # [B, S]
         hs, reference, memory = self.transformer(features.flatten(2).transpose(1, 2), position, padding, query_pos)
         return Embeddings(stages, features, memory, hs, reference)
 

@@ -106,6 +106,11 @@ class FoldedStage(nn.Sequential):
 class FoldedBody(nn.Sequential):
     """A ResNet up to its last stage."""
 
+    conv1: FoldedConv2d
+    bn1: FrozenBatchNorm2d
+    maxpool: nn.MaxPool2d
+    relu: nn.ReLU
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the features of each stage for images [B, 3, H, W]."""
         terms = norm_terms(self)

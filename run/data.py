@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.utils.data import DataLoader
-
 from checkpoints.checkpoint import classes_of
 from datasets import build_dataset, build_loader
+from datasets.build import CocoLoader
 from datasets.classes import Classes
 from datasets.coco import CocoDetection
 from flags.resolve import Flags
@@ -29,8 +28,8 @@ class Data:
         num_classes: the size of the class head.
     """
 
-    train: DataLoader | None
-    val: DataLoader
+    train: CocoLoader | None
+    val: CocoLoader
     classes: Classes
     num_classes: int
 
@@ -66,7 +65,7 @@ def load_data(start: Start) -> Data:
     return data
 
 
-def check_trains(flags: Flags, loader: DataLoader) -> None:
+def check_trains(flags: Flags, loader: CocoLoader) -> None:
     """Raise InputError if nothing would be learned from the data; warn if --overfit has fewer images than a batch."""
     dataset = loader.dataset
     dataset.check_trains()

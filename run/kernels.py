@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+
+from models.detector import Detector
 
 
 def use_fast_kernels(device: torch.device) -> None:
@@ -19,7 +20,7 @@ def use_fast_kernels(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def compile_model(model: nn.Module, **options: Any) -> None:
+def compile_model(model: Detector, **options: Any) -> None:
     """Compile a model's transformer in place, so that its keys stay; `options` are those of `nn.Module.compile`.
 
     One compilation then serves images of all sizes, another one batches without padding. The backbone is not compiled:

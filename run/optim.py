@@ -13,10 +13,11 @@ from util.errors import InputError
 
 def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
     """Return AdamW over the trained parameters: group 0 all except the backbone's, group 1 these, decay on all."""
-    groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr_backbone}]
+    parameters: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups["backbone" in name]["params"].append(parameter)
+            parameters["backbone" in name].append(parameter)
+    groups = [{"params": of_group, "lr": rate} for of_group, rate in zip(parameters, (lr, lr_backbone), strict=True)]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 

@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from util.distributed import all_gather_plain, is_main_process
 from util.errors import InputError
@@ -100,7 +100,7 @@ class FolderLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.folder = path.parent
-        self.file: BinaryIO | None = None
+        self.file: FileIO | None = None
         self.description = describe_this_process()
 
     def acquire(self, patience: float = 0) -> None:
@@ -127,7 +127,7 @@ class FolderLock:
     def check(self) -> None:
         """Raise InputError if the folder was deleted since the lock was taken, even if it was made again."""
         # Some file systems change the number of a file now and then; a file with the same text is ours.
-        if self._is_in_place() or self._holder() == self.description:
+        if self._is_in_place(self.file) or self._holder() == self.description:
             return
         user = f" and is in use by {self._holder()}" if self.path.exists() else ""
         raise InputError(f"--output_dir {self.folder}: was deleted during the run{user}; nothing more is saved there")
@@ -138,7 +138,7 @@ class FolderLock:
         if not self.file:
             return
         with contextlib.suppress(OSError):
-            if self._is_in_place():
+            if self._is_in_place(self.file):
                 if os.name == "nt":  # Windows deletes closed files only
                     self.file.close()
                 self.path.unlink()
@@ -147,32 +147,36 @@ class FolderLock:
     def _try(self) -> bool:
         check_is_file(self.path)
         try:
-            while self._open_and_lock():
-                if self._is_in_place():
-                    self.file.truncate(0)
-                    self.file.write(self.description.encode())
+            while file := self._open_and_lock():
+                if self._is_in_place(file):
+                    file.truncate(0)
+                    file.write(self.description.encode())
+                    self.file = file
                     return True
-                self.file.close()  # its holder has deleted it at its end
+                file.close()  # its holder has deleted it at its end
         except OSError as error:
             raise InputError(f"--output_dir {self.folder}: not writable ({error.strerror})") from error
-        self.file.close()
-        self.file = None
         return False
 
-    def _open_and_lock(self) -> bool:
-        self.file = self.path.open("a+b", buffering=0)
+    def _open_and_lock(self) -> FileIO | None:
+        """Return the open file; None if another process holds its lock."""
+        file = self.path.open("a+b", buffering=0)
         try:
-            return try_lock(self.file)
+            if try_lock(file):
+                return file
         except OSError as error:
             warn(
                 f"--output_dir {self.folder}: its file system has no locks ({error.strerror}); "
                 "make sure that no other run uses it"
             )
-            return True
+            return file
+        file.close()
+        return None
 
-    def _is_in_place(self) -> bool:
+    def _is_in_place(self, file: FileIO | None) -> bool:
+        """Return whether a file, if it is open, is the one at the lock's path."""
         try:
-            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+            return file is not None and os.path.samestat(os.fstat(file.fileno()), self.path.stat())
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:  # the next operation fails, too, with a better message

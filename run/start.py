@@ -20,6 +20,7 @@ from checkpoints.checkpoint import (
 )
 from datasets.classes import Classes
 from flags.resolve import IMAGE_SIZES, MODEL_FLAGS, TRAINING_FLAGS, Flags, resolve
+from models.backbone import Backbone
 from models.detector import Detector
 from run.finetune import start_from
 from run.log_file import read_log
@@ -42,7 +43,7 @@ class Start:
         source: the name of the checkpoint in messages.
         other_model: the checkpoint from whose fitting weights a new training starts; None without one.
         epoch: the first epoch to train.
-        unlogged: the run was interrupted between the checkpoint of an epoch and its line in the log.
+        unlogged: the statistics of an epoch, if the run was interrupted between its checkpoint and its line in the log.
     """
 
     flags: Flags
@@ -50,17 +51,18 @@ class Start:
     source: str = ""
     other_model: Checkpoint | None = None
     epoch: int = 0
-    unlogged: bool = False
+    unlogged: dict[str, float] | None = None
 
     @property
-    def resumes(self) -> bool:
-        """True if training continues from the checkpoint; else a new one starts from its model."""
-        return self.checkpoint is not None and holds_training(self.checkpoint)
+    def resumed(self) -> Checkpoint | None:
+        """The checkpoint from which training continues; None if a new training starts."""
+        return self.checkpoint if self.checkpoint and holds_training(self.checkpoint) else None
 
     @property
     def finished(self) -> bool:
         """True if all epochs are trained and logged."""
-        return self.resumes and not self.flags.eval and self.epoch >= self.flags.epochs and not self.unlogged
+        trained = self.resumed is not None and self.epoch >= self.flags.epochs
+        return trained and not self.flags.eval and self.unlogged is None
 
     def num_classes(self, needed: int) -> int:
         """Return the size of the class head: the checkpoint's, else `--num_classes`, else what the data needs."""
@@ -88,7 +90,9 @@ class Start:
             other = self.other_model
             has_backbone = other and start_from(model, classes, other, flags.finetune, flags)
             if flags.backbone_weights != "none" and not has_backbone:
-                load_backbone_weights(model.backbone[0], flags.backbone, flags.backbone_weights)
+                backbone = model.backbone[0]
+                assert isinstance(backbone, Backbone)
+                load_backbone_weights(backbone, flags.backbone, flags.backbone_weights)
 
 
 def find_start(flags: Flags, output_dir: Path | None) -> Start:
@@ -111,7 +115,7 @@ def find_start(flags: Flags, output_dir: Path | None) -> Start:
     epoch = first_epoch(checkpoint, source, flags)
     other_model = load_checkpoint(flags.finetune, all_groups=True) if flags.finetune and not checkpoint else None
     start = Start(flags, checkpoint, source, other_model, epoch, unlogged)
-    if epoch >= flags.epochs and not unlogged and not start.finished:
+    if epoch >= flags.epochs and unlogged is None and not start.finished:
         raise InputError(f"--start_epoch {epoch}: the run has only {counted(flags.epochs, 'epoch')}, counted from 0")
     return start
 
@@ -225,10 +229,10 @@ def first_epoch(checkpoint: Checkpoint | None, source: str, flags: Flags) -> int
     return flags.start_epoch
 
 
-def unlogged_epoch(checkpoint: Checkpoint | None, source: str, output_dir: Path | None) -> bool:
-    """Return whether the run was interrupted between an epoch's checkpoint and its line in the log."""
+def unlogged_epoch(checkpoint: Checkpoint | None, source: str, output_dir: Path | None) -> dict[str, float] | None:
+    """Return the statistics of an epoch, if the run was interrupted between its checkpoint and its line in the log."""
     if not checkpoint or "train_stats" not in checkpoint or not output_dir:
-        return False
+        return None
     logged = [entry["epoch"] for entry in read_log(output_dir / "log.txt")]
     missing = Path(source).parent.resolve() == output_dir.resolve() and checkpoint["epoch"] not in logged
-    return all_gather_plain(missing)[0]
+    return checkpoint["train_stats"] if all_gather_plain(missing)[0] else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.classification import Totals
+from models.criterion import SetCriterion
 from run.agreement import Agreement
 from run.step_guard import Batches, StepGuard, TakenStep
 from util.preemption import StopRequest
@@ -38,7 +41,7 @@ class Step:
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module,
+        criterion: SetCriterion,
         optimizer: torch.optim.Optimizer,
         max_norm: float = 0,
         amp: str = "none",
@@ -113,9 +116,9 @@ class Step:
     def step_optimizer(self, leave_out: Tensor) -> None:
         """Let the optimizer change the weights, unless `leave_out` is 1; the host does not wait for its value."""
         if self.optimizer.defaults.get("fused"):  # fused optimizers read `found_inf` on the device
-            self.optimizer.found_inf = leave_out
+            self.optimizer.found_inf = leave_out  # type: ignore[attr-defined]  # which torch does not declare
             self.optimizer.step()
-            del self.optimizer.found_inf
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
         elif not leave_out:
             self.optimizer.step()
 
@@ -158,12 +161,17 @@ def logged_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> dict[
     """Return the losses for the log: the total `loss`, its weighted parts, `class_error`, and all as `.._unscaled`."""
     weighted = {name: losses[name] * weight for name, weight in weights.items()}
     unscaled = {f"{name}_unscaled": value for name, value in losses.items()}
-    return {"loss": sum(weighted.values()), "class_error": losses["class_error"], **weighted, **unscaled}
+    return {"loss": total_of(weighted.values()), "class_error": losses["class_error"], **weighted, **unscaled}
 
 
 def sum_of_losses(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the losses of a step from those of its batches, which share their totals; errors are averaged."""
     if len(parts) == 1:
         return parts[0]
-    totals = {name: sum(part[name].detach() for part in parts) for name in parts[0]}
+    totals = {name: total_of(part[name].detach() for part in parts) for name in parts[0]}
     return {name: total / len(parts) if "error" in name else total for name, total in totals.items()}
+
+
+def total_of(values: Iterable[Tensor]) -> Tensor:
+    """Return the sum of tensors, added one after the other."""
+    return reduce(operator.add, values)

@@ -79,6 +79,7 @@ class TensorBoard:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        assert self.folder is not None  # else there are no writers
         check_folder(self.folder)
         try:
             yield

@@ -25,6 +25,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def describe_machine(device: torch.device, precisions: list[str]) -> dict[str, A
     rates = {}
     for name in (PRECISIONS[amp] for amp in precisions):
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
-        seconds = alternate({"": lambda a=a, b=b: a @ b}, device, repeats=9)[""]
+        seconds = alternate({"": partial(torch.matmul, a, b)}, device, repeats=9)[""]
         rates[name] = round(2e-9 * size**3 / seconds, 1)
     return {
         "cpu": f"{cpu}, {len(os.sched_getaffinity(0))} usable",
@@ -155,7 +156,7 @@ def measure_step(
     flags: argparse.Namespace,
     batch_size: int,
     amp: str,
-    peer: PeerRun | None,
+    peer: Callable[[], None] | None,
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Measure training steps of one batch size and precision."""
@@ -166,9 +167,10 @@ def measure_step(
         for groups in flags.group_detr
     }
     if flags.compile:
-        steps[" compiled"] = TrainingStep(*build(variant, device), batch_size, amp, flags)
-        compile_model(steps[" compiled"].step.model)
-    runs = steps | ({" transformers": peer} if peer else {})
+        model, criterion = build(variant, device)
+        compile_model(model)
+        steps[" compiled"] = TrainingStep(model, criterion, batch_size, amp, flags)
+    runs: dict[str, Callable[[], None]] = {**steps, **({" transformers": peer} if peer else {})}
     return [
         {
             "model": variant + kind,

@@ -169,7 +169,7 @@ def padding(split: Split, args: Flags) -> tuple[float, float]:
     readable = split.sizes[split.sizes[:, 0] > 0].tolist()
     if not readable:
         return 0.0, 0.0
-    resized = np.array([resized_size(*size, args.min_size, args.max_size) for size in readable])
+    resized = np.array([resized_size(w, h, args.min_size, args.max_size) for w, h in readable])
     drawn = np.random.default_rng(0).integers(len(resized), size=(BATCHES, args.batch_size))
     batches = resized[drawn]  # [batches, images, 2]
     largest = batches.max(1, keepdims=True)
@@ -200,8 +200,8 @@ def suspect(train: Split, val: Split, args: Flags) -> Iterator[str]:
             yield f"{counted(len(bad), f'{split.name} image')} cannot be used: {listed(bad)}"
         for line in summarize_notes(split.notes):
             yield f"{split.name}: {line}"
-        counts = np.bincount(split.dataset.records.image_of_object[split.targets], minlength=1)
-        for line in crowded_images(counts, args.num_queries, args.max_detections):
+        per_image = np.bincount(split.dataset.records.image_of_object[split.targets], minlength=1)
+        for line in crowded_images(per_image, args.num_queries, args.max_detections):
             yield f"{split.name}: {line}"
     counts = {label: [split.boxes_of(label)[0] for split in (train, val)] for label in train.dataset.classes.names}
     named = train.dataset.classes.name_of
@@ -212,8 +212,8 @@ def suspect(train: Split, val: Split, args: Flags) -> Iterator[str]:
         yield f"{classes} fewer than {FEW_BOXES} boxes to learn from: {listed(few)}"
     if unscored := [named(label) for label, (n, m) in counts.items() if n and not m]:
         yield f"AP says nothing of {counted(len(unscored), 'class')} without a box in the val split: {listed(unscored)}"
-    unknown = val.dataset.classes.names.keys() - train.dataset.classes.names.keys()
-    if unknown := [val.dataset.classes.name_of(label) for label in sorted(unknown) if val.boxes_of(label)[0]]:
+    others = val.dataset.classes.names.keys() - train.dataset.classes.names.keys()
+    if unknown := [val.dataset.classes.name_of(label) for label in sorted(others) if val.boxes_of(label)[0]]:
         classes = counted(len(unknown), "class of the val split is", "classes of the val split are")
         yield f"{classes} not in the training file: {listed(unknown)}"
     if leaked := (set(train.digests) & set(val.digests)) - {None}:

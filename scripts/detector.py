@@ -53,7 +53,8 @@ class Detector:
 
     def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Return the detections in uint8 images [3, h, w] of any sizes: like `PostProcess`, in pixels, on the CPU."""
-        return self.detect([self.resize(image) for image in images], [image.shape[1:] for image in images])
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        return self.detect([self.resize(image) for image in images], sizes)
 
     @torch.inference_mode()
     def detect(self, resized: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:

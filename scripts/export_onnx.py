@@ -94,7 +94,7 @@ def fix_folded_weights(model: nn.Module) -> None:
         for conv, terms in zip(convolutions, norm_terms(body).values(), strict=True):  # both in the order of modules
             for name, tensor in zip(FOLDED, conv.fold(*terms), strict=True):
                 conv.register_buffer(name, tensor)
-            conv.fold = partial(_kept, conv)
+            conv.fold = partial(_kept, conv)  # type: ignore[method-assign]  # of this copy of the model alone
 
 
 def _kept(conv: FoldedConv2d, *_terms: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,8 @@ def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[
 
     Detections with nearly equal scores may swap places: each is compared with the nearest one of its label.
     """
-    expected = exported.model(NestedTensor(*inputs[:2]))
+    images, padding, *_ = inputs
+    expected = exported.model(NestedTensor(images, padding))
     for name in ("pred_logits", "pred_boxes"):
         yield name, (found[name] - expected[name]).abs().max().item()
     if not exported.postprocess:

@@ -47,7 +47,8 @@ def named(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Iterato
     """Yield the name of each flag as on the command line, and its value."""
     for action in parser._actions:
         if hasattr(flags, action.dest):
-            yield (action.option_strings or [action.metavar or action.dest])[0], getattr(flags, action.dest)
+            name = action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+            yield name, getattr(flags, action.dest)
 
 
 def check_early(tool: str) -> None:
@@ -55,13 +56,12 @@ def check_early(tool: str) -> None:
     answer_early(lambda flags: parse_flags(tool, None, flags))
 
 
-def parser_of(tool: str, description: str, **more: str) -> Parser:
+def parser_of(tool: str, description: str) -> Parser:
     """Return a parser that has no flags yet."""
     return Parser(
         prog=f"python -m scripts.{tool}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        **more,
     )
 
 

@@ -8,6 +8,7 @@ An example to copy: it uses nothing else from this project. It takes models with
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -66,7 +67,8 @@ def main() -> None:
     flags = parser.parse_args()
     if not 0 <= flags.threshold <= 1:
         parser.error(f"--threshold {flags.threshold}: scores are between 0 and 1")
-    sys.stdout.reconfigure(errors="replace")  # names of classes and files may hold characters that the terminal lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold characters that the terminal lacks
+        sys.stdout.reconfigure(errors="replace")
 
     session = onnxruntime.InferenceSession(flags.model, providers=["CPUExecutionProvider"])
     facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -78,8 +80,8 @@ def main() -> None:
         inputs = {"images": images, "padding_mask": padding, "target_sizes": sizes}
         found = session.run(["scores", "labels", "boxes"], inputs)
     else:
-        outputs = session.run(["pred_logits", "pred_boxes"], {"images": images, "padding_mask": padding})
-        found = postprocess(*outputs, sizes, facts["model"])
+        logits, boxes = session.run(["pred_logits", "pred_boxes"], {"images": images, "padding_mask": padding})
+        found = postprocess(logits, boxes, sizes, facts["model"])
 
     for path, *detections in zip(flags.images, *found, strict=True):
         print(path)

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 import argparse
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,12 @@ from util.command import run_command
 from util.errors import InputError
 from util.files import replacing
 
-REFERENCE_POINT = {"marker": "P", "markersize": 9, "color": "white", "markeredgecolor": "black"}  # visible on any photo
+REFERENCE_POINT: dict[str, Any] = {
+    "marker": "P",
+    "markersize": 9,
+    "color": "white",
+    "markeredgecolor": "black",
+}  # visible on any photo
 COLOURS = "inferno"  # perceptually uniform
 DPI = 100  # pixels per inch
 MAP_WIDTH, MAP_HEIGHT = 1.3, 2.6  # at most; all lengths in inches
@@ -178,7 +183,8 @@ def draw_page(blocks: Sequence[tuple[Subject, int]]) -> Figure:
 def draw_detection(axes: Axes, subject: Subject, query: int) -> None:
     """Draw the image with a query's box, class and score, and its reference point if it has one."""
     height, width = subject.image.shape[1:]
-    score, label = (value.item() for value in subject.probabilities[query].max(-1))
+    label = int(subject.probabilities[query].argmax())
+    score = subject.probabilities[query, label]
     size = [max(round(side), 1) for side in (axes.bbox.width, axes.bbox.height)]  # pixels of the page
     box = box_cxcywh_to_xyxy(subject.seen.boxes[query]) * torch.tensor([*size, *size])
     photo = to_pil_image(subject.image).resize(size)
@@ -213,7 +219,7 @@ def draw_map(axes: Axes, backdrop: np.ndarray, attention: np.ndarray, box: Seque
     attention = attention / attention.max()
     extent = (0, width, height, 0)  # integers are edges of pixels, not centres
     axes.imshow(backdrop, "gray", vmin=0, vmax=1.5 * 255, extent=extent)  # dimmed
-    shown = {"vmin": 0, "vmax": 1, "alpha": 0.4 + 0.5 * attention, "interpolation": "bilinear"}
+    shown: dict[str, Any] = {"vmin": 0, "vmax": 1, "alpha": 0.4 + 0.5 * attention, "interpolation": "bilinear"}
     axes.imshow(attention, COLOURS, extent=extent, **shown)
     x1, y1, x2, y2 = box
     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=1))

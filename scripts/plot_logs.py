@@ -39,9 +39,9 @@ from util.files import check_is_file, replacing
 Log = list[dict[str, Any]]
 
 LEGEND_COLUMNS = 3
-COLOURS = mpl.colormaps["tab10"].colors
-TRAIN = {"linestyle": "--", "linewidth": 1.2, "markersize": 3}
-VAL = {"linestyle": "-", "linewidth": 1.6, "markersize": 3, "marker": "o"}
+COLOURS = [mpl.colors.to_rgb(mpl.colormaps["tab10"](i)) for i in range(10)]
+TRAIN: dict[str, Any] = {"linestyle": "--", "linewidth": 1.2, "markersize": 3}
+VAL: dict[str, Any] = {"linestyle": "-", "linewidth": 1.6, "markersize": 3, "marker": "o"}
 MOST_MARKERS = 60  # epochs of a run, above which points are not marked
 # Smallest range of an axis, so that noise looks like noise: a tenth of AP's range, and a tenth of the largest loss.
 MIN_AP_RANGE = 0.1
@@ -141,7 +141,7 @@ def widened(low: float, high: float) -> tuple[float, float]:
     return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 
-def add_legends(figure: Figure, colours: dict[str, tuple[float, ...]]) -> None:
+def add_legends(figure: Figure, colours: dict[str, tuple[float, float, float]]) -> None:
     """Add the name of a single run above its curves, those of several below them; and the styles of the lines."""
     loss, precision = figure.axes
     if len(colours) == 1:

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from fractions import Fraction
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -63,7 +63,8 @@ from util.text import counted
 
 MOST_PIXELS = 128_000_000  # of images in each stage (read, in the model, to be drawn): 10 photos of a phone
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Prediction:
@@ -90,7 +91,7 @@ class Prediction:
         sizes = zip(sources, self._in_threads(self._size, sources), strict=True)
         usable = [(source, size) for source, size in sizes if self._is_usable(size)]
         limits = self.detector.args.min_size, self.detector.args.max_size
-        shapes = [resized_size(*size, *limits) for _, size in usable]
+        shapes = [resized_size(w, h, *limits) for _, (w, h) in usable]
         pixels = {source: width * height for source, (width, height) in usable}
         of_one_shape = [[usable[i][0] for i in batch] for batch in same_shape_batches(shapes, self.args.batch_size)]
         batches = [part for batch in of_one_shape for part in self._batches(batch, pixels.__getitem__)]
@@ -128,6 +129,7 @@ class Prediction:
             write_video(path, reader.rate, reader.time_base, first[1].size) as write,
         ):
             for photo, image in chain([first], drawn):
+                assert photo.frame is not None  # it comes from a video
                 write(image, *photo.frame)
                 self.detections[source].append((photo.image_id, photo.detections, photo.frame[0]))
                 bar.update()
@@ -170,7 +172,7 @@ class Prediction:
                 photos[0].detections = detections
                 yield photos.pop(0)  # so that it is not kept after it is drawn
 
-    def _is_usable(self, item: Any) -> bool:
+    def _is_usable(self, item: Item | InputError) -> TypeGuard[Item]:
         """Report errors, which are passed as values, so that other threads can continue."""
         if isinstance(item, InputError):
             self.report(str(item))

@@ -5,4 +5,5 @@ set -euo pipefail
 source "$(dirname "$0")/venv.sh" requirements-test.txt
 ruff check .
 ruff format --check .
+mypy
 python -m pytest -n auto --dist worksteal --durations=10 "$@"

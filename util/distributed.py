@@ -148,7 +148,8 @@ def distribute(model: nn.Module, device: torch.device, trained_norms: bool, trai
     # DistributedDataParallel may not send the buffers at its construction either, hence `broadcast_state`.
     known = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    parallel_model = DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: trained_norms})
+    settings: dict[str, Any] = {sync_buffers: trained_norms}
+    parallel_model = DistributedDataParallel(model, device_ids=device_ids, **settings)
     if trains:
         settle_buckets(parallel_model)
     return parallel_model
@@ -171,7 +172,7 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     """
     device = next(model.parameters()).device
     outputs = model.eval()(torch.zeros(1, 3, 64, 64, device=device))
-    sum(tensor.sum() for tensor in tensors_of(outputs) if tensor.requires_grad).backward()
+    torch.stack([tensor.sum() for tensor in tensors_of(outputs) if tensor.requires_grad]).sum().backward()
     model.zero_grad()
 
 
@@ -192,9 +193,9 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     if get_world_size() == 1:
         return rows
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=device))
-    counts = [int(count) for count in counts]
+    of_ranks = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(get_world_size())]
+    dist.all_gather(of_ranks, torch.tensor([len(rows)], device=device))
+    counts = [int(count) for count in of_ranks]
     padded = torch.zeros((max(counts), *rows.shape[1:]), dtype=rows.dtype, device=device)
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in counts]

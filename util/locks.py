@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO
+import sys
+from io import IOBase
 
-try:
-    import fcntl
-except ImportError:  # Windows
+if sys.platform == "win32":
     import msvcrt
 
     FAR = 2**30  # beyond the end of the file: on Windows, nobody else can read locked bytes
 
-    def _lock(file: BinaryIO) -> None:
+    def _lock(file: IOBase) -> None:
         file.seek(FAR)
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         finally:
             file.seek(0)
 else:
+    import fcntl
 
-    def _lock(file: BinaryIO) -> None:
+    def _lock(file: IOBase) -> None:
         # A lock of `flock` would survive in every forked process that loads data; this one belongs to a single process.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def try_lock(file: BinaryIO) -> bool:
+def try_lock(file: IOBase) -> bool:
     """Lock a file that is open for writing; return False if another process holds its lock.
 
     On POSIX the lock ends as soon as this process closes any handle of the file, not only this one.

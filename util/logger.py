@@ -6,10 +6,10 @@ import re
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from termcolor import colored
@@ -87,6 +87,14 @@ def is_shown(name: str) -> bool:
     return not re.search(r"_(\d+|unscaled)$", name)
 
 
+class SizedIterable(Protocol):
+    """Iterable of known length, such as a DataLoader."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator: ...
+
+
 class MetricLogger:
     """Running averages of named scalars and the lines that show them.
 
@@ -156,9 +164,9 @@ class MetricLogger:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.shown().items())
 
     def log_every(
-        self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0, later: int = 0
+        self, iterable: SizedIterable, print_freq: int, header: str = "", start: int = 0, later: int = 0
     ) -> Iterator:
-        """Yield from `iterable` (of known length) and show averages, times and memory every `print_freq` items.
+        """Yield from `iterable` and show averages, times and memory every `print_freq` items.
 
         A terminal shows a progress bar, files get plain lines. Both have the remaining time, also of the run if `later`
         items follow in later epochs. If an interrupted epoch is resumed after `start` items, the iterable yields only

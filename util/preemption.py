@@ -38,6 +38,8 @@ class Stopped(SystemExit):
     It is not an `Exception`, so that code which takes any exception for a damaged file does not catch it.
     """
 
+    code: int
+
 
 class StopRequest:
     """The request to stop this process, which is true after a signal, and the handler of these signals.

@@ -34,10 +34,13 @@ def set_torch_rng_states(states: dict[str, Tensor]) -> None:
 
 def all_rng_states() -> dict[str, Any]:
     """Return the states of torch's, NumPy's and Python's generators as plain data, which is valid JSON."""
-    name, keys, *rest = np.random.get_state()
+    of_numpy = np.random.get_state(legacy=False)
     return {
         "torch": {device: state.tolist() for device, state in torch_rng_states().items()},
-        "numpy": [name, keys.tolist(), *rest],
+        "numpy": [
+            *(of_numpy["bit_generator"], of_numpy["state"]["key"].tolist(), of_numpy["state"]["pos"]),
+            *(of_numpy["has_gauss"], of_numpy["gauss"]),
+        ],
         "python": random.getstate(),
     }
 

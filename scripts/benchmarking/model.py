@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from main import get_args_parser
 from models import build_model
+from models.criterion import SetCriterion
+from models.detector import Detector
 from run.optim import build_optimizer
 from run.step import Step, autocast, logged_losses
 from scripts.benchmarking.timing import synchronize
@@ -34,7 +36,7 @@ NUM_CLASSES = 91
 BOXES = 7  # per image, about as many as COCO has
 
 
-def build(variant: str, device: torch.device, *more: str) -> tuple[nn.Module, nn.Module]:
+def build(variant: str, device: torch.device, *more: str) -> tuple[Detector, SetCriterion]:
     """Return a variant's model and criterion with random weights."""
     flags = ["--device", str(device), "--num_classes", str(NUM_CLASSES), *VARIANTS[variant], *more]
     model, criterion, _ = build_model(get_args_parser().parse_args(flags))
@@ -80,7 +82,7 @@ class TrainingStep:
     """A step of the recipe on a batch of random images of one size."""
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module, batch_size: int, amp: str, flags: argparse.Namespace
+        self, model: Detector, criterion: SetCriterion, batch_size: int, amp: str, flags: argparse.Namespace
     ) -> None:
         self.device = torch.device(flags.device)
         self.step = Step(model.train(), criterion, build_optimizer(model, 1e-4, 1e-5, 1e-4), max_norm=0.1, amp=amp)
@@ -94,6 +96,10 @@ class TrainingStep:
         times: dict[str, list[float]] = {}
         step, criterion = self.step, self.step.criterion
         nothing_left_out = torch.zeros((), device=self.device)
+
+        def clip_and_step() -> None:
+            step.clip_gradients()
+            step.step_optimizer(nothing_left_out)
 
         def timed(name: str, part: Callable[..., Any], *inputs: Any) -> Any:
             synchronize(self.device)
@@ -112,6 +118,6 @@ class TrainingStep:
             loss = logged_losses(losses, criterion.weight_dict)["loss"]
             step.optimizer.zero_grad()
             timed("backward", step.scaler.scale(loss).backward)
-            timed("clip and AdamW", lambda: (step.clip_gradients(), step.step_optimizer(nothing_left_out)))
+            timed("clip and AdamW", clip_and_step)
             step.scaler.update()
         return {name: round(median(values), 1) for name, values in times.items()}

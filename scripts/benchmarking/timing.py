@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Name = TypeVar("Name", bound=Hashable)
 
-def alternate(runs: dict[Hashable, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Hashable, float]:
+
+def alternate(runs: Mapping[Name, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Name, float]:
     """Return the median seconds of every run; they take turns, after two rounds that do not count."""
-    seconds: dict[Hashable, list[float]] = {name: [] for name in runs}
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
     for turn in range(-2, repeats):
         for name, run in runs.items():
             synchronize(device)

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +20,8 @@ IMAGES = frozenset(
 )
 VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"))
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Report = Callable[[str], None]
 
 
@@ -85,20 +85,21 @@ def _files(path: Path, report: Report, leave_out: Path | None) -> Iterator[tuple
         yield folder / path.name, folder
         return
     path = path.resolve()
-    for folder, folders, files in os.walk(path, onerror=lambda error: report(f"{error.filename}: {error.strerror}")):
-        inside = [name for name in folders if not name.startswith(".") and Path(folder, name) != leave_out]
+    for parent, folders, files in os.walk(path, onerror=lambda error: report(f"{error.filename}: {error.strerror}")):
+        inside = [name for name in folders if not name.startswith(".") and Path(parent, name) != leave_out]
         folders[:] = sorted(inside)
         for name in sorted(files):
             if Path(name).suffix.lower() in IMAGES | VIDEOS and not name.startswith("."):
-                yield Path(folder, name), path
+                yield Path(parent, name), path
 
 
 def _distinct_names(files: dict[Path, tuple[str, ...]]) -> list[str]:
     """Return each file's name, with as many parent folders as are needed for all names to differ."""
-    for more in count():
+    more, names = 0, [""] * 2
+    while len(set(names)) < len(names):
         names = ["/".join(path.parts[max(1, len(path.parts) - len(parts) - more) :]) for path, parts in files.items()]
-        if len(set(names)) == len(names):
-            return names
+        more += 1
+    return names
 
 
 def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Report) -> list[Source]:
@@ -135,7 +136,8 @@ def bounded_batches(
     items: Iterable[Item], number: int, weigh: Callable[[Item], int], most: int
 ) -> Iterator[list[Item]]:
     """Yield the items in lists of at most `number`, or fewer if their total weight would exceed `most`."""
-    batch, load = [], 0
+    batch: list[Item] = []
+    load = 0
     for item in items:
         weight = weigh(item)
         if batch and (len(batch) == number or load + weight > most):

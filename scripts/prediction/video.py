@@ -63,7 +63,8 @@ class VideoReader:
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})") from error
         except ValueError as error:  # most of FFmpeg's errors
-            raise InputError(f"not a video, or a damaged one ({error.strerror})") from error
+            cause = getattr(error, "strerror", None) or reason(error)
+            raise InputError(f"not a video, or a damaged one ({cause})") from error
         self._stream.thread_type = "AUTO"
         self._rate = Fraction(self._stream.average_rate or 25)
         self.rate = self._rate / every
@@ -77,7 +78,8 @@ class VideoReader:
         """Return the seconds that the pictures take, or all streams together if the file says no more; 0: unknown."""
         tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", self._stream.metadata.get("DURATION", ""))  # of Matroska
         if tag:
-            return sum(Fraction(part) * unit for part, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
+            hours, minutes, seconds = map(Fraction, tag.groups())
+            return (60 * hours + minutes) * 60 + seconds
         if self._stream.duration:
             return self._stream.duration * self.time_base
         return Fraction(self._file.duration or 0, self._av.time_base)
