@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 from flags.limits import check_model, check_numbers
 from flags.resolve import COCO_NUM_CLASSES, MODEL_FLAGS, resolve
-from models.backbone import Backbone, BackboneWithPosition
+from models.backbone import Backbone, Joiner
 from models.classification import FocalSigmoid, SoftmaxWithNoObject
 from models.conditional_detr import build_conditional_detr
 from models.criterion import BoxLoss, CardinalityError, ClassError, ClassLoss, SetCriterion, Term
 from models.detector import Detector
 from models.detr import build_detr
 from models.matcher import HungarianMatcher
-from models.position_encoding import build_position_embedding
+from models.position_encoding import build_position_encoding
 from models.postprocess import PostProcess
 
 MODELS: dict[str, Callable[..., Detector]] = {"conditional_detr": build_conditional_detr, "detr": build_detr}
@@ -39,9 +39,15 @@ def build_model(
     flags = resolve(args)
     check_numbers(flags, flags=MODEL_FLAGS)
     check_model(flags)
-    backbone = Backbone(flags.backbone, dilation=flags.dilation, norm=flags.backbone_norm, train=trained_part(flags))
+    backbone = Backbone(
+        flags.backbone,
+        train_backbone=flags.lr_backbone > 0,
+        dilation=flags.dilation,
+        norm=flags.backbone_norm,
+        train_stem=flags.backbone_weights == "none",
+    )
     model = MODELS[flags.model](
-        BackboneWithPosition(backbone, build_position_embedding(flags.position_embedding, flags.hidden_dim)),
+        Joiner(backbone, build_position_encoding(flags)),
         num_classes=num_classes or flags.num_classes or COCO_NUM_CLASSES,
         num_queries=flags.num_queries,
         dim=flags.hidden_dim,
@@ -66,10 +72,3 @@ def build_model(
         matcher, terms, num_layers=flags.dec_layers if flags.aux_loss else 1, num_groups=flags.group_detr
     )
     return model, criterion, {"bbox": PostProcess(flags.max_detections, classification)}
-
-
-def trained_part(flags: argparse.Namespace) -> str:
-    """Return which part of the backbone is trained: nothing at `--lr_backbone 0`, all of it without given weights."""
-    if flags.lr_backbone <= 0:
-        return "none"
-    return "all" if flags.backbone_weights == "none" else "late"

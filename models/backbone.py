@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.folded_norms import channels_last, fold_norms
+from models.not_scriptable import NotScriptable
 from util.errors import InputError
 from util.nested_tensor import NestedTensor
 
@@ -20,7 +21,6 @@ CHANNELS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 204
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-LEARNS = {"none": (), "late": STAGES[1:], "all": ("conv1", "bn1", *STAGES)}
 
 
 class Body(nn.Sequential):
@@ -36,20 +36,30 @@ class Body(nn.Sequential):
         return features
 
 
-class Backbone(nn.Module):
+class Backbone(NotScriptable, nn.Module):
     """A torchvision ResNet without its classifier.
 
     Args:
         name: a key of `CHANNELS`.
+        train_backbone: train layer2 to layer4, which suits pretrained weights.
+        return_interm_layers: return the features of all stages, not only of the last one.
         dilation: replace the stride of the last stage by dilation (DC5): twice the resolution.
         norm: "frozen" keeps the batch norms as buffers, "batch" trains them.
-        train: the part that is trained: "none", "late" (layer2 to layer4, for pretrained weights) or "all".
+        train_stem: also train what comes before layer2, which random weights need.
 
     Raises:
         InputError: if the name is unknown, or torchvision cannot dilate this network.
     """
 
-    def __init__(self, name: str, dilation: bool = False, norm: str = "frozen", train: str = "late") -> None:
+    def __init__(
+        self,
+        name: str,
+        train_backbone: bool = True,
+        return_interm_layers: bool = False,
+        dilation: bool = False,
+        norm: str = "frozen",
+        train_stem: bool = False,
+    ) -> None:
         super().__init__()
         if name not in CHANNELS:
             raise InputError(f"--backbone {name}: choose one of {', '.join(CHANNELS)}")
@@ -67,25 +77,22 @@ class Backbone(nn.Module):
         order = ("conv1", "bn1", "maxpool", "relu", *STAGES)
         self.body = Body(OrderedDict((key, getattr(resnet, key)) for key in order))
         self.num_channels = CHANNELS[name]
+        self.stages = STAGES if return_interm_layers else STAGES[-1:]
         self.folded = norm == "frozen"
         for key, module in self.body.named_children():
-            module.requires_grad_(key in LEARNS[train])
+            module.requires_grad_(train_backbone and (train_stem or key in STAGES[1:]))
         if self.folded:
             fold_norms(self.body)  # computes the same in less time
 
-    def forward(self, images: Tensor, padding: Tensor) -> dict[str, NestedTensor]:
-        """Return the features of each stage with their mask, for images [B, 3, H, W] and their mask [B, H, W].
-
-        Their keys are layer1, layer2, layer3 and, for the last stage [B, C', H', W'], "0", as in the published code,
-        whose users read it by hooks.
-        """
+    def forward(self, tensor_list: NestedTensor) -> dict[str, NestedTensor]:
+        """Return the features of the last stage [B, C', H', W'] as "0", or of all stages as "0" to "3", with masks."""
+        images, padding = tensor_list.decompose()
         # With trained norms and channels last, the gradients of plain 1×1 convolutions would come in strides that
         # DistributedDataParallel warns about.
         images = channels_last(images) if self.folded else images.contiguous()
-        return {
-            "0" if name == STAGES[-1] else name: NestedTensor(features, resized(padding, features))
-            for name, features in self.body(images).items()
-        }
+        features = self.body(images)
+        chosen = (features[stage] for stage in self.stages)
+        return {str(i): NestedTensor(x, resized(padding, x), tensor_list.has_padding) for i, x in enumerate(chosen)}
 
 
 def resized(padding: Tensor, features: Tensor) -> Tensor:
@@ -93,16 +100,14 @@ def resized(padding: Tensor, features: Tensor) -> Tensor:
     return F.interpolate(padding[:, None].float(), size=features.shape[-2:], mode="nearest")[:, 0].bool()
 
 
-class BackboneWithPosition(nn.Sequential):
+class Joiner(NotScriptable, nn.Sequential):
     """Backbone and position embedding; a Sequential for the published keys `backbone.0.*` and `backbone.1.*`."""
 
     def __init__(self, backbone: Backbone, position_embedding: nn.Module) -> None:
         super().__init__(backbone, position_embedding)
         self.num_channels = backbone.num_channels
 
-    def forward(  # type: ignore[override]  # takes a mask, too
-        self, images: Tensor, padding: Tensor
-    ) -> tuple[dict[str, NestedTensor], Tensor]:
-        """Return the stages like `Backbone`, and the positions [B, H', W', C] of the cells of the last one."""
-        stages = self[0](images, padding)
-        return stages, self[1](stages["0"].mask)
+    def forward(self, tensor_list: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
+        """Return the features of the backbone's stages and the positions [B, C, H', W'] of their cells."""
+        features = list(self[0](tensor_list).values())
+        return features, [self[1](stage) for stage in features]

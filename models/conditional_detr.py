@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention, split_heads
-from models.backbone import BackboneWithPosition
+from models.backbone import Joiner
 from models.detector import Detector
 from models.dropout import Dropout
 from models.position_encoding import point_embedding
@@ -179,7 +179,7 @@ class ConditionalDETR(Detector):
 
 
 def build_conditional_detr(
-    backbone: BackboneWithPosition,
+    backbone: Joiner,
     *,
     num_classes: int,
     num_queries: int,

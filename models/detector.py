@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.backbone import BackboneWithPosition
+from models.backbone import Joiner
 from models.inputs import as_batch
+from models.not_scriptable import NotScriptable
 from models.transformer import MLP, Transformer
 from util.nested_tensor import NestedTensor
 from util.precision import at_least_float32, without_autocast
@@ -26,21 +27,21 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Embeddings(NamedTuple):
     """Embeddings of a batch before the heads, for these and for further heads on top of them.
 
-    stages: features of the backbone's stages with their masks, from `layer1` on; "0" is the last one (see `Backbone`).
+    stages: features of the backbone's stages with their masks, the last stage last (see `Backbone`).
     features: [B, C, H', W'], the last stage projected to the transformer's width.
     memory: [B, S, C], the output of the encoder.
     hs: [L, B, Q, C], the outputs of the decoder layers.
     reference: [Q, 2], the reference points of the queries, or None for a decoder without them.
     """
 
-    stages: dict[str, NestedTensor]
+    stages: list[NestedTensor]
     features: Tensor
     memory: Tensor
     hs: Tensor
     reference: Tensor | None
 
 
-class Detector(nn.Module):
+class Detector(NotScriptable, nn.Module):
     """Backbone, transformer, and heads for classes and boxes; models differ in the decoder, the boxes and the queries.
 
     Args:
@@ -55,7 +56,7 @@ class Detector(nn.Module):
 
     def __init__(
         self,
-        backbone: BackboneWithPosition,
+        backbone: Joiner,
         transformer: Transformer,
         dim: int,
         num_logits: int,
@@ -92,13 +93,13 @@ class Detector(nn.Module):
         if images.dtype == torch.uint8:
             images = self.normalize(images, mask)
 
-        stages, position = self.backbone(images, mask)
-        x, mask = stages["0"].decompose()  # [B, C', H', W'], [B, H', W']
+        stages, positions = self.backbone(NestedTensor(images, mask, samples.has_padding))
+        x, mask = stages[-1].decompose()  # [B, C', H', W'], [B, H', W']
         features = self.input_proj(x)  # [B, C, H', W']
         query_pos = self.query_embed.weight  # [Q, C]
         if self.num_groups > 1 and not self.training:
             query_pos = query_pos[: len(query_pos) // self.num_groups]
-        position = position.flatten(1, 2).to(query_pos.dtype)  # [B, S, C]
+        position = positions[-1].flatten(2).transpose(1, 2).to(query_pos.dtype)  # [B, S, C]
         padding = mask.flatten(1) if samples.has_padding else None  # [B, S]
         hs, reference, memory = self.transformer(features.flatten(2).transpose(1, 2), position, padding, query_pos)
         return Embeddings(stages, features, memory, hs, reference)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import CrossAttention, SelfAttention
-from models.backbone import BackboneWithPosition
+from models.backbone import Joiner
 from models.detector import Detector
 from models.dropout import Dropout
 from models.transformer import Encoder, Transformer, run_layer, share_initial_vectors
@@ -95,7 +95,7 @@ class DETR(Detector):
 
 
 def build_detr(
-    backbone: BackboneWithPosition,
+    backbone: Joiner,
     *,
     num_classes: int,
     num_queries: int,

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from models.classification import Classification, FocalSigmoid
 from models.inputs import check_target_sizes
+from models.not_scriptable import NotScriptable
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import InputError
 
 
-class PostProcess(nn.Module):
+class PostProcess(NotScriptable, nn.Module):
     """Postprocessor that keeps the detections with the highest scores, at most `num_detections` per image (COCO: 100).
 
     Args:

@@ -24,7 +24,7 @@ def random_norms(network: nn.Module) -> nn.Module:
 
 def make_body() -> nn.Module:
     torch.manual_seed(0)
-    return random_norms(Backbone("resnet18", train="all")).body
+    return random_norms(Backbone("resnet18", train_stem=True)).body
 
 
 def unfolded(body: nn.Module, image: Tensor = IMAGE) -> Tensor:

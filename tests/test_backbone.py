@@ -7,6 +7,7 @@ import torchvision
 from checkpoints.backbone_weights import load_backbone_weights
 from models.backbone import Backbone
 from util.errors import InputError
+from util.nested_tensor import NestedTensor
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_a_file(norm, weights):
     load_backbone_weights(backbone, "resnet18", str(path))
     assert torch.equal(backbone.body.layer4[1].conv2.weight, resnet.layer4[1].conv2.weight)
     image = torch.randn(1, 3, 64, 64)
-    features = backbone.eval()(image, torch.zeros(1, 64, 64, dtype=torch.bool))["0"].tensors
+    features = backbone.eval()(NestedTensor(image, torch.zeros(1, 64, 64, dtype=torch.bool)))["0"].tensors
     resnet.fc, resnet.avgpool = torch.nn.Identity(), torch.nn.Identity()
     torch.testing.assert_close(features.flatten(1), resnet.eval()(image))
 

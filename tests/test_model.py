@@ -12,6 +12,7 @@ from models.position_encoding import PositionEmbeddingLearned, PositionEmbedding
 from models.postprocess import PostProcess
 from tests.small import small_transformer
 from util.errors import InputError
+from util.nested_tensor import NestedTensor
 
 SMALL = ("--backbone", "resnet18", "--enc_layers", 2, "--dec_layers", 3, "--dim_feedforward", 64, "--num_queries", 7)
 
@@ -55,33 +56,39 @@ def test_padded_cells_are_not_seen():
     assert not torch.allclose(padded, all_seen)
 
 
+def of_mask(mask: torch.Tensor) -> NestedTensor:
+    """A feature map of which only the mask matters."""
+    return NestedTensor(torch.zeros(mask[:, None].shape), mask)
+
+
 def test_learned_positions(parse):
     model, _, _ = build_model(parse(*SMALL, "--position_embedding", "learned"))
     assert model.state_dict()["backbone.1.row_embed.weight"].shape == (50, 128)
     assert model.state_dict()["backbone.1.col_embed.weight"].shape == (50, 128)
-    embedding = PositionEmbeddingLearned(8)
-    position = embedding(torch.zeros(2, 3, 5, dtype=torch.bool))
-    assert position.shape == (2, 3, 5, 8)
-    assert torch.equal(position[1, 2, 4], torch.cat([embedding.col_embed.weight[4], embedding.row_embed.weight[2]]))
+    embedding = PositionEmbeddingLearned(4)
+    position = embedding(of_mask(torch.zeros(2, 3, 5, dtype=torch.bool)))
+    assert position.shape == (2, 8, 3, 5)
+    expected = torch.cat([embedding.col_embed.weight[4], embedding.row_embed.weight[2]])
+    assert torch.equal(position[1, :, 2, 4], expected)
     assert embedding.row_embed.weight.min() >= 0 and embedding.row_embed.weight.max() <= 1
     with pytest.raises(InputError, match=r"--position_embedding learned has 50 .* 51×10"):
-        embedding(torch.zeros(1, 51, 10, dtype=torch.bool))
+        embedding(of_mask(torch.zeros(1, 51, 10, dtype=torch.bool)))
 
 
 def test_sine_positions_count_unpadded_cells():
     padding = torch.zeros(1, 2, 5, dtype=torch.bool)
     padding[:, :, 4:] = True
-    position = PositionEmbeddingSine(8)(padding)
+    position = PositionEmbeddingSine(4, normalize=True)(of_mask(padding))
     x = torch.tensor(2 / (4 + 1e-6) * 2 * math.pi)  # second of four columns
-    assert_close(position[0, 0, 1, 4:], torch.stack([x.sin(), x.cos(), (x / 100).sin(), (x / 100).cos()]))
+    assert_close(position[0, 4:, 0, 1], torch.stack([x.sin(), x.cos(), (x / 100).sin(), (x / 100).cos()]))
     y = torch.tensor(1 / (2 + 1e-6) * 2 * math.pi)
-    assert_close(position[0, 0, 1, :2], torch.stack([y.sin(), y.cos()]))
+    assert_close(position[0, :2, 0, 1], torch.stack([y.sin(), y.cos()]))
 
 
 def test_dilation_doubles_the_resolution():
-    images, padding = torch.randn(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool)
-    assert Backbone("resnet50")(images, padding)["0"].tensors.shape == (1, 2048, 2, 3)
-    assert Backbone("resnet50", dilation=True)(images, padding)["0"].tensors.shape == (1, 2048, 4, 6)
+    batch = NestedTensor(torch.randn(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool))
+    assert Backbone("resnet50")(batch)["0"].tensors.shape == (1, 2048, 2, 3)
+    assert Backbone("resnet50", dilation=True)(batch)["0"].tensors.shape == (1, 2048, 4, 6)
 
 
 @pytest.mark.parametrize(

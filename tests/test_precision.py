@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from models.position_encoding import PositionEmbeddingSine
 from models.postprocess import PostProcess
 from tests.small import build_small
+from util.nested_tensor import NestedTensor
 
 TARGETS = [{"labels": torch.tensor([1, 3]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.4, 0.1, 0.3]])}] * 2
 
@@ -39,13 +40,15 @@ def test_predictions_under_autocast(images, dtype):
 def test_points_and_positions_are_exact_under_autocast():
     model, _ = build_small()
     decoder, query_pos = model.transformer.decoder, model.query_embed.weight
-    memory, padding = torch.randn(1, 6, 256), torch.zeros(1, 2, 3, dtype=torch.bool)
+    memory = torch.randn(1, 6, 256)
+    cells = NestedTensor(torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.bool))
+    embedding = PositionEmbeddingSine(128, normalize=True)
     with torch.no_grad():
         _, expected = decoder(query_pos, memory, torch.zeros_like(memory), None)
-        positions = PositionEmbeddingSine(256)(padding)
+        positions = embedding(cells)
         with autocast():
             _, reference = decoder(query_pos, memory, torch.zeros_like(memory), None)
-            assert torch.equal(PositionEmbeddingSine(256)(padding), positions)
+            assert torch.equal(embedding(cells), positions)
     assert torch.equal(reference, expected)
 
 

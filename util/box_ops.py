@@ -1,8 +1,21 @@
-"""Conversions of boxes and points between the model's formats (normalised cxcywh, logits) and xyxy."""
+"""Conversions of boxes and points between the model's formats (normalised cxcywh, logits) and xyxy, and overlaps.
+
+Forks also import torchvision's `generalized_box_iou` and `masks_to_boxes` from here.
+"""
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, generalized_box_iou, masks_to_boxes
+
+__all__ = [
+    "box_cxcywh_to_xyxy",
+    "box_iou",
+    "box_xyxy_to_cxcywh",
+    "generalized_box_iou",
+    "inverse_sigmoid",
+    "masks_to_boxes",
+    "paired_generalized_box_iou",
+]
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -13,6 +26,14 @@ def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
 def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     """Convert boxes [..., 4] from corners to (centre x, centre y, width, height)."""
     return box_convert(boxes, "xyxy", "cxcywh")
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the IoU and the union's area, [N, M] both, of boxes [N, 4] and [M, 4], all xyxy."""
+    boxes1 = boxes1[:, None]
+    intersection = _area(boxes1[..., :2].maximum(boxes2[..., :2]), boxes1[..., 2:].minimum(boxes2[..., 2:]))
+    union = _area(*boxes1.split(2, dim=-1)) + _area(*boxes2.split(2, dim=-1)) - intersection
+    return intersection / union, union
 
 
 def paired_generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
