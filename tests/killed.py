@@ -25,12 +25,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import main
 import training
 
+STRUCK = "struck "  # begins the line that announces a moment
+
 
 class Strike:
     """A signal to a process (this one) at a moment of the run; `came` says whether it was sent."""
 
-    def __init__(self, moment: str, number: int = signal.SIGKILL, process: int | None = None) -> None:
+    def __init__(
+        self, moment: str, number: int = signal.SIGKILL, process: int | None = None, announced: bool = False
+    ) -> None:
         self.moment = moment
+        self.announced = announced  # by a line
         self.number = number
         self.process = process or os.getpid()
         self.came = False
@@ -40,6 +45,8 @@ class Strike:
     def at(self, moment: str) -> None:
         if moment == self.moment and not self.came:
             self.came = True
+            if self.announced:
+                os.write(2, f"{STRUCK}{moment}\n".encode())
             os.kill(self.process, self.number)
 
     def watch(self) -> None:
@@ -80,32 +87,51 @@ class Strike:
         training.append_log = append_between
 
 
-def strike_at(place: str, signals: dict[int, int]) -> None:
-    """Send this process a signal just before a call of the function `place`, from within the code that calls it.
+# Moments within the code that runs: just before these calls, counted from 1, of these functions.
+CALLS: dict[str, tuple[str, range]] = {
+    "a file of weights is read": ("torch.load", range(1, 2)),
+    "the first image is decoded": ("datasets.images._decode_jpeg", range(1, 2)),
+    "the second image is decoded": ("datasets.images._decode_jpeg", range(2, 3)),
+    "the first losses are there": ("run.step.logged_losses", range(1, 2)),
+    "the losses of the first and the second batch are there": ("run.step.logged_losses", range(1, 3)),
+    "the first evaluation is scored": ("engine.CocoEvaluator.accumulate", range(1, 2)),
+    "the second evaluation is scored": ("engine.CocoEvaluator.accumulate", range(2, 3)),
+    "the first line of the log is written": ("training.append_log", range(1, 2)),
+    "the second line of the log is written": ("training.append_log", range(2, 3)),
+    "workers are ended after the run": ("main.kill_workers", range(1, 2)),
+    "the process group is left after the run": ("main.leave_process_group", range(1, 2)),
+}
 
-    Args:
-        signals: by the number of the call, from 1.
-    """
+
+def strike_at(moment: str, number: int, came: Path | None = None) -> None:
+    """Send this process a signal at each call of a moment in `CALLS`; `came` is a file that is then written."""
+    place, chosen = CALLS[moment]
     owner_name, name = place.rsplit(".", 1)
     owner = pkgutil.resolve_name(owner_name)
     original = getattr(owner, name)
     calls = itertools.count(1)
 
     def striking(*args, **kwargs):
-        if number := signals.get(next(calls)):
+        if next(calls) in chosen:
+            if came:
+                came.touch()
             os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     setattr(owner, name, striking)
 
 
-def run_struck(flags: list[str], place: str, signals: dict[int, int], env: dict[str, str], printed: Path) -> None:
-    """Run main.py with these flags and signals, printing to the files `printed`.out and .err; for a fresh process."""
+def run_struck(flags: list[str], moment: str, number: int, env: dict[str, str], printed: Path) -> None:
+    """Run main.py with these flags and a signal at a moment ("": none), for a fresh process.
+
+    It prints to the files `printed`.out and .err, and writes `printed`.came at the moment.
+    """
     torch.set_num_threads(1)
     os.environ.update(env)
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
         os.dup2(os.open(printed.with_suffix(suffix), os.O_CREAT | os.O_WRONLY), stream.fileno())
-    strike_at(place, signals)
+    if moment:
+        strike_at(moment, number, printed.with_suffix(".came"))
     sys.argv = ["main.py", *flags]
     main.run()
 
@@ -124,7 +150,7 @@ if __name__ == "__main__":
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     victim, _, moment = strikes[start].partition(": ") if start < len(strikes) else ("", "", "")
     if victim == os.environ["RANK"] and "KILLED_SIGNAL" in os.environ:
-        Strike(moment, int(os.environ["KILLED_SIGNAL"]), os.getppid())
+        Strike(moment, int(os.environ["KILLED_SIGNAL"]), os.getppid(), announced=True)
     elif victim == os.environ["RANK"]:
-        Strike(moment)
+        Strike(moment, announced=True)
     main.run()

@@ -13,12 +13,18 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[str, tuple, dict]] = []
         self.largest = 0  # elements of the largest result
+        self.largest_bytes = 0
+        self.written = 0  # elements of all results, except those that share the memory of an argument
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.calls.append((func.overloadpacket.__name__, args, kwargs))
-        self.largest = max([self.largest, *(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))])
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
+            self.largest = max(self.largest, tensor.numel())
+            self.largest_bytes = max(self.largest_bytes, tensor.numel() * tensor.element_size())
+            self.written += tensor.numel() * (tensor.untyped_storage()._cdata not in given)
         return result
 
     @property

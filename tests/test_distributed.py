@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from models import build_model
 from tests import two_processes
 from tests.conftest import ROOT, TINY, assert_same_end, log_lines
+from tests.killed import STRUCK
 from util.distributed import distribute
 from util.preemption import EXIT_CODE
 
@@ -228,6 +230,14 @@ def killed_run(shapes, output, processes: int, killed_at: str, start, *more: obj
     return start(*launcher, *script, KILLED_AT=killed_at, **env)
 
 
+def output_of_struck(process: subprocess.Popen, moments: Sequence[str], exit_code: int | None = 0) -> str:
+    """The output of a run that was struck at these moments."""
+    printed = output_of(process, exit_code)
+    came = [line.split(STRUCK)[1] for line in printed.splitlines() if STRUCK in line]
+    assert came == list(moments), f"{came} came instead of {moments}:\n{printed}"
+    return printed
+
+
 def output_of(process: subprocess.Popen, exit_code: int | None = 0) -> str:
     printed = process.communicate(timeout=400)[0]
     assert exit_code in (None, process.returncode), printed
@@ -247,7 +257,8 @@ MANY = (
 def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes, tmp_path, start):
     """With three processes, the order of the sum over them matters, too."""
     output_of(killed_run(shapes, tmp_path / "whole", processes, "", start))
-    printed = output_of(killed_run(shapes, tmp_path / "killed", processes, killed_at, start))
+    moments = [strike.split(": ")[1] for strike in killed_at.split("; ")]
+    printed = output_of_struck(killed_run(shapes, tmp_path / "killed", processes, killed_at, start), moments)
     times = killed_at.count(":")
     assert printed.count("failed (exitcode: ") == times  # of the killed process, or of one that misses it
     assert printed.count("loading") == times
@@ -258,7 +269,8 @@ def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
     """Its processes finish their step and write a checkpoint before it would kill them; fewer can go on."""
     ended = tmp_path / "ended"
     sigterm = int(signal.SIGTERM)
-    printed = output_of(killed_run(shapes, ended, 2, "1: before step 3", start, KILLED_SIGNAL=sigterm), None)
+    run = killed_run(shapes, ended, 2, "1: before step 3", start, KILLED_SIGNAL=sigterm)
+    printed = output_of_struck(run, ["before step 3"], None)
     assert f"ended on request (exit code {EXIT_CODE})" in printed
     step = torch.load(ended / "checkpoint.pth", weights_only=True)["step"]
     assert 0 < step < 7
@@ -278,7 +290,8 @@ def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
 def test_ctrl_c_to_torchrun(shapes, tmp_path, start):
     """It passes Ctrl-C on; all processes stop in the same step."""
     sigint = int(signal.SIGINT)
-    printed = output_of(killed_run(shapes, tmp_path, 2, "1: before step 3", start, KILLED_SIGNAL=sigint), None)
+    run = killed_run(shapes, tmp_path, 2, "1: before step 3", start, KILLED_SIGNAL=sigint)
+    printed = output_of_struck(run, ["before step 3"], None)
     assert printed.count("Ctrl-C: finishing this step; press it again to stop at once") == 1
     assert printed.count("ended on request (exit code 130); to resume, repeat the command\n") == 1
     assert "another process of this run has ended" not in printed

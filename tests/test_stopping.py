@@ -18,8 +18,6 @@ from tests import killed
 from tests.conftest import ROOT, TINY, assert_same_end, log_lines
 from util.preemption import EXIT_CODE
 
-NOWHERE = "main.write_report"  # a function that training does not call
-
 
 def run_code(code: str, *flags: object, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -35,19 +33,18 @@ def run_code(code: str, *flags: object, **env: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def struck(tmp_path_factory):
-    """Runs main.py with a signal at the given call of a function, and at the calls right after it."""
+    """Runs main.py with a signal at a moment of `killed.CALLS`; "" for none."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.killed"])  # quickly: what it imports is imported already
 
-    def struck(
-        place: str, name: str, *flags: object, number: int = 1, times: int = 1, **env: str
-    ) -> subprocess.CompletedProcess:
-        signals = dict.fromkeys(range(number, number + times), int(getattr(signal, name)))
+    def struck(moment: str, name: str, *flags: object, **env: str) -> subprocess.CompletedProcess:
         printed = tmp_path_factory.mktemp("printed") / "printed"
-        process = context.Process(target=killed.run_struck, args=(list(map(str, flags)), place, signals, env, printed))
+        arguments = (list(map(str, flags)), moment, int(getattr(signal, name)), env, printed)
+        process = context.Process(target=killed.run_struck, args=arguments)
         process.start()
         process.join(120)
         out, err = (printed.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+        assert not moment or printed.with_suffix(".came").exists(), f"{moment!r} never came:\n{out}{err}"
         return subprocess.CompletedProcess(flags, process.exitcode, out, err)
 
     return struck
@@ -62,21 +59,25 @@ def trained(shapes, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "flags"),
+    ("name", "moment", "flags"),
     [
-        ("SIGTERM", "torch.load", ("--eval", "--resume", "CHECKPOINT")),
-        ("SIGUSR1", "torch.load", ("--epochs", 2, "--resume", "auto")),
-        ("SIGTERM", "torch.load", ("--epochs", 1, "--finetune", "CHECKPOINT", "--output_dir", "NEW")),
-        ("SIGINT", "torch.load", ("--epochs", 1, "--backbone_weights", "BACKBONE", "--output_dir", "NEW")),
-        ("SIGTERM", "datasets.images._decode_jpeg", ("--eval", "--resume", "CHECKPOINT", "--on_bad_image", "skip")),
+        ("SIGTERM", "a file of weights is read", ("--eval", "--resume", "CHECKPOINT")),
+        ("SIGUSR1", "a file of weights is read", ("--epochs", 2, "--resume", "auto")),
+        ("SIGTERM", "a file of weights is read", ("--epochs", 1, "--finetune", "CHECKPOINT", "--output_dir", "NEW")),
+        (
+            "SIGINT",
+            "a file of weights is read",
+            ("--epochs", 1, "--backbone_weights", "BACKBONE", "--output_dir", "NEW"),
+        ),
+        ("SIGTERM", "the first image is decoded", ("--eval", "--resume", "CHECKPOINT", "--on_bad_image", "skip")),
     ],
     ids=["eval", "resume", "finetune", "backbone", "image"],
 )
-def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, place, flags, shapes, trained, tmp_path, struck):
+def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, moment, flags, shapes, trained, tmp_path, struck):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     paths = {"CHECKPOINT": trained / "checkpoint.pth", "BACKBONE": tmp_path / "resnet18.pth", "NEW": tmp_path / "new"}
     flags = [paths.get(flag, flag) for flag in ("--output_dir", trained, *flags)]
-    done = struck(place, name, *TINY, "--coco_path", shapes, *flags)
+    done = struck(moment, name, *TINY, "--coco_path", shapes, *flags)
     assert done.returncode == (130 if name == "SIGINT" else EXIT_CODE), done.stderr
     printed = done.stdout + done.stderr
     assert all(word not in printed for word in ("damaged", "skipped", "cannot be", "Traceback", "Error"))
@@ -85,17 +86,17 @@ def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, place, flags, sh
 def test_a_signal_while_images_are_read_in_training_is_noted(shapes, tmp_path, struck):
     """The step ends with all its images, and the run is resumed to the same end."""
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--on_bad_image", "skip", "--resume", "auto"]
-    done = struck("datasets.images._decode_jpeg", "SIGTERM", *flags, "--output_dir", tmp_path / "struck", number=2)
+    done = struck("the second image is decoded", "SIGTERM", *flags, "--output_dir", tmp_path / "struck")
     assert done.returncode == EXIT_CODE, done.stderr
     assert "could not be read" not in done.stdout
     for name in ("struck", "whole"):
-        assert struck(NOWHERE, "SIGTERM", *flags, "--output_dir", tmp_path / name).returncode == 0
+        assert struck("", "SIGTERM", *flags, "--output_dir", tmp_path / name).returncode == 0
     assert_same_end(tmp_path / "struck", tmp_path / "whole")
 
 
 def test_ctrl_c_finishes_the_step_and_saves(shapes, tmp_path, struck):
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, "--num_workers", 1]
-    done = struck("run.step.logged_losses", "SIGINT", *flags)
+    done = struck("the first losses are there", "SIGINT", *flags)
     assert done.returncode == 130, done.stderr
     assert "Ctrl-C: finishing this step; press it again to stop at once" in done.stderr
     assert "to resume, repeat the command with --resume auto" in done.stdout
@@ -106,14 +107,18 @@ def test_ctrl_c_finishes_the_step_and_saves(shapes, tmp_path, struck):
 
 def test_the_second_ctrl_c_ends_at_once(shapes, tmp_path, struck):
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, "--num_workers", 1]
-    done = struck("run.step.logged_losses", "SIGINT", *flags, "--batch_size", 1, "--accum_steps", 6, times=2)
+    done = struck(
+        "the losses of the first and the second batch are there",
+        "SIGINT",
+        *(*flags, "--batch_size", 1, "--accum_steps", 6),
+    )
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
 def test_without_an_output_folder_nothing_can_be_resumed(shapes, struck):
-    done = struck("run.step.logged_losses", "SIGINT", *TINY, "--coco_path", shapes, "--epochs", 1)
+    done = struck("the first losses are there", "SIGINT", *TINY, "--coco_path", shapes, "--epochs", 1)
     assert done.returncode == 130
     assert "warning: nothing will be saved, and the run cannot be resumed: name a folder by --output_dir" in done.stdout
     assert "nothing was saved: there is no --output_dir" in done.stdout
@@ -126,7 +131,7 @@ def test_tools_end_with_one_line(name, code, shapes, tmp_path):
 from scripts import check_data
 from tests.killed import strike_at
 from util.command import run_command
-strike_at("datasets.images._decode_jpeg", {{1: {int(getattr(signal, name))}}})
+strike_at("the first image is decoded", {int(getattr(signal, name))})
 run_command(check_data.main)
 """
     done = run_code(program, "--coco_path", shapes, "--output_dir", tmp_path)
@@ -166,24 +171,23 @@ def test_signals_while_modules_are_imported(command, name, code, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "number"),
+    ("moment", "logged"),
     [
-        ("engine.CocoEvaluator.accumulate", 1),  # in the first evaluation
-        ("engine.CocoEvaluator.accumulate", 2),  # in the last one
-        ("training.append_log", 2),  # the run is finished by what it does next
-        ("main.kill_workers", 1),  # it is finished
-        ("main.leave_process_group", 1),
+        ("the first evaluation is scored", 0),
+        ("the second evaluation is scored", 1),
+        ("the second line of the log is written", 2),  # the run is finished by what it does next
+        ("workers are ended after the run", 2),
+        ("the process group is left after the run", 2),
     ],
 )
-def test_a_signal_near_the_end_of_a_run(place, number, shapes, tmp_path, struck):
+def test_a_signal_near_the_end_of_a_run(moment, logged, shapes, tmp_path, struck):
     """The exit code tells whether all epochs are in the log."""
     flags = [*TINY, "--coco_path", shapes, "--epochs", 2, "--output_dir", tmp_path, "--num_workers", 1]
-    done = struck(place, "SIGTERM", *flags, number=number)
-    evaluated = place != "engine.CocoEvaluator.accumulate"
-    assert done.returncode == (0 if evaluated else EXIT_CODE), done.stderr
-    assert len(log_lines(tmp_path) if (tmp_path / "log.txt").exists() else []) == (2 if evaluated else number - 1)
+    done = struck(moment, "SIGTERM", *flags)
+    assert done.returncode == (0 if logged == 2 else EXIT_CODE), done.stderr
+    assert len(log_lines(tmp_path) if (tmp_path / "log.txt").exists() else []) == logged
     assert "Traceback" not in done.stderr
-    assert ("ended on request" in done.stdout) != evaluated
+    assert ("ended on request" in done.stdout) == (logged < 2)
 
 
 def test_an_error_that_follows_from_a_request_is_the_request(shapes, tmp_path):
@@ -238,14 +242,14 @@ main.run()
 
 @pytest.fixture
 def two_processes(struck, meeting):
-    """Runs main.py on two processes with a signal at a place of each; returns their exit codes and what they print."""
+    """Runs main.py on two processes with a signal at a moment of each; returns their exit codes and what they print."""
 
     def run(strikes: list[tuple[str, str]], *flags: object) -> list[tuple[int, str]]:
         env = {"WORLD_SIZE": "2", **meeting()}
         with ThreadPoolExecutor(2) as pool:
             runs = [
-                pool.submit(struck, place, name, *flags, RANK=str(rank), **env)
-                for rank, (place, name) in enumerate(strikes)
+                pool.submit(struck, moment, name, *flags, RANK=str(rank), **env)
+                for rank, (moment, name) in enumerate(strikes)
             ]
             return [(run.result().returncode, run.result().stdout + run.result().stderr) for run in runs]
 
@@ -254,7 +258,7 @@ def two_processes(struck, meeting):
 
 def test_processes_stop_together_though_one_is_asked(shapes, tmp_path, two_processes):
     flags = [*TINY, "--batch_size", 1, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path]
-    strikes = [(NOWHERE, "SIGINT"), ("run.step.logged_losses", "SIGINT")]
+    strikes = [("", "SIGINT"), ("the first losses are there", "SIGINT")]
     (code, printed), (other_code, other_printed) = two_processes(strikes, *flags)
     assert (code, other_code) == (130, 130), printed + other_printed
     assert "ended on request (exit code 130); to resume, repeat the command with --resume auto" in printed
@@ -264,7 +268,7 @@ def test_processes_stop_together_though_one_is_asked(shapes, tmp_path, two_proce
 def test_a_process_that_stops_earlier_does_not_make_the_other_fail(shapes, tmp_path, two_processes):
     """One is asked in the evaluation, which it leaves at once, the other after it, where it waits for the next step."""
     flags = [*TINY, "--coco_path", shapes, "--batch_size", 1, "--epochs", 2, "--output_dir", tmp_path]
-    strikes = [("training.append_log", "SIGTERM"), ("engine.CocoEvaluator.accumulate", "SIGTERM")]
+    strikes = [("the first line of the log is written", "SIGTERM"), ("the first evaluation is scored", "SIGTERM")]
     (code, printed), (other_code, other_printed) = two_processes(strikes, *flags)
     assert (code, other_code) == (EXIT_CODE, EXIT_CODE), printed + other_printed
     assert "another process of this run has ended" not in printed
