@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from models.dropout import dropout
 from models.fused_convolution import is_transformed
+from models.not_scriptable import NotScriptable
 
 # PyTorch's counter of FLOPs has formulas only for the kernels of GPUs, and counts attention on CPUs as 0.
 for kernel, flops in (
@@ -24,7 +25,7 @@ for kernel, flops in (
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, N, C] to [B, h, N, C / h]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None) -> Ten
     return logits.softmax(-1)
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(NotScriptable, nn.Module):
     """Attention softmax(q kᵀ / sqrt(width of q)) v in every head, and the output projection."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:

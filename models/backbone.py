@@ -23,7 +23,7 @@ NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class Body(nn.Sequential):
+class Body(NotScriptable, nn.Sequential):
     """A ResNet up to its last stage."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

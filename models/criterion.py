@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.classification import Classification, Totals
 from models.matcher import HungarianMatcher, Matches, copy_to_device
+from models.not_scriptable import NotScriptable
 from util.box_ops import box_cxcywh_to_xyxy, paired_generalized_box_iou
 from util.distributed import get_world_size, reduce_sum
 
@@ -118,7 +119,7 @@ class ClassError:
         return {"class_error": 100 * (logits.argmax(-1) != labels).float().mean()}
 
 
-class SetCriterion(nn.Module):
+class SetCriterion(NotScriptable, nn.Module):
     """Criterion that matches every decoder layer's predictions with the targets, and applies terms to the pairs.
 
     Args:

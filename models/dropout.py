@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.not_scriptable import NotScriptable
+
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero elements with probability p, 0 ≤ p < 1, and scale the others by 1 / (1 - p).
@@ -21,7 +23,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
 
 
-class Dropout(nn.Dropout):
+class Dropout(NotScriptable, nn.Dropout):
     """`dropout` while training."""
 
     def forward(self, x: Tensor) -> Tensor:

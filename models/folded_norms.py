@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.fused_convolution import can_fuse, fused_convolution, is_transformed
+from models.not_scriptable import NotScriptable
 
 Terms = dict[nn.Module, tuple[Tensor, Tensor]]  # scale [C', 1] and shift [C'] of each norm
 
@@ -30,11 +31,15 @@ def norm_terms(network: nn.Module) -> Terms:
     weight, bias, mean, variance = (torch.cat([getattr(norm, name) for norm in norms]) for name in names)
     scale = weight * (variance + norms[0].eps).rsqrt()
     shift = bias - mean * scale
-    sizes = [len(norm.weight) for norm in norms]
-    return dict(zip(norms, zip(scale[:, None].split(sizes), shift.split(sizes), strict=True), strict=True))
+    terms, start = {}, 0
+    for norm in norms:  # ONNX Runtime does not load files with so many parts from a single `split`
+        part = slice(start, start + len(norm.weight))
+        terms[norm] = scale[part, None], shift[part]
+        start = part.stop
+    return terms
 
 
-class FoldedConv2d(nn.Conv2d):
+class FoldedConv2d(NotScriptable, nn.Conv2d):
     """Convolution without bias that also applies the frozen norm after it: norm(w * x) = (scale · w) * x + shift.
 
     This saves two passes over every activation. Nothing is kept between calls, since a weight can change unnoticed, for

@@ -11,5 +11,5 @@ class NotScriptable:
     def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls this
         raise NotImplementedError(
             f"torch.jit.script is deprecated and does not support {type(self).__name__}: use torch.compile, "
-            "torch.jit.trace or torch.onnx.export"
+            "torch.export or torch.onnx.export"
         )

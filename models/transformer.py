@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import SelfAttention
 from models.dropout import Dropout
+from models.not_scriptable import NotScriptable
 
 
-class MLP(nn.Module):
+class MLP(NotScriptable, nn.Module):
     """Multilayer perceptron: linear layers with ReLU between them."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:

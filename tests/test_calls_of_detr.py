@@ -1,7 +1,9 @@
 """Calls of DETR's own tests and notebooks, with its argument order and defaults."""
 
+import argparse
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,14 +89,12 @@ def test_position_encodings():
     )
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("sine", 64), ("v2", 64), ("learned", 64), ("v3", 64)])
-def test_position_encodings_from_flags(kind, expected, parse):
-    embedding = build_position_encoding(parse("--hidden_dim", 64, "--position_embedding", "sine"))
-    args = parse("--hidden_dim", 64)
-    args.position_embedding = kind
-    embedding = build_position_encoding(args)
+@pytest.mark.parametrize("kind", ["sine", "v2", "learned", "v3"])
+def test_position_encodings_from_flags(kind):
+    embedding = build_position_encoding(argparse.Namespace(hidden_dim=64, position_embedding=kind))
+    assert isinstance(embedding, PositionEmbeddingSine if kind in ("sine", "v2") else PositionEmbeddingLearned)
     cells = NestedTensor(torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.bool))
-    assert embedding(cells).shape == (1, expected, 2, 3)
+    assert embedding(cells).shape == (1, 64, 2, 3)
 
 
 @pytest.mark.parametrize("name", ["detr", "conditional_detr"])
@@ -107,39 +107,52 @@ def test_a_model_takes_three_kinds_of_samples(name, parse):
             outputs = model(samples)
             for key in ("pred_logits", "pred_boxes"):
                 assert_close(outputs[key], expected[key], atol=1e-6, rtol=0)
-        several = model(nested_tensor_from_tensor_list([torch.rand(3, 64, 64), torch.rand(3, 64, 80)]))
-    assert several["pred_boxes"].shape == (2, 8, 4)
+        different = [torch.rand(3, 64, 64), image]
+        nested, listed = model(nested_tensor_from_tensor_list(different)), model(different)
+    assert nested["pred_boxes"].shape == (2, 8, 4)
+    assert torch.equal(nested["pred_boxes"], listed["pred_boxes"])
+    assert_close(nested["pred_boxes"][1], expected["pred_boxes"][0], atol=1e-5, rtol=0)
+
+
+NAMES = ["pred_logits", "pred_boxes"]
+
+
+def assert_exported(file: io.BytesIO | Path, model: nn.Module, *shapes: tuple[int, ...]) -> None:
+    """Compare ONNX Runtime's outputs with PyTorch's."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    source = file.getvalue() if isinstance(file, io.BytesIO) else file
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    for shape in shapes:
+        images = torch.rand(shape)
+        with torch.no_grad():
+            expected = model(images)
+        for name, value in zip(NAMES, session.run(NAMES, {"inputs": images.numpy()}), strict=True):
+            np.testing.assert_allclose(value, expected[name].numpy(), atol=1e-4)
+
+
+def test_a_hub_model_goes_to_onnx():
+    """By the tracing exporter and with DETR's arguments."""
+    model = hubconf.detr_resnet50()
+    file = io.BytesIO()
+    fixed = {"dynamo": False, "do_constant_folding": True, "opset_version": 12}
+    torch.onnx.export(model, (torch.rand(1, 3, 96, 128),), file, input_names=["inputs"], output_names=NAMES, **fixed)
+    assert_exported(file, model, (1, 3, 96, 128))
 
 
 @pytest.mark.parametrize("name", ["detr", "conditional_detr"])
-def test_a_model_goes_to_onnx(name, parse):
-    """Traced on one image tensor; with dynamic axes, the file takes images of other sizes and numbers."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    if name == "detr":
-        model = hubconf.detr_resnet50(pretrained=False)
-    else:
-        flags = parse(*TINY, "--backbone_norm", "frozen", "--no_aux_loss")
-        model = build_model(flags)[0].eval()
-    file = io.BytesIO()
-    names = ["pred_logits", "pred_boxes"]
-    torch.onnx.export(
-        model,
-        (torch.rand(1, 3, 96, 128),),
-        file,
-        dynamo=False,
-        do_constant_folding=True,
-        input_names=["inputs"],
-        output_names=names,
-        dynamic_axes={"inputs": {0: "batch", 2: "height", 3: "width"}},
-    )
-    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    for shape in ((1, 3, 96, 128), (2, 3, 64, 160)):
-        images = torch.rand(shape)
-        found = session.run(names, {"inputs": images.numpy()})
-        with torch.no_grad():
-            expected = model(images)
-        for name, value in zip(names, found, strict=True):
-            np.testing.assert_allclose(value, expected[name].numpy(), atol=1e-4)
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_a_model_goes_to_onnx_with_free_sizes(name, dynamo, parse, tmp_path):
+    """Both exporters: the file takes images of other sizes and numbers."""
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    flags = ("--backbone_norm", "frozen", "--backbone", "resnet34", "--no_aux_loss", "--model", name)
+    model = build_model(parse(*TINY, *flags))[0].eval()
+    axes = {0: "batch", 2: "height", 3: "width"}
+    free = {"dynamic_shapes": {"samples": axes}} if dynamo else {"dynamic_axes": {"inputs": axes}, "opset_version": 12}
+    file = tmp_path / "model.onnx"
+    example = (torch.rand(2, 3, 96, 128),)
+    torch.onnx.export(model, example, file, input_names=["inputs"], output_names=NAMES, dynamo=dynamo, **free)
+    assert_exported(file, model, (1, 3, 96, 128), (2, 3, 64, 160))
 
 
 class Wrapped(nn.Module):
@@ -154,9 +167,10 @@ class Wrapped(nn.Module):
 
 
 def test_scripting_is_refused_in_one_line(parse):
-    model, *_ = build_model(parse(*TINY, "--model", "detr"))
-    parts = (model.backbone, model.backbone[0], PositionEmbeddingSine(), PositionEmbeddingLearned())
-    for module in (model, Wrapped(model), *parts):
+    model, criterion, postprocessors = build_model(parse(*TINY, "--model", "detr"))
+    parts = (*model.children(), model.backbone[0], PositionEmbeddingSine(), PositionEmbeddingLearned(), criterion)
+    ours = [part for part in parts if not type(part).__module__.startswith("torch.")]
+    for module in (model, Wrapped(model), postprocessors["bbox"], *ours):
         with pytest.raises(NotImplementedError) as error:
             torch.jit.script(module)
         message = str(error.value)
