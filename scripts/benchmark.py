@@ -2,6 +2,7 @@
 
 Usage:
     python -m scripts.benchmark                       # everything, for the R50 model
+    python -m scripts.benchmark --parts counts        # parameters and multiply-adds of all models, in seconds
     python -m scripts.benchmark --variants r50 r50dc5 r101 r101dc5 --parts inference --json speed.json
 
 Competitors take turns, and medians are shown, because machines are noisy. Weights and images are random.
@@ -29,6 +30,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in flags.parts:
         report[part] = []
         measured = (PARTS[part](variant, flags, machine) for variant in flags.variants)
-        for rows in measured if part in PARTS else [HOST_PARTS[part](flags.repeats)]:
+        for rows in measured if part in PARTS else [OTHER_PARTS[part](flags)]:
             print_table(rows)
             report[part] += rows
     if flags.json:
@@ -93,13 +95,36 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells), flush=True)
 
 
-def count_gflop(variant: str, size: tuple[int, int], device: torch.device) -> float:
+def count_gflop(variant: str, size: tuple[int, int]) -> float:
     """Return the multiply-adds per image × 2 / 10⁹, counted in training mode, whose operators all have a known cost."""
-    model, _ = build(variant, device)
+    meta = torch.device("meta")  # shapes without values, so that nothing is computed
+    model, _ = build(variant, meta)
     model.train().requires_grad_(True)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(random_images(1, size, device))
+        model(random_images(1, size, meta))
     return counter.get_total_flops() / 1e9
+
+
+def count_parameters(model: nn.Module) -> float:
+    """Return the number of parameters in millions, with the buffers of the frozen norms, as published."""
+    return sum(tensor.numel() for tensor in model.state_dict().values()) / 1e6
+
+
+def count_models(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the parameters and multiply-adds of all models, for one image, and the published ones."""
+    rows = []
+    for variant, (parameters, multiply_adds) in PUBLISHED.items():
+        model, _ = build(variant, torch.device("meta"))
+        rows.append(
+            {
+                "model": variant,
+                "parameters M": round(count_parameters(model), 1),
+                "published parameters M": parameters,
+                "multiply-adds G": round(count_gflop(variant, flags.size) / 2, 1),
+                "published multiply-adds G": multiply_adds,
+            }
+        )
+    return rows
 
 
 def peak(run: Callable[[], Any], device: torch.device) -> float | None:
@@ -110,8 +135,8 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
     """Measure the latency of one image by precision, in turns with `transformers`."""
     device = torch.device(flags.device)
     models = {"": build(variant, device, "--no_aux_loss")[0].eval()}
-    gflop = count_gflop(variant, flags.size, device)
-    parameters = sum(tensor.numel() for tensor in models[""].state_dict().values())
+    gflop = count_gflop(variant, flags.size)
+    parameters = count_parameters(models[""])
     if flags.compile:
         models[" compiled"] = build(variant, device, "--no_aux_loss")[0].eval()
         compile_model(models[" compiled"])
@@ -128,9 +153,8 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
             {
                 "model": variant + kind,
                 "precision": PRECISIONS[amp],
-                "parameters M": round(parameters / 1e6, 1),
+                "parameters M": round(parameters, 1),
                 "GFLOP": round(gflop, 1),
-                "published M, GFLOP": "{}, {}".format(*PUBLISHED[variant]),
                 "ms": round(1e3 * seconds, 2),
                 "images/s": round(1 / seconds, 2),
                 "of matmul rate": round(gflop / seconds / machine["matmul GFLOP/s"][PRECISIONS[amp]], 3),
@@ -189,7 +213,11 @@ PARTS = {
     "inference": measure_inference,
     "training": measure_training,
 }
-HOST_PARTS = {"data": measure_data, "evaluator": measure_evaluator}
+OTHER_PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "counts": count_models,
+    "data": lambda flags: measure_data(flags.repeats),
+    "evaluator": lambda flags: measure_evaluator(flags.repeats),
+}
 
 if __name__ == "__main__":
     run_command(main)

@@ -39,6 +39,19 @@ def test_a_small_run(part, tmp_path, monkeypatch, capsys):
         assert all(row[f"{name} ms"] > 0 for name in ("forward", "matching", "backward", "clip and AdamW"))
 
 
+def test_counts_of_all_models_are_the_published_ones(tmp_path):
+    """Published multiply-adds are means over 100 images, of which 800×1066 is not the largest size."""
+    report = tmp_path / "report.json"
+    benchmark.main(["--parts", "counts", "--device", "cpu", "--amp", "none", "--json", str(report)])
+    rows = json.loads(report.read_text())["counts"]
+    assert [row["multiply-adds G"] for row in rows[:4]] == [85.2, 180.9, 148.7, 244.4]
+    assert [row["model"] for row in rows[4:]] == ["detr_r50", "detr_r50dc5", "detr_r101", "detr_r101dc5"]
+    assert [row["published multiply-adds G"] for row in rows[4:]] == [86, 187, 152, 253]
+    for row in rows:
+        assert abs(row["parameters M"] - row["published parameters M"]) < 1
+        assert 0.92 < row["multiply-adds G"] / row["published multiply-adds G"] < 1
+
+
 def test_the_hosts_parts(tmp_path):
     data.write_photos(tmp_path, np.random.default_rng(0), images=1)
     for split in ("train", "val"):

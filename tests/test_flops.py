@@ -22,7 +22,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def gflop() -> float:
-    return count_gflop("r50dc5", IMAGE.shape[-2:], CPU)
+    return count_gflop("r50dc5", IMAGE.shape[-2:])
 
 
 @pytest.mark.parametrize("context", [torch.no_grad(), nullcontext()], ids=["no_grad", "grad"])
