@@ -111,4 +111,4 @@ def build_position_encoding(args: argparse.Namespace) -> PositionEmbeddingSine |
         return PositionEmbeddingSine(num_pos_feats, normalize=True)
     if args.position_embedding in ("learned", "v3"):
         return PositionEmbeddingLearned(num_pos_feats)
-    raise InputError(f"--position_embedding {args.position_embedding}: choose sine or learned")
+    raise InputError(f"--position_embedding {args.position_embedding}: choose one of sine, learned")
