@@ -17,7 +17,7 @@ import main
 import models.backbone
 from datasets.shapes import write_dataset
 from scripts import predict
-from tests import predicting
+from tests import forked, predicting
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,12 +129,14 @@ def meeting():
 
 
 @pytest.fixture
-def run_main():
-    """Runs main.py as a user would and returns the finished process."""
+def run_main(tmp_path_factory):
+    """Runs main.py as a user would and returns the finished process, which needs a fresh Python only if so asked."""
 
     def run(
         *flags: object, launcher: tuple[str, ...] = (), script: str = "main.py", **env: str
     ) -> subprocess.CompletedProcess:
+        if script == "main.py" and not launcher and not any(name.startswith("PYTHON") for name in env):
+            return forked.run_main(list(map(str, flags)), tmp_path_factory.mktemp("printed"), **env)
         return subprocess.run(
             [sys.executable, *launcher, str(ROOT / script), *map(str, flags)],
             capture_output=True,

@@ -16,6 +16,7 @@ import torch
 from models import build_model
 from tests import two_processes
 from tests.conftest import ROOT, TINY, assert_same_end, log_lines
+from tests.forked import run_on_several
 from tests.killed import STRUCK
 from util.distributed import distribute
 from util.preemption import EXIT_CODE
@@ -105,8 +106,8 @@ def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, parse
     """
     args = parse(*TINY, "--backbone_norm", "frozen", "--backbone_weights", "x", "--dropout", 0, "--num_classes", 4)
     args.device = device
-    torch.multiprocessing.spawn(two_processes.step, (1, {}, args, tmp_path, boxes), nprocs=1)
-    torch.multiprocessing.spawn(two_processes.step, (2, meeting(), args, tmp_path, boxes), nprocs=2)
+    run_on_several(two_processes.step, (1, {}, args, tmp_path, boxes), 1)
+    run_on_several(two_processes.step, (2, meeting(), args, tmp_path, boxes), 2)
     one, first, second = (torch.load(tmp_path / f"{name}.pth", map_location="cpu") for name in ("1-0", "2-0", "2-1"))
     assert first["stats"] == second["stats"]
     for name, value in one["stats"].items():

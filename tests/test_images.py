@@ -45,7 +45,9 @@ def test_one_place_opens_image_files():
     """Except for an example that stands alone, and the benchmark that compares with Pillow."""
     root = Path(__file__).parent.parent
     files = [path for path in root.glob("[!.]*/**/*.py") if path.parts[-2] != "tests"]
-    users = {path.name for path in files if re.search(r"Image\.(open|OPEN)|decode_jpeg\(|ImageFile\.", path.read_text())}
+    users = {
+        path.name for path in files if re.search(r"Image\.(open|OPEN)|decode_jpeg\(|ImageFile\.", path.read_text())
+    }
     assert users == {"images.py", "onnx_example.py", "data.py"}
 
 

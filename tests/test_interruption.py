@@ -1,6 +1,5 @@
 """A run that is interrupted at any moment and goes on ends like one that never was: every bit, and every line."""
 
-import multiprocessing
 import random
 import signal
 
@@ -9,6 +8,7 @@ import torch
 
 from tests import killed
 from tests.conftest import TINY, assert_same_end
+from tests.forked import CONTEXT
 from util.preemption import EXIT_CODE
 
 # In the first two steps of a start and their checkpoints, so that most starts are killed and some progress is made.
@@ -33,12 +33,10 @@ def flags(shapes, output, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run():
-    """Runs main.py in a fresh process, quickly: what it imports is imported already. Returns the exit code."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killed"])
+    """Runs main.py in a process of its own, and returns the exit code."""
 
     def run(flags: list[str], moment: str = "", number: int = signal.SIGKILL) -> int:
-        process = context.Process(target=killed.run, args=(flags, moment, number))
+        process = CONTEXT.Process(target=killed.run, args=(flags, moment, number))
         process.start()
         process.join(120)
         return process.exitcode

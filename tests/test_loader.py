@@ -22,6 +22,7 @@ from datasets.shapes import write_dataset
 from engine import evaluate
 from flags.parser import MAX_AUTO_WORKERS, get_args_parser
 from models import build_model
+from tests.forked import run_on_several
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import init_distributed_mode, leave_process_group
 from util.errors import InputError
@@ -255,7 +256,7 @@ def test_one_process_reads_the_annotations_for_all(tmp_path, parse, meeting):
     path.write_text(json.dumps(data))
     (tmp_path / "damaged.json").write_text("{")
     for file in ("annotations/instances_val2017.json", "damaged.json"):
-        torch.multiprocessing.spawn(read_together, (meeting(), tmp_path, file), nprocs=2)
+        run_on_several(read_together, (meeting(), tmp_path, file), 2)
         results = [torch.load(tmp_path / f"process{rank}.pth", weights_only=False) for rank in range(2)]
         if file == "damaged.json":
             assert results[0] == results[1]

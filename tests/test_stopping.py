@@ -1,6 +1,5 @@
 """Signals and Ctrl-C: no code takes them for a damaged file, and each ends the process with its exit code."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ import torch
 import torchvision
 
 import main
-from tests import killed
+from tests import forked
 from tests.conftest import ROOT, TINY, assert_same_end, log_lines
 from util.preemption import EXIT_CODE
 
@@ -34,18 +33,10 @@ def run_code(code: str, *flags: object, **env: str) -> subprocess.CompletedProce
 @pytest.fixture
 def struck(tmp_path_factory):
     """Runs main.py with a signal at a moment of `killed.CALLS`; "" for none."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killed"])  # quickly: what it imports is imported already
 
     def struck(moment: str, name: str, *flags: object, **env: str) -> subprocess.CompletedProcess:
-        printed = tmp_path_factory.mktemp("printed") / "printed"
-        arguments = (list(map(str, flags)), moment, int(getattr(signal, name)), env, printed)
-        process = context.Process(target=killed.run_struck, args=arguments)
-        process.start()
-        process.join(120)
-        out, err = (printed.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
-        assert not moment or printed.with_suffix(".came").exists(), f"{moment!r} never came:\n{out}{err}"
-        return subprocess.CompletedProcess(flags, process.exitcode, out, err)
+        folder = tmp_path_factory.mktemp("printed")
+        return forked.run_main(list(map(str, flags)), folder, moment, int(getattr(signal, name)), **env)
 
     return struck
 

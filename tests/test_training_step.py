@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from models import build_model
 from run.kernels import compile_model
 from tests import two_processes
+from tests.forked import run_on_several
 from tests.operators import Recorder
 from tests.small import FLAGS, build_small
 
@@ -124,7 +125,7 @@ def test_accumulated_batches_are_one_large_batch(processes, parse, tmp_path, mee
         output = tmp_path / str(accum_steps)
         output.mkdir()
         arguments = (processes, meeting(), args, output)
-        torch.multiprocessing.spawn(two_processes.step, arguments, nprocs=processes)
+        run_on_several(two_processes.step, arguments, processes)
         found.append(torch.load(output / f"{processes}-0.pth"))
     whole, accumulated = found
     for name, value in whole["stats"].items():

@@ -1,0 +1,36 @@
+"""Processes that start quickly: they are forked from one that has imported what they need."""
+
+import multiprocessing
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests import killed
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.killed", "tests.two_processes"])
+LONGEST = 200  # seconds
+
+
+def run_main(
+    flags: list[str], folder: Path, moment: str = "", number: int = 0, **env: str
+) -> subprocess.CompletedProcess:
+    """Run main.py, with a signal at a moment of `killed.CALLS` if one is named; its output goes through `folder`."""
+    printed = folder / "printed"
+    process = CONTEXT.Process(target=killed.run_struck, args=(flags, moment, number, env, printed))
+    process.start()
+    process.join(LONGEST)
+    if process.exitcode is None:
+        process.kill()
+    out, err = (printed.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+    assert process.exitcode is not None, f"not finished after {LONGEST} seconds:\n{out}{err}"
+    assert not moment or printed.with_suffix(".came").exists(), f"{moment!r} never came:\n{out}{err}"
+    return subprocess.CompletedProcess(flags, process.exitcode, out, err)
+
+
+def run_on_several(function: Callable[..., Any], args: tuple, nprocs: int) -> None:
+    """Call a function with the rank and `args` on `nprocs` processes."""
+    torch.multiprocessing.start_processes(function, args, nprocs, start_method="forkserver")
