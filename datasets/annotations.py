@@ -22,7 +22,7 @@ from util.text import counted
 
 @dataclass
 class Annotations:
-    """The checked and completed entries of an annotation file in COCO's format, with labels as category ids.
+    """The checked and completed entries of an annotation file in COCO's format.
 
     Attributes:
         images, annotations, categories: the lists of the file.
@@ -39,8 +39,11 @@ class Annotations:
     notes: list[str] = field(default_factory=list)
 
     def index(self) -> COCO:
-        """Return pycocotools' index over the entries."""
-        return index({"images": self.images, "annotations": self.annotations, "categories": self.categories})
+        """Return pycocotools' index over the entries, with labels as category ids, since models predict labels."""
+        label_of = self.classes.labels
+        annotations = [entry | {"category_id": label_of[entry["category_id"]]} for entry in self.annotations]
+        categories = [entry | {"id": label_of[entry["id"]]} for entry in self.categories]
+        return index({"images": self.images, "annotations": annotations, "categories": categories})
 
 
 def load_annotations(
@@ -85,7 +88,6 @@ def load_annotations(
     found = own(data["categories"], str(path))
     if classes and (difference := found.difference(classes)):
         notes.append(f"{path}: {difference}")
-    _label(data["categories"], annotations, found)
     return Annotations(data["images"], annotations, data["categories"], found, image_ids, notes)
 
 
@@ -137,14 +139,6 @@ def _number_annotations(annotations: list[dict[str, Any]]) -> int:
             next_id += 1
         seen.add(entry["id"])
     return repeated
-
-
-def _label(categories: list[dict[str, Any]], annotations: list[dict[str, Any]], classes: Classes) -> None:
-    """Replace category ids by labels."""
-    label_of = {class_id: label for label, class_id in classes.ids.items()}
-    for entries, key in ((categories, "id"), (annotations, "category_id")):
-        for entry in entries:
-            entry[key] = label_of[entry[key]]
 
 
 def _repeated_names(categories: Iterable[dict[str, Any]]) -> list[str]:

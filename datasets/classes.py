@@ -83,6 +83,11 @@ class Classes:
         """Number of logits that a class head for them needs: the highest label + 1."""
         return max(self.ids, default=0) + 1
 
+    @property
+    def labels(self) -> dict[ClassId, int]:
+        """The label of each category id."""
+        return {class_id: label for label, class_id in self.ids.items()}
+
     def id_of(self, label: int) -> ClassId:
         """Return the category id of a label, or the label itself if it stands for no class."""
         return self.ids.get(label, label)
@@ -111,7 +116,7 @@ class Classes:
         """
         categories = list(categories)
         by_name = self._labels_by_name(categories)
-        by_id = {class_id: label for label, class_id in self.ids.items()}
+        by_id = self.labels
         plain = all(label == class_id for label, class_id in self.ids.items())
         ids: dict[int, ClassId] = {}
         names: dict[int, str] = {}

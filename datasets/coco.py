@@ -109,7 +109,7 @@ class CocoDetection(Dataset):
 
     def _read(self) -> Contents:
         loaded = self.load(segmentations=False)
-        records = Records(loaded.images, loaded.annotations)
+        records = Records(loaded.images, loaded.annotations, loaded.classes.labels)
         return Contents(records, loaded.classes, loaded.image_ids, loaded.notes)
 
     @cached_property

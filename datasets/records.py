@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
 
+from datasets.classes import ClassId
 from datasets.coco_index import index
 
 
@@ -34,12 +35,12 @@ class Objects(NamedTuple):
     crowds: np.ndarray
 
     @classmethod
-    def from_annotations(cls, annotations: Iterable[dict[str, Any]]) -> Objects:
-        """Return the objects that COCO's annotations describe, in the same order."""
+    def from_annotations(cls, annotations: Iterable[dict[str, Any]], label_of: Mapping[ClassId, int]) -> Objects:
+        """Return the objects that COCO's annotations describe, in the same order, with the labels of their classes."""
         annotations = list(annotations)
         return cls(
             np.array([entry["bbox"] for entry in annotations], dtype=np.float64).reshape(-1, 4),
-            np.array([entry["category_id"] for entry in annotations], dtype=np.int64),
+            np.array([label_of[entry["category_id"]] for entry in annotations], dtype=np.int64),
             np.array([entry["area"] for entry in annotations], dtype=np.float64),
             np.array([entry["iscrowd"] for entry in annotations], dtype=bool),
         )
@@ -59,14 +60,19 @@ class Records:
         image_of_object: [N] int64, the positions of their images.
     """
 
-    def __init__(self, images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        images: Sequence[dict[str, Any]],
+        annotations: Sequence[dict[str, Any]],
+        label_of: Mapping[ClassId, int],
+    ) -> None:
         images = sorted(images, key=lambda entry: entry["id"])
         self.ids = np.array([entry["id"] for entry in images], dtype=np.int64)
         sizes = [[entry.get(side) or 0 for side in ("width", "height")] for entry in images]
         self.sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
         positions = np.searchsorted(self.ids, np.array([entry["image_id"] for entry in annotations], dtype=np.int64))
         order = np.argsort(positions, kind="stable")
-        self.objects = Objects.from_annotations(annotations).select(order)
+        self.objects = Objects.from_annotations(annotations, label_of).select(order)
         self.image_of_object = positions[order]
         self._set_names([entry["file_name"].encode() for entry in images])
 
@@ -79,7 +85,7 @@ class Records:
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Records:
         """Return the records that `to_arrays` was called on."""
-        records = cls([], [])
+        records = cls([], [], {})
         records.ids, records.sizes, records.image_of_object = (
             arrays[name] for name in ("ids", "sizes", "image_of_object")
         )

@@ -231,7 +231,7 @@ def test_all_images_missing(build, root, tmp_path):
 
 def test_a_long_list_of_skipped_images_is_cut(build):
     dataset = build(encode(noise("RGB", (30, 20))))
-    dataset.records = Records([{"id": i, "file_name": f"{i}.jpg"} for i in range(12)], [])
+    dataset.records = Records([{"id": i, "file_name": f"{i}.jpg"} for i in range(12)], [], {})
     text = dataset.describe_skipped(range(12))
     assert text.startswith("12 images could not be read and were skipped: 0.jpg (image id 0), 1.jpg (image id 1)")
     assert text.endswith(" 9.jpg (image id 9), ..")

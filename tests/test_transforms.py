@@ -16,6 +16,7 @@ from models.detector import IMAGENET_MEAN, IMAGENET_STD, Detector
 from tests.reference import DATA
 
 FIGURES = json.loads((DATA / "transforms.json").read_text())
+LABELS = {label: label for label in range(100)}  # by category id
 INTEGERS = ("labels", "image_id", "iscrowd", "orig_size", "size")
 
 
@@ -38,7 +39,7 @@ def assert_same(target: T.Target, plain: dict) -> None:
 def whole_image(width: int, height: int) -> T.Target:
     """The target of an image with one object."""
     object_ = {"bbox": [0, 0, width, height], "category_id": 1, "area": 1.0, "iscrowd": 0}
-    return make_target(1, Objects.from_annotations([object_]), width, height)
+    return make_target(1, Objects.from_annotations([object_], LABELS), width, height)
 
 
 def texture(width: int, height: int) -> torch.Tensor:
@@ -56,7 +57,7 @@ def test_resized_sizes(case):
 
 @pytest.mark.parametrize("case", FIGURES["prepare"])
 def test_prepare(case):
-    objects = Objects.from_annotations({"iscrowd": 0} | entry for entry in case["annotations"])
+    objects = Objects.from_annotations(({"iscrowd": 0} | entry for entry in case["annotations"]), LABELS)
     assert_same(make_target(case["image_id"], objects, case["width"], case["height"]), case["target"])
 
 
