@@ -223,7 +223,7 @@ class CocoDetection(Dataset):
         return f"{images} skipped: {first}"
 
     def check_classes(self, num_classes: int) -> None:
-        """Raise InputError if a category in use has no logit in a head of `num_classes`."""
+        """Raise InputError if a category in use is not one of a model's `num_classes`."""
         worst = int(self.records.objects.labels.max(initial=-1))
         if worst < num_classes:
             return
@@ -232,8 +232,8 @@ class CocoDetection(Dataset):
         if class_id != worst:
             advice = "the model was trained without it: start from it by --finetune"
         raise InputError(
-            f"{self.annotation_file}: category id {class_id} ({name}) does not fit the class head of "
-            f"{counted(num_classes, 'logit')}; {advice}"
+            f"{self.annotation_file}: category id {class_id} ({name}) does not fit a model of "
+            f"{counted(num_classes, 'class', 'classes')}; {advice}"
         )
 
     def visible_objects(self) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.checkpoint import num_classes_of
 from checkpoints.checkpoint_schema import COUNT, FLOATS, INTEGERS, flags, weights
 from checkpoints.schema import Check, integer, list_of, record, table_of, tensor, text
 from checkpoints.torch_file import load_file
@@ -56,7 +57,7 @@ def load_dump(source: str) -> dict[str, Any]:
     if not isinstance(contents, dict) or not {"batches", "place"} <= contents.keys():
         raise InputError(f"{source}: not the dump of a step")
     dump = DUMP(contents, f"{source}:")
-    num_classes = len(dump["model"].get("class_embed.bias", ()))
+    num_classes = num_classes_of(dump, source)
     for _, _, targets in dump["batches"]:
         for labels in (target["labels"] for target in targets):
             if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:

@@ -203,6 +203,11 @@ def suspect(train: Split, val: Split, args: Flags) -> Iterator[str]:
         per_image = np.bincount(split.dataset.records.image_of_object[split.targets], minlength=1)
         for line in crowded_images(per_image, args.num_queries, args.max_detections):
             yield f"{split.name}: {line}"
+        if args.num_classes:
+            try:
+                split.dataset.check_classes(args.num_classes)
+            except InputError as error:
+                yield str(error)
     counts = {label: [split.boxes_of(label)[0] for split in (train, val)] for label in train.dataset.classes.names}
     named = train.dataset.classes.name_of
     if never := [named(label) for label, (n, _) in counts.items() if n == 0]:

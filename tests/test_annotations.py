@@ -239,7 +239,7 @@ def test_a_worker_reports_the_same_line(folder, load, parse):
 def test_category_ids_beyond_the_head(load):
     dataset = load()
     dataset.check_classes(3)
-    with pytest.raises(InputError, match=r"category id 2 \(cat\) does not fit the class head of 2 logits"):
+    with pytest.raises(InputError, match=r"category id 2 \(cat\) does not fit a model of 2 classes"):
         dataset.check_classes(2)
 
 

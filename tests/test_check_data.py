@@ -88,6 +88,21 @@ def test_suspicions(check):
     assert "1 training image is a copy of another" in report
 
 
+@pytest.mark.parametrize(("model", "queries"), [("conditional_detr", 300), ("detr", 100)])
+def test_queries_and_classes_are_those_of_the_model(model, queries, check):
+    def change(root, data):
+        objects = data["train"]["annotations"]
+        objects += [{**objects[0], "id": 1_000 + i} for i in range(350 if model == "conditional_detr" else 150)]
+        objects[-1]["category_id"] = 3
+
+    report, _ = check(change, "--model", model, "--max_detections", 1_000)
+    assert f"train: 1 image has more boxes than the model's {queries} queries can find" in report
+    assert "does not fit" not in report
+    report, _ = check(change, "--model", model, "--num_queries", 400, "--num_classes", 3)
+    assert "queries can find" not in report
+    assert "category id 3 (triangle) does not fit a model of 3 classes; --num_classes 4 or more is needed" in report
+
+
 def test_what_files_were_taken_for(check):
     """Frames that are not used and deep greys are named."""
 

@@ -134,5 +134,5 @@ def test_a_data_set_with_texts_for_ids(tmp_path):
 def test_a_class_that_the_model_does_not_know(tmp_path):
     known = write(tmp_path / "train", ["dog", "cat"], used="dog")().classes
     val = write(tmp_path / "val", ["cow", "dog"], used="cow")(known)
-    with pytest.raises(InputError, match=r"category id cow \(name of cow\) does not fit the class head of 2 logits"):
+    with pytest.raises(InputError, match=r"category id cow \(name of cow\) does not fit a model of 2 classes"):
         val.check_classes(known.num_labels)

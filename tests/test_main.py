@@ -145,7 +145,7 @@ def test_precision_of_the_forward_pass(amp, shapes, trained, tmp_path):
         (("--device", "cuda"), "--device cuda: torch sees no GPU"),
         (("--resume", "absent.pth"), "absent.pth: no such checkpoint"),
         (("--resume", "auto"), "--resume auto looks for checkpoints in --output_dir"),
-        (("--num_classes", 3), "category id 3 (triangle) does not fit the class head of 3 logits"),
+        (("--num_classes", 3), "category id 3 (triangle) does not fit a model of 3 classes"),
         (("--max_size", 10), "--max_size 10: must be at least --min_size 64"),
         (("--lr", -1), "--lr -1.0: must be at least 0"),
         (("--output_dir", __file__), "test_main.py: cannot be made"),

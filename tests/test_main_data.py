@@ -47,7 +47,7 @@ def test_data_of_other_classes_than_the_checkpoint(shapes, trained, tmp_path):
         if "name" in entry:
             entry["name"] = f"new {entry['name']}"
     path.write_text(json.dumps(data))
-    with pytest.raises(InputError, match=r"category id 13 \(new triangle\) does not fit the class head of 4 logits"):
+    with pytest.raises(InputError, match=r"category id 13 \(new triangle\) does not fit a model of 4 classes"):
         main.main(main.get_args_parser().parse_args(flags(other, "--eval", "--resume", trained / "checkpoint.pth")))
 
 
