@@ -28,7 +28,7 @@ from checkpoints.schema import (
     text,
     wrong,
 )
-from checkpoints.weight_flags import sizes_of
+from checkpoints.weight_flags import model_of, sizes_of
 from flags.limits import check_numbers
 from flags.parser import MODELS
 from util.errors import InputError
@@ -190,6 +190,9 @@ def _check_classes(checkpoint: dict[str, Any], source: object) -> None:
     if names and ids and names.keys() != ids.keys():
         raise InputError(f"{source}: class_names and class_ids are about different labels")
     head = checkpoint["model"].get("class_embed.bias")
+    if head is None:
+        return
+    last = head.numel() - 1 - (model_of(checkpoint["model"]) == "detr")  # the last logit is "no object" there
     for labels in filter(None, (names, ids)):
-        if head is not None and max(labels) >= head.numel():
-            raise InputError(f"{source}: names class {max(labels)}, but its model tells 0 to {head.numel() - 1} apart")
+        if max(labels) > last:
+            raise InputError(f"{source}: names class {max(labels)}, but its model tells 0 to {last} apart")

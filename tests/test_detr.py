@@ -114,6 +114,25 @@ def test_fine_tuning_keeps_the_row_of_no_object(parse):
     assert new.class_embed.bias[[0, 3]].tolist() == old.class_embed.bias[[3, 4]].tolist()
 
 
+@pytest.mark.parametrize(("model", "last"), [("detr", 3), ("conditional_detr", 4)])
+def test_a_checkpoint_cannot_name_more_classes_than_its_model_has(model, last, parse, tmp_path):
+    """Five logits; DETR's last one is "no object"."""
+    network, args = build(parse, model, last + 1)
+    names = {label: str(label) for label in range(last + 1)}
+    contents = {
+        "model": network.state_dict(),
+        "args": vars(args),
+        "class_names": names,
+        "class_ids": {i: i for i in names},
+    }
+    torch.save(contents, tmp_path / "c.pth")
+    assert load_checkpoint(tmp_path / "c.pth")["class_names"] == names
+    contents["class_names"][last + 1], contents["class_ids"][last + 1] = "one more", last + 1
+    torch.save(contents, tmp_path / "c.pth")
+    with pytest.raises(InputError, match=f"names class {last + 1}, but its model tells 0 to {last} apart"):
+        load_checkpoint(tmp_path / "c.pth")
+
+
 def test_fine_tuning_from_the_other_model_takes_what_both_have(parse, capsys):
     old, args = build(parse, "detr", 4)
     new, _ = build(parse, "conditional_detr", 4)
