@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from models import build_model
+from models.classification import Totals
 from run.kernels import compile_model
 from tests import two_processes
+from tests.conftest import TINY
 from tests.forked import run_on_several
 from tests.operators import Recorder
 from tests.small import FLAGS, build_small
@@ -116,12 +119,12 @@ def test_compiled_code_gives_the_same_outputs():
         assert_close(model(IMAGES), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_accumulated_batches_are_one_large_batch(processes, parse, tmp_path, meeting):
+@pytest.mark.parametrize(("processes", "model"), [(1, "conditional_detr"), (1, "detr"), (2, "conditional_detr")])
+def test_accumulated_batches_are_one_large_batch(processes, model, parse, tmp_path, meeting):
     """Images of one size with different numbers of boxes, frozen norms, no dropout."""
     found = []
     for accum_steps in (1, 2):
-        args = parse(*FLAGS, "--dropout", 0, "--accum_steps", accum_steps, "--clip_max_norm", 0)
+        args = parse(*FLAGS, "--model", model, "--dropout", 0, "--accum_steps", accum_steps, "--clip_max_norm", 0)
         output = tmp_path / str(accum_steps)
         output.mkdir()
         arguments = (processes, meeting(), args, output)
@@ -133,3 +136,32 @@ def test_accumulated_batches_are_one_large_batch(processes, parse, tmp_path, mee
             assert accumulated["stats"][name] == pytest.approx(value, rel=1e-5), name
     for name, gradient in whole["gradients"].items():
         assert_close(accumulated["gradients"][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_each_process_divides_the_cross_entropy_of_detr_by_its_own_weights(parse, tmp_path, meeting):
+    """Losses of boxes are divided by the mean number of targets of the processes; then gradients are averaged."""
+    boxes = (1, 0, 3, 5)  # the processes have 4 and 5 of them
+    args = parse(*TINY, "--model", "detr", "--backbone_norm", "frozen", "--backbone_weights", "x", "--dropout", 0)
+    run_on_several(two_processes.step, (2, meeting(), args, tmp_path, boxes), 2)
+    first, second = (torch.load(tmp_path / f"2-{rank}.pth") for rank in range(2))
+
+    model, criterion = two_processes.random_model(args, seed=0)
+    images, targets = two_processes.images_and_targets(boxes)
+    weights = torch.tensor([1.0] * 91 + [0.1])
+    cross_entropies = []
+    for rank in range(2):
+        share, own = images[rank::2], targets[rank::2]
+        outputs = model(share)
+        losses = criterion(outputs, own, Totals(torch.tensor(4.5), [len(target["labels"]) for target in own]))
+        for suffix, layer in (("", outputs), ("_0", outputs["aux_outputs"][0])):
+            classes = torch.full((2, 8), 91)
+            for image, (queries, rows) in enumerate(criterion.matcher(layer, own)):
+                classes[image, queries] = own[image]["labels"][rows]
+            losses["loss_ce" + suffix] = F.cross_entropy(layer["pred_logits"].transpose(1, 2), classes, weights)
+        sum(losses[name] * weight / 2 for name, weight in criterion.weight_dict.items()).backward()
+        cross_entropies.append(losses["loss_ce"].item())
+    assert abs(cross_entropies[0] - cross_entropies[1]) > 1e-3
+    for found in (first, second):
+        assert found["stats"]["loss_ce_unscaled"] == pytest.approx(sum(cross_entropies) / 2, rel=1e-6)
+        for name, gradient in found["gradients"].items():
+            assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)

@@ -9,6 +9,8 @@ import torch
 
 from engine import take_steps
 from models import build_model
+from models.criterion import SetCriterion
+from models.detector import Detector
 from run.progress import Progress
 from run.step import Step
 from util.distributed import distribute, init_distributed_mode, leave_process_group
@@ -31,6 +33,16 @@ def images_and_targets(boxes: Sequence[int]) -> tuple[list[torch.Tensor], list[d
     return images, targets
 
 
+def random_model(args: argparse.Namespace, seed: int) -> tuple[Detector, SetCriterion]:
+    """Return a model with random weights and statistics of its norms, and its criterion."""
+    torch.manual_seed(seed)
+    model, criterion, _ = build_model(args)
+    for buffer in model.backbone[0].buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    return model, criterion
+
+
 def step(
     rank: int,
     world_size: int,
@@ -45,12 +57,8 @@ def step(
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
         os.environ |= meeting
     init_distributed_mode(args)
-    torch.manual_seed(rank)  # the first process's weights and statistics count
     device = torch.device(args.device)
-    model, criterion, _ = build_model(args)
-    for buffer in model.backbone[0].buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
+    model, criterion = random_model(args, seed=rank)  # the first process's weights and statistics count
     model.to(device)
     parallel_model = distribute(model, device, trained_norms=False, trains=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
