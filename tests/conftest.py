@@ -3,8 +3,11 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,31 @@ def run_main(tmp_path_factory):
             timeout=300,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def run_on_two(tmp_path_factory, meeting):
+    """Runs main.py on two processes, as a launcher sets them up; returns both finished processes by rank.
+
+    `strikes` are a moment of `killed.CALLS` and the name of a signal for each process.
+    """
+
+    def run(
+        *flags: object, strikes: Sequence[tuple[str, str]] = (("", "SIGKILL"),) * 2
+    ) -> list[subprocess.CompletedProcess]:
+        env = {"WORLD_SIZE": "2", **meeting()}
+        with ThreadPoolExecutor(2) as pool:
+            runs = [
+                pool.submit(
+                    *(forked.run_main, list(map(str, flags)), tmp_path_factory.mktemp("printed")),
+                    *(moment, int(getattr(signal, name))),
+                    **env | {"RANK": str(rank)},
+                )
+                for rank, (moment, name) in enumerate(strikes)
+            ]
+            return [run.result() for run in runs]
 
     return run
 

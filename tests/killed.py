@@ -98,6 +98,10 @@ CALLS: dict[str, tuple[str, range]] = {
     "the second evaluation is scored": ("engine.CocoEvaluator.accumulate", range(2, 3)),
     "the first line of the log is written": ("training.append_log", range(1, 2)),
     "the second line of the log is written": ("training.append_log", range(2, 3)),
+    "the data is loaded": ("main.load_data", range(1, 2)),
+    "the model is distributed": ("main.distribute", range(1, 2)),
+    "the training begins": ("training.take_steps", range(1, 2)),
+    "the evaluation begins": ("main.evaluate", range(1, 2)),
     "workers are ended after the run": ("main.kill_workers", range(1, 2)),
     "the process group is left after the run": ("main.leave_process_group", range(1, 2)),
 }

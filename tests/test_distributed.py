@@ -122,14 +122,14 @@ def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, parse
         assert (first["model"][name] - value).abs().max() < 1e-6, name
 
 
-def test_evaluation_on_two_processes_counts_every_image_once(shapes, tmp_path, run_main):
+def test_evaluation_on_two_processes_counts_every_image_once(shapes, tmp_path, run_main, run_on_two):
     """Seven images on two processes: one is seen twice."""
     assert run_main(*flags(shapes, tmp_path, "--epochs", 1)).returncode == 0
+    resume = ("--eval", "--resume", tmp_path / "checkpoint.pth", "--batch_size", 1)
+    runs = [run_main(*flags(shapes, tmp_path / "one", *resume)), *run_on_two(*flags(shapes, tmp_path / "two", *resume))]
+    assert [run.returncode for run in runs] == [0] * 3, runs
     results = []
-    for name, launcher in (("one", ()), ("two", TORCHRUN)):
-        resume = ("--eval", "--resume", tmp_path / "checkpoint.pth", "--batch_size", 1)
-        done = run_main(*flags(shapes, tmp_path / name, *resume), launcher=launcher)
-        assert done.returncode == 0, done.stderr
+    for name in ("one", "two"):
         saved = torch.load(tmp_path / name / "eval.pth", weights_only=True)
         assert len(saved["params"]["imgIds"]) == 7
         results.append(saved)
@@ -154,19 +154,15 @@ def test_models_with_other_outputs_can_be_distributed(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-DIES = "import os, sys; import main, training; {owner}.{name} = lambda *_, **__: os._exit(9); main.run()"
-
-
-@pytest.mark.parametrize("place", ["main.load_data", "main.distribute", "training.take_steps", "main.evaluate"])
-def test_a_process_that_dies_ends_the_other_with_one_line(place, shapes, tmp_path, start, meeting):
+@pytest.mark.parametrize(
+    "moment", ["the data is loaded", "the model is distributed", "the training begins", "the evaluation begins"]
+)
+def test_a_process_that_dies_ends_the_other_with_one_line(moment, shapes, tmp_path, run_on_two):
     """Started without torchrun, which would end the other process before it can say anything."""
-    owner, name = place.split(".")
-    env = {"WORLD_SIZE": 2, **meeting()}
     recipe = flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2)
-    survivor = start(ROOT / "main.py", *recipe, RANK=0, **env)
-    dying = start("-c", DIES.format(owner=owner, name=name), *recipe, RANK=1, **env)
-    assert dying.wait(timeout=120) == 9
-    printed = output_of(survivor, 1)
+    survivor, died = run_on_two(*recipe, strikes=[("", "SIGKILL"), (moment, "SIGKILL")])
+    assert (survivor.returncode, died.returncode) == (1, -signal.SIGKILL), survivor.stderr
+    printed = survivor.stdout + survivor.stderr
     assert "error: process 0: another process of this run has died or stopped; its own last line says why" in printed
     assert printed.count("another process") == 1
     assert not any(word in printed for word in ("Traceback", "gloo", "pair.cc"))
@@ -184,15 +180,15 @@ def test_processes_that_cannot_meet(shapes, start):
     assert "Traceback" not in printed
 
 
-def test_replay_on_one_process_of_a_step_of_two(shapes, tmp_path, start):
+def test_replay_on_one_process_of_a_step_of_two(shapes, tmp_path, start, run_main, run_on_two):
     """The losses of both processes are divided by the mean number of boxes; each leaves a file of its own."""
     checkpoint = tmp_path / "start.pth"
-    output_of(start(ROOT / "main.py", *flags(shapes, tmp_path / "one", "--epochs", 1)))
+    assert run_main(*flags(shapes, tmp_path / "one", "--epochs", 1)).returncode == 0
     weights = torch.load(tmp_path / "one" / "checkpoint.pth", weights_only=True)
     weights["model"]["bbox_embed.layers.2.bias"][0] = float("nan")
     torch.save({"model": weights["model"], "args": weights["args"]}, checkpoint)
     more = ("--epochs", 1, "--batch_size", 2, "--resume", checkpoint, "--amp", "bf16", "--deterministic")
-    output_of(start(*TORCHRUN, ROOT / "main.py", *flags(shapes, tmp_path / "two", *more)), 1)
+    assert [run.returncode for run in run_on_two(*flags(shapes, tmp_path / "two", *more))] == [1, 1]
     dumps = sorted((tmp_path / "two").glob("nonfinite-*.pth"))
     assert [path.stem[-8:] for path in dumps] == ["process0", "process1"]
     losses = []
@@ -222,12 +218,14 @@ def test_processes_that_read_different_checkpoints(shapes, tmp_path, start, pars
         assert "Traceback" not in printed
 
 
+RECIPE = ("--epochs", 2, "--batch_size", 1, "--dropout", 0.1, "--save_every", 1)
+
+
 def killed_run(shapes, output, processes: int, killed_at: str, start, *more: object, **env: object) -> subprocess.Popen:
     """Two epochs under torchrun in which `killed` strikes; torchrun brings the run back."""
     restarts = f"--max-restarts={killed_at.count(':')}"
     launcher = ("-m", MODULE, "--standalone", f"--nproc_per_node={processes}", restarts)
-    recipe = ("--epochs", 2, "--batch_size", 1, "--dropout", 0.1, "--save_every", 1, *more)
-    script = (ROOT / "tests" / "killed.py", *flags(shapes, output, *recipe))
+    script = (ROOT / "tests" / "killed.py", *flags(shapes, output, *RECIPE, *more))
     return start(*launcher, *script, KILLED_AT=killed_at, **env)
 
 
@@ -255,9 +253,12 @@ MANY = (
 @pytest.mark.parametrize(
     ("processes", "killed_at"), [(2, "1: after step 6"), pytest.param(3, MANY, marks=pytest.mark.slow)]
 )
-def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes, tmp_path, start):
+def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes, tmp_path, start, run_on_two):
     """With three processes, the order of the sum over them matters, too."""
-    output_of(killed_run(shapes, tmp_path / "whole", processes, "", start))
+    if processes == 2:
+        assert all(run.returncode == 0 for run in run_on_two(*flags(shapes, tmp_path / "whole", *RECIPE)))
+    else:
+        output_of(killed_run(shapes, tmp_path / "whole", processes, "", start))
     moments = [strike.split(": ")[1] for strike in killed_at.split("; ")]
     printed = output_of_struck(killed_run(shapes, tmp_path / "killed", processes, killed_at, start), moments)
     times = killed_at.count(":")
@@ -266,7 +267,7 @@ def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
+def test_torchrun_is_asked_to_end(shapes, tmp_path, start, run_main, run_on_two):
     """Its processes finish their step and write a checkpoint before it would kill them; fewer can go on."""
     ended = tmp_path / "ended"
     sigterm = int(signal.SIGTERM)
@@ -277,12 +278,13 @@ def test_torchrun_is_asked_to_end(shapes, tmp_path, start):
     assert 0 < step < 7
     shutil.copytree(ended, tmp_path / "fewer")
 
-    output_of(killed_run(shapes, ended, 2, "", start, "--resume", "auto"))
-    output_of(killed_run(shapes, tmp_path / "whole", 2, "", start))
+    for folder in (ended, tmp_path / "whole"):
+        runs = run_on_two(*flags(shapes, folder, *RECIPE, "--resume", "auto"))
+        assert [run.returncode for run in runs] == [0, 0], runs
     assert_same_end(ended, tmp_path / "whole")
 
     more = ("--epochs", 1, "--batch_size", 2, "--resume", "auto")
-    printed = output_of(start(ROOT / "main.py", *flags(shapes, tmp_path / "fewer", *more)))
+    printed = run_main(*flags(shapes, tmp_path / "fewer", *more)).stdout
     assert f"0 epochs trained and {step} steps" in printed
     assert "Epoch [0]  [6/7]" in printed
     assert "Epoch [0]  [0/7]" not in printed

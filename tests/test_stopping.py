@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -231,38 +230,22 @@ main.run()
     assert done.stderr == "stopped at once\n"
 
 
-@pytest.fixture
-def two_processes(struck, meeting):
-    """Runs main.py on two processes with a signal at a moment of each; returns their exit codes and what they print."""
-
-    def run(strikes: list[tuple[str, str]], *flags: object) -> list[tuple[int, str]]:
-        env = {"WORLD_SIZE": "2", **meeting()}
-        with ThreadPoolExecutor(2) as pool:
-            runs = [
-                pool.submit(struck, moment, name, *flags, RANK=str(rank), **env)
-                for rank, (moment, name) in enumerate(strikes)
-            ]
-            return [(run.result().returncode, run.result().stdout + run.result().stderr) for run in runs]
-
-    return run
-
-
-def test_processes_stop_together_though_one_is_asked(shapes, tmp_path, two_processes):
+def test_processes_stop_together_though_one_is_asked(shapes, tmp_path, run_on_two):
     flags = [*TINY, "--batch_size", 1, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path]
     strikes = [("", "SIGINT"), ("the first losses are there", "SIGINT")]
-    (code, printed), (other_code, other_printed) = two_processes(strikes, *flags)
-    assert (code, other_code) == (130, 130), printed + other_printed
-    assert "ended on request (exit code 130); to resume, repeat the command with --resume auto" in printed
+    first, second = run_on_two(*flags, strikes=strikes)
+    assert (first.returncode, second.returncode) == (130, 130), first.stdout + first.stderr + second.stderr
+    assert "ended on request (exit code 130); to resume, repeat the command with --resume auto" in first.stdout
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] in (1, 2)
 
 
-def test_a_process_that_stops_earlier_does_not_make_the_other_fail(shapes, tmp_path, two_processes):
+def test_a_process_that_stops_earlier_does_not_make_the_other_fail(shapes, tmp_path, run_on_two):
     """One is asked in the evaluation, which it leaves at once, the other after it, where it waits for the next step."""
     flags = [*TINY, "--coco_path", shapes, "--batch_size", 1, "--epochs", 2, "--output_dir", tmp_path]
     strikes = [("the first line of the log is written", "SIGTERM"), ("the first evaluation is scored", "SIGTERM")]
-    (code, printed), (other_code, other_printed) = two_processes(strikes, *flags)
-    assert (code, other_code) == (EXIT_CODE, EXIT_CODE), printed + other_printed
-    assert "another process of this run has ended" not in printed
+    first, second = run_on_two(*flags, strikes=strikes)
+    assert (first.returncode, second.returncode) == (EXIT_CODE, EXIT_CODE), first.stdout + first.stderr + second.stderr
+    assert "another process of this run has ended" not in first.stdout + first.stderr
 
 
 @pytest.mark.slow
