@@ -9,4 +9,5 @@ mypy
 # In memory, if there is enough of it: on a disk, the tests' checkpoints take most of the time.
 room=$(df --output=avail -k /dev/shm 2>/dev/null | tail -1)
 [ "${room:-0}" -lt $((12 * 1024 * 1024)) ] || export PYTEST_DEBUG_TEMPROOT=${PYTEST_DEBUG_TEMPROOT:-/dev/shm}
-python -m pytest -n auto --dist worksteal --durations=10 "$@"
+# One process more than cores, since many tests wait for processes of their own.
+python -m pytest -n "$(($(nproc) + 1))" --dist worksteal --durations=10 "$@"

@@ -9,18 +9,15 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torchvision.models.resnet import ResNet
 
 import main
-import models.backbone
 from datasets.shapes import write_dataset
 from scripts import predict
 from tests import forked, predicting
+from tests.narrow import make_narrow
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,18 +87,10 @@ def trained(shapes, tmp_path_factory) -> Path:
     return output
 
 
-class NarrowResNet(ResNet):
-    """A ResNet whose four stages have a 64th of the channels."""
-
-    def _make_layer(self, block: type[nn.Module], planes: int, *rest: Any, **more: Any) -> nn.Sequential:
-        return super()._make_layer(block, planes // 64, *rest, **more)
-
-
 @pytest.fixture
 def narrow(monkeypatch):
     """Make resnet18 so narrow that a model is built, saved and loaded within milliseconds."""
-    monkeypatch.setitem(models.backbone.CHANNELS, "resnet18", 32)  # of bottlenecks: 4 * 512 / 64
-    monkeypatch.setattr(models.backbone, "ResNet", NarrowResNet)
+    make_narrow(monkeypatch)
 
 
 @pytest.fixture

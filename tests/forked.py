@@ -16,11 +16,11 @@ LONGEST = 200  # seconds
 
 
 def run_main(
-    flags: list[str], folder: Path, moment: str = "", number: int = 0, **env: str
+    flags: list[str], folder: Path, moment: str = "", number: int = 0, narrow: bool = False, **env: str
 ) -> subprocess.CompletedProcess:
     """Run main.py, with a signal at a moment of `killed.CALLS` if one is named; its output goes through `folder`."""
     printed = folder / "printed"
-    process = CONTEXT.Process(target=killed.run_struck, args=(flags, moment, number, env, printed))
+    process = CONTEXT.Process(target=killed.run_struck, args=(flags, moment, number, env, printed, narrow))
     process.start()
     process.join(LONGEST)
     if process.exitcode is None:

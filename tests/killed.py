@@ -19,11 +19,13 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import main
 import training
+from tests.narrow import make_narrow
 
 STRUCK = "struck "  # begins the line that announces a moment
 
@@ -125,12 +127,14 @@ def strike_at(moment: str, number: int, came: Path | None = None) -> None:
     setattr(owner, name, striking)
 
 
-def run_struck(flags: list[str], moment: str, number: int, env: dict[str, str], printed: Path) -> None:
+def run_struck(flags: list[str], moment: str, number: int, env: dict[str, str], printed: Path, narrow: bool) -> None:
     """Run main.py with these flags and a signal at a moment ("": none), for a fresh process.
 
     It prints to the files `printed`.out and .err, and writes `printed`.came at the moment.
     """
     torch.set_num_threads(1)
+    if narrow:
+        make_narrow(pytest.MonkeyPatch())
     os.environ.update(env)
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
         os.dup2(os.open(printed.with_suffix(suffix), os.O_CREAT | os.O_WRONLY), stream.fileno())
@@ -141,8 +145,9 @@ def run_struck(flags: list[str], moment: str, number: int, env: dict[str, str], 
 
 
 def run(flags: list[str], moment: str, number: int) -> None:
-    """Run main.py with these flags, sent a signal at that moment; for a fresh process."""
+    """Run main.py with these flags and a narrow ResNet, sent a signal at that moment; for a fresh process."""
     torch.set_num_threads(1)
+    make_narrow(pytest.MonkeyPatch())
     Strike(moment, number)
     sys.argv = ["main.py", *flags]
     with Path(os.devnull).open("w") as sys.stdout:

@@ -8,7 +8,7 @@ import torch
 
 from tests import killed
 from tests.conftest import TINY, assert_same_end
-from tests.forked import CONTEXT
+from tests.forked import CONTEXT, run_main
 from util.preemption import EXIT_CODE
 
 # In the first two steps of a start and their checkpoints, so that most starts are killed and some progress is made.
@@ -114,11 +114,11 @@ def test_the_published_reader_repeats_an_interrupted_epoch(shapes, tmp_path, run
     assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 2)
 
 
-def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_taken(shapes, tmp_path, run, run_main, whole):
+def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_taken(shapes, tmp_path, run, whole, tmp_path_factory):
     assert run(flags(shapes, tmp_path, "--epochs", 2), "halfway into latest.pth after step 3") == -signal.SIGKILL
     latest = tmp_path / "checkpoint.pth"
     latest.write_bytes(latest.read_bytes()[:-1000])
-    done = run_main(*flags(shapes, tmp_path, "--epochs", 2))
+    done = run_main(flags(shapes, tmp_path, "--epochs", 2), tmp_path_factory.mktemp("printed"), narrow=True)
     assert f"warning: {latest}: not a checkpoint, or a damaged one" in done.stdout
     assert f"loading {tmp_path / 'checkpoint_previous.pth'}, 0 epochs trained and 2 steps" in done.stdout
     assert_same_end(tmp_path, whole(2))
