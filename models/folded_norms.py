@@ -32,7 +32,7 @@ def norm_terms(network: nn.Module) -> Terms:
     scale = weight * (variance + norms[0].eps).rsqrt()
     shift = bias - mean * scale
     terms, start = {}, 0
-    for norm in norms:  # ONNX Runtime does not load files with so many parts from a single `split`
+    for norm in norms:  # slices: ONNX Runtime fails to load files in which one `split` has an output per norm
         part = slice(start, start + len(norm.weight))
         terms[norm] = scale[part, None], shift[part]
         start = part.stop

@@ -30,9 +30,7 @@ def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
     """Return the IoU and the union's area, [N, M] both, of boxes [N, 4] and [M, 4], all xyxy."""
-    boxes1 = boxes1[:, None]
-    intersection = _area(boxes1[..., :2].maximum(boxes2[..., :2]), boxes1[..., 2:].minimum(boxes2[..., 2:]))
-    union = _area(*boxes1.split(2, dim=-1)) + _area(*boxes2.split(2, dim=-1)) - intersection
+    intersection, union = _overlap(boxes1[:, None], boxes2)
     return intersection / union, union
 
 
@@ -42,10 +40,16 @@ def paired_generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Rezatofighi et al., 2019. This is the diagonal of torchvision's `generalized_box_iou(boxes1, boxes2)` without the
     N×N table around it.
     """
-    intersection = _area(boxes1[..., :2].maximum(boxes2[..., :2]), boxes1[..., 2:].minimum(boxes2[..., 2:]))
-    union = _area(*boxes1.split(2, dim=-1)) + _area(*boxes2.split(2, dim=-1)) - intersection
+    intersection, union = _overlap(boxes1, boxes2)
     hull = _area(boxes1[..., :2].minimum(boxes2[..., :2]), boxes1[..., 2:].maximum(boxes2[..., 2:]))
     return intersection / union - (hull - union) / hull
+
+
+def _overlap(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the areas of the intersection and of the union of xyxy boxes [..., 4], of shapes that broadcast."""
+    intersection = _area(boxes1[..., :2].maximum(boxes2[..., :2]), boxes1[..., 2:].minimum(boxes2[..., 2:]))
+    union = _area(*boxes1.split(2, dim=-1)) + _area(*boxes2.split(2, dim=-1)) - intersection
+    return intersection, union
 
 
 def _area(top_left: Tensor, bottom_right: Tensor) -> Tensor:
