@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets.build import CocoLoader
@@ -116,12 +117,12 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
         return
     arrays_dir = "" if flags.eval else flags.output_dir  # eval/ belongs to training, which may use the folder, too
 
-    def evaluate_val() -> tuple[dict[str, Any], CocoEvaluator]:
+    def evaluate_val(model: nn.Module) -> tuple[dict[str, Any], CocoEvaluator]:
         base_ds = dataset_val.ground_truth()
-        return evaluate(parallel_model, criterion, postprocessors, data.val, base_ds, device, arrays_dir, flags.amp)
+        return evaluate(model, criterion, postprocessors, data.val, base_ds, device, arrays_dir, flags.amp)
 
     if data.train is None:
-        _, evaluator = evaluate_val()
+        _, evaluator = evaluate_val(parallel_model)
         if output_dir:
             write_report(evaluator, dataset_val, data.all_classes, output_dir)
         return

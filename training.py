@@ -19,7 +19,8 @@ from flags.resolve import Flags, stored
 from models.criterion import SetCriterion
 from models.detector import Detector
 from run.advice import lr_factor
-from run.log_file import append_log, best_ap, trim_log
+from run.average import MovingAverage
+from run.log_file import append_log, logged_aps, trim_log
 from run.optim import build_optimizer, build_schedule, restore_optimizer
 from run.progress import Progress
 from run.start import Start
@@ -27,12 +28,13 @@ from run.step import Step
 from run.step_guard import StepGuard
 from run.summary import summary
 from run.tensorboard import TensorBoard
-from util.distributed import all_gather_plain, get_rank, get_world_size, is_main_process
+from util.distributed import all_gather_plain, broadcast_state, get_rank, get_world_size
 from util.errors import InputError
 from util.files import save_on_master
 from util.logger import log
 from util.preemption import Stopped, StopRequest
 from util.rng import seed_everything
+from util.text import counted
 
 KEPT = {"conditional_detr": 10, "detr": 100}  # epochs between numbered checkpoints, as published
 
@@ -47,7 +49,7 @@ class TrainingRun:
         model, parallel_model: the model, and the same one wrapped for several processes.
         criterion: the losses.
         device: of the model.
-        evaluate_val: evaluates the model; its first result are the statistics for the log.
+        evaluate_val: evaluates a model; its first result are the statistics for the log.
         output_dir: the folder of checkpoints and the log; None: they are not written.
         stop_request: true once this process is asked to stop.
         board: receives the curves.
@@ -62,7 +64,7 @@ class TrainingRun:
         parallel_model: nn.Module,
         criterion: SetCriterion,
         device: torch.device,
-        evaluate_val: Callable[[], tuple[dict[str, Any], CocoEvaluator]],
+        evaluate_val: Callable[[nn.Module], tuple[dict[str, Any], CocoEvaluator]],
         output_dir: Path | None,
         stop_request: StopRequest,
         board: TensorBoard,
@@ -83,6 +85,7 @@ class TrainingRun:
         optimizer = build_optimizer(model, flags.lr * factor, flags.lr_backbone * factor, flags.weight_decay)
         self.lr_scheduler = build_schedule(optimizer, flags.lr_drop, start.epoch)
         guard = StepGuard(model, flags.skip_nonfinite, output_dir, {"args": self.stored_flags})
+        average = MovingAverage(model, flags.ema_decay) if flags.ema_decay else None
         self.step = Step(
             parallel_model,
             criterion,
@@ -92,7 +95,9 @@ class TrainingRun:
             flags.accum_steps,
             guard,
             stop_request,
+            average,
         )
+        self.aps: list[float] = []  # of the evaluations so far
         self.progress = Progress()
         seed_everything(flags.seed + get_rank())  # the random numbers drawn before depend on the source of the weights
 
@@ -104,11 +109,14 @@ class TrainingRun:
             self.restore(start.resumed)
         if self.output_dir:
             trim_log(self.output_dir / "log.txt", start.epoch)
+            self.aps = all_gather_plain(logged_aps(self.output_dir / "log.txt"))[0]
         unlogged = start.unlogged is not None
         self.board.begin(start.epoch - unlogged, self.steps_done(start.epoch))
         if start.unlogged is not None:
             self.finish_epoch(start.epoch - 1, start.unlogged)
         for epoch in range(start.epoch, self.flags.epochs):
+            if self.out_of_patience():
+                break
             self.train_epoch(epoch)
         log(f"training took {timedelta(seconds=int(time.time() - begin))}", "green")
         if self.output_dir:
@@ -119,7 +127,7 @@ class TrainingRun:
         source = self.start.source
         restore_optimizer(self.step.optimizer, checkpoint["optimizer"], source)
         self.progress.restore(checkpoint, self.images_per_step, source)
-        self.step.restore(checkpoint)
+        self.step.restore(checkpoint, source)
         folder = Path(source).parent
         own = self.output_dir is not None and folder.resolve() == self.output_dir.resolve()
         if own and (numbered := self.numbered(checkpoint, folder)) and not numbered.exists():
@@ -205,7 +213,7 @@ class TrainingRun:
         evaluator = None
         if (epoch + 1) % self.flags.eval_every == 0 or epoch + 1 == self.flags.epochs:
             with self.stop_request.at_once():
-                stats, evaluator = self.evaluate_val()
+                stats, evaluator = self.evaluate()
             entry = entry | {f"test_{name}": value for name, value in stats.items()}
             self.save_if_best(epoch, stats["coco_eval_bbox"][0])
         self.board.write_epoch(epoch + 1, entry, evaluator)
@@ -213,12 +221,34 @@ class TrainingRun:
             trained = count_parameters(self.model)[1]
             append_log(self.output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": trained})
 
+    def evaluate(self) -> tuple[dict[str, Any], CocoEvaluator]:
+        """Return the results of the model on val; of its average, if there is one."""
+        average = self.step.average
+        if average is None:
+            return self.evaluate_val(self.parallel_model)
+        if get_world_size() > 1:
+            broadcast_state(average.model)  # statistics of norms on CPUs differ between the processes
+        return self.evaluate_val(average.model)
+
     def save_if_best(self, epoch: int, ap: float) -> None:
-        """Keep the model for inference if its AP on val is the highest in the log; -1 means val without boxes."""
-        if self.output_dir and is_main_process() and ap >= 0 and ap > best_ap(self.output_dir / "log.txt"):
-            best = {"model": self.model.state_dict(), "epoch": epoch, "ap": ap, "args": self.stored_flags}
-            classes = self.loader.dataset.classes.state_dict()
-            save_on_master(best | classes, self.output_dir / "checkpoint_best.pth")
+        """Keep the model, or its average, for inference if no AP on val was as high; -1 means val without boxes."""
+        if ap < 0:
+            return
+        if self.output_dir and ap > max(self.aps, default=-1):
+            average = self.step.average
+            model = average.model if average else self.model
+            best = {"model": model.state_dict(), "epoch": epoch, "ap": ap, "args": self.stored_flags}
+            save_on_master(best | self.loader.dataset.classes.state_dict(), self.output_dir / "checkpoint_best.pth")
+        self.aps.append(ap)
+
+    def out_of_patience(self) -> bool:
+        """Return whether the last `--patience` evaluations were not better than an earlier one, and say so."""
+        patience, aps = self.flags.patience, self.aps
+        if not patience or not aps or len(aps) - 1 - aps.index(max(aps)) < patience:
+            return False
+        evaluations = counted(patience, "evaluation")
+        log(f"ended early: {evaluations} without a better AP than {max(aps):.3f} (--patience {patience})", "green")
+        return True
 
 
 def images_per_step(flags: Flags) -> int:

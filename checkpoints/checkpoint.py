@@ -54,11 +54,11 @@ def load_checkpoint(source: str | Path, training: bool = False, all_groups: bool
     else:
         contents = load_file(path, source)
     contents, line = with_plain_weights(contents, source, averaged=not training)
-    if line:
+    checkpoint = check_checkpoint(contents, source, training)
+    if line and "ema" not in checkpoint:  # else a training continues both the raw and the averaged weights
         from util.logger import log  # needs packages that the hub entries do not need
 
         log(line)
-    checkpoint = check_checkpoint(contents, source, training)
     checkpoint["args"] = known_flags(str(source), checkpoint["model"]) | checkpoint["args"]
     return checkpoint if training or all_groups else with_first_group(checkpoint, source)
 

@@ -40,6 +40,7 @@ MOST_REPEATED = 4  # how many times larger than the file the weights may be: som
 # Numeric flags on which a model, its data, its training or a replayed step depends; `flags.limits` has their limits.
 NUMBERS = (
     *("lr", "lr_backbone", "batch_size", "weight_decay", "epochs", "lr_drop", "clip_max_norm", "accum_steps", "seed"),
+    "ema_decay",
     *("enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "dropout", "nheads", "num_queries", "num_classes"),
     "group_detr",
     *("set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
@@ -148,6 +149,7 @@ TRAINING = {
     "skipped": COUNT,
     "scaler": SCALER,
     "processes": list_of(record({"random": RANDOM, "meters": METERS}), 1, 10_000),
+    "ema": record({"model": weights, "steps": COUNT}),  # averaged weights
     "train_stats": table_of(text, real(), most=10_000),
 }
 # Keys that are useful only together with others.
@@ -165,6 +167,8 @@ def check_checkpoint(contents: Any, source: object, training: bool) -> dict[str,
     Raises:
         InputError: if something that is read from a checkpoint is missing or not of the expected kind.
     """
+    if isinstance(contents, dict) and "processes" not in contents:  # of other code, whose averages are not continued
+        contents = {key: value for key, value in contents.items() if key != "ema"}
     structure = record({"model": weights}, MODEL | TRAINING if training else MODEL)
     checkpoint = {"args": {}} | structure(contents, f"{source}:")
     for name, needed in NEEDS.items():

@@ -77,6 +77,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="multiply the learning rates by the images per step over the recipe's 16, or by the root of that",
     )
     add("--accum_steps", default=1, type=int, help="batches that make one step, as if they were one batch")
+    add(
+        "--ema_decay",
+        default=0,
+        type=float,
+        metavar="D",
+        help="evaluate and keep an average of the weights, of which each step keeps this share, such as 0.999; 0: off",
+    )
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
 
     add = parser.add_argument_group("model").add_argument
@@ -179,6 +186,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="images for --eval; test: COCO's test-dev, whose detections are written for its server",
     )
     add("--eval_every", default=1, type=int, help="evaluate every N epochs, and after the last one")
+    add("--patience", default=0, type=int, metavar="N", help="end after N evaluations without a better AP; 0: never")
     add("--tensorboard", action="store_true", help="in training, curves and pictures for TensorBoard in --output_dir")
     add("--num_workers", default=2, type=worker_count, help="processes that load data; auto: as many as the CPUs allow")
     add("--world_size", default=1, type=int, help="set by the launcher")

@@ -36,6 +36,7 @@ TRAINING_FLAGS = (
     "weight_decay",
     "batch_size",
     "accum_steps",
+    "ema_decay",
     "clip_max_norm",
     "dropout",
     "focal_alpha",

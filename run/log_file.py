@@ -42,14 +42,17 @@ def best_epoch(path: str | Path) -> tuple[float, int | None]:
 
     They are minus infinity and None if nothing was evaluated.
     """
+    return max(_evaluations(path), key=lambda found: found[0], default=(-math.inf, None))
+
+
+def logged_aps(path: str | Path) -> list[float]:
+    """Return the AP on val of each evaluation in a log file; those of val without boxes are left out."""
+    return [ap for ap, _ in _evaluations(path) if ap >= 0]
+
+
+def _evaluations(path: str | Path) -> list[tuple[float, int]]:
     aps = [(number_in(entry, "test_coco_eval_bbox", 0), entry["epoch"]) for entry in read_log(path)]
-    known = [(ap, epoch) for ap, epoch in aps if ap is not None and math.isfinite(ap)]
-    return max(known, key=lambda found: found[0], default=(-math.inf, None))
-
-
-def best_ap(path: str | Path) -> float:
-    """Return the highest AP on val in a log file; minus infinity if nothing was evaluated."""
-    return best_epoch(path)[0]
+    return [(ap, epoch) for ap, epoch in aps if ap is not None and math.isfinite(ap)]
 
 
 def append_log(path: str | Path, entry: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.classification import Totals
 from models.criterion import SetCriterion
 from run.agreement import Agreement
+from run.average import MovingAverage
 from run.step_guard import Batches, StepGuard, TakenStep
 from util.preemption import StopRequest
 
@@ -34,6 +35,7 @@ class Step:
         accum_steps: the number of batches.
         guard: decides about steps that are not finite; by default the first one ends the run.
         stop_request: true once this process is asked to stop.
+        average: follows the model.
 
     `stopping` becomes true on all processes in the same step, once one of them is asked to stop.
     """
@@ -48,6 +50,7 @@ class Step:
         accum_steps: int = 1,
         guard: StepGuard | None = None,
         stop_request: StopRequest | None = None,
+        average: MovingAverage | None = None,
     ) -> None:
         self.model = model
         self.criterion = criterion
@@ -57,6 +60,7 @@ class Step:
         self.accum_steps = accum_steps
         self.guard = guard or StepGuard(model)
         self.stop_request = StopRequest() if stop_request is None else stop_request
+        self.average = average
         self.stopping = False
         self.agreement = Agreement()
         self.unsettled: TakenStep | None = None  # the latest step whose answers have not been read
@@ -83,6 +87,8 @@ class Step:
         self.unsettled = taken
         self.step_optimizer(not_finite)
         self.guard.undo_statistics(not_finite)
+        if self.average:
+            self.average.update(not_finite)
         self.scaler.update()
         return losses, not_finite
 
@@ -123,11 +129,17 @@ class Step:
             self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs besides the weights and the optimizer, as plain data."""
-        return {"scaler": self.scaler.state_dict(), "skipped": self.guard.skipped}
+        """Return what a resumed run needs besides weights and optimizer, as plain data and tensors."""
+        average = {"ema": self.average.state_dict()} if self.average else {}
+        return {"scaler": self.scaler.state_dict(), "skipped": self.guard.skipped, **average}
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from a checkpoint with this state; a published one has none."""
+    def restore(self, checkpoint: dict[str, Any], source: str) -> None:
+        """Continue from a checkpoint with this state; a published one has none.
+
+        Raise InputError if its averaged weights do not fit; `source` names it.
+        """
+        if self.average and "ema" in checkpoint:
+            self.average.restore(checkpoint["ema"], source)
         self.guard.skipped = checkpoint.get("skipped", 0)
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])

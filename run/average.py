@@ -1,0 +1,57 @@
+"""Average of a model's weights over its training, which detects better than the weights of any single step."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.checkpoint import load_model_weights
+from models.detector import Detector
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights and running statistics.
+
+    After n steps, the average keeps min(decay, (1 + n) / (10 + n)) of itself and takes the rest from the model: at
+    first it follows the model closely, so that the initial weights are soon forgotten.
+
+    Args:
+        model: the model that is trained, with its initial weights.
+        decay: the final share that the average keeps in each step, below 1.
+
+    Attributes:
+        model: a copy of the model with the averaged weights, for inference.
+        steps: the number of steps so far, [] on the model's device, so that the host never waits for it.
+    """
+
+    def __init__(self, model: Detector, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.steps = next(model.parameters()).new_zeros((), requires_grad=False)
+        averages, values = (chain(m.parameters(), m.buffers()) for m in (self.model, model))
+        self.pairs = list(zip(averages, values, strict=True))
+
+    @torch.no_grad()
+    def update(self, left_out: Tensor) -> None:
+        """Include the model after a step, unless `left_out`, [] on the device, is 1: the step was skipped."""
+        taken = 1 - left_out.to(self.steps)
+        self.steps += taken
+        share = taken * (1 - ((1 + self.steps) / (10 + self.steps)).clamp(max=self.decay))
+        for average, value in self.pairs:
+            if average.is_floating_point():
+                average.lerp_(value, share)
+            else:
+                average.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averaged weights and the number of steps."""
+        return {"model": self.model.state_dict(), "steps": int(self.steps)}
+
+    def restore(self, saved: dict[str, Any], source: str) -> None:
+        """Continue from a saved state. Raise InputError if its weights do not fit; `source` names the checkpoint."""
+        load_model_weights(self.model, saved, source)
+        self.steps.fill_(saved["steps"])
