@@ -73,6 +73,7 @@ class TrainingRun:
         self.flags = flags = start.flags
         self.loader = loader
         self.model = model
+        self.parallel_model = parallel_model
         self.device = device
         self.evaluate_val = evaluate_val
         self.output_dir = output_dir

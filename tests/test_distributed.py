@@ -218,7 +218,7 @@ def test_processes_that_read_different_checkpoints(shapes, tmp_path, start, pars
         assert "Traceback" not in printed
 
 
-RECIPE = ("--epochs", 2, "--batch_size", 1, "--dropout", 0.1, "--save_every", 1)
+RECIPE = ("--epochs", 2, "--batch_size", 1, "--dropout", 0.1, "--ema_decay", 0.8, "--save_every", 1)
 
 
 def killed_run(shapes, output, processes: int, killed_at: str, start, *more: object, **env: object) -> subprocess.Popen:

@@ -27,7 +27,7 @@ MOMENTS = [
 
 
 def flags(shapes, output, *more: object) -> list[str]:
-    common = ("--dropout", 0.1, "--lr_drop", 2, "--save_every", 1, "--resume", "auto")
+    common = ("--dropout", 0.1, "--lr_drop", 2, "--ema_decay", 0.8, "--save_every", 1, "--resume", "auto")
     return [*TINY, "--coco_path", str(shapes), "--output_dir", str(output), *map(str, (*common, *more))]
 
 

@@ -57,6 +57,28 @@ def test_a_best_epoch_interrupted_before_its_line_in_the_log(shapes, tmp_path, s
     assert all(torch.equal(before["model"][key], value) for key, value in after["model"].items())
 
 
+@pytest.mark.parametrize("stopped_after", [1, 3, None])
+def test_patience(stopped_after, shapes, tmp_path, scores, narrow, capsys):
+    """It ends after two evaluations without a better AP, also if the run is resumed in between or afterwards."""
+    scores(0.1, 0.3, 0.3, 0.2, 0.4)
+    patience = ("--patience", 2, "--resume", "auto")
+    if stopped_after:
+        train(shapes, tmp_path, "--epochs", stopped_after, *patience)
+    for _ in range(2):
+        train(shapes, tmp_path, "--epochs", 9, *patience)
+        assert "ended early: 2 evaluations without a better AP than 0.300 (--patience 2)" in capsys.readouterr().out
+        assert len(log_lines(tmp_path)) == 4
+    train(shapes, tmp_path, "--epochs", 5, "--patience", 3, "--resume", "auto")
+    assert "ended early" not in capsys.readouterr().out
+    assert torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)["epoch"] == 4
+
+
+def test_patience_without_an_output_folder(shapes, scores, narrow, capsys):
+    scores(0.2, 0.1)
+    main.main(main.get_args_parser().parse_args(flags(shapes, "--epochs", 9, "--patience", 1)))
+    assert "ended early: 1 evaluation without a better AP than 0.200" in capsys.readouterr().out
+
+
 def test_a_resumed_run_ends_like_one_never_interrupted(shapes, trained, tmp_path, capsys):
     common = ("--lr_drop", 2, "--dropout", 0, "--resume", "auto", "--num_workers", 1)
     train(shapes, tmp_path, "--epochs", 1, *common)
