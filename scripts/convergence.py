@@ -33,6 +33,7 @@ from util.errors import InputError
 from util.files import replacing
 from util.text import counted
 
+NAMES = MODEL_NAMES | {"group_detr": "Group DETR"}  # by folder
 MOST_ROWS = 12  # of the table of AP at equal epochs
 
 
@@ -78,7 +79,7 @@ def draw(curves: dict[str, Curve]) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, (epochs, aps) in curves.items():
-        label = f"{MODEL_NAMES.get(name, name)}, {counted(len(aps), 'seed')}"
+        label = f"{NAMES.get(name, name)}, {counted(len(aps), 'seed')}"
         (line,) = axes.plot(epochs, aps.mean(0), marker="o", markersize=4, label=label)
         axes.fill_between(epochs, aps.min(0), aps.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="epochs", ylabel="AP on val: mean and range")
@@ -91,7 +92,7 @@ def draw(curves: dict[str, Curve]) -> Figure:
 
 def tables(curves: dict[str, Curve]) -> str:
     """Return both tables as Markdown; values are "mean (lowest to highest)" over the seeds."""
-    names = [MODEL_NAMES.get(name, name) for name in curves]
+    names = [NAMES.get(name, name) for name in curves]
     common = sorted(set.intersection(*(set(curve.epochs.tolist()) for curve in curves.values())))
     shown = [common[i] for i in np.linspace(0, len(common) - 1, min(len(common), MOST_ROWS)).round().astype(int)]
     at_epochs = [

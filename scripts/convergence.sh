@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Compares how fast the models learn: trains each of them with several seeds on the same data, and draws AP over epochs.
-# Without --coco_path, it makes .venv, generates scenes, and trains small models: about an hour on two CPU cores.
+# Without --coco_path, it makes .venv, generates scenes, and trains small models: about two hours on two CPU cores.
 # With --coco_path, it trains on COCO as the published recipe does, on NGPU GPUs.
-# SEEDS and OUTPUT_DIR come from the environment; further flags go to main.py. Called again, it resumes.
+# SEEDS, MODELS and OUTPUT_DIR come from the environment; further flags go to main.py. Called again, it resumes.
 set -euo pipefail
 out=${OUTPUT_DIR:-output/convergence}
 
 # All runs share the backbone, the data, the augmentation, the optimizer, the schedule and the number of queries: 100 on
-# COCO, DETR's own, since more of them make it worse. Heads, losses and matching are those of each model.
+# COCO, DETR's own, since more of them make it worse. Heads, losses and matching are those of each model. Group DETR is
+# Conditional DETR with 11 groups of queries in training.
 case " $* " in
   *" --coco_path"*)
     cd "$(dirname "$0")/.."
@@ -25,8 +26,10 @@ case " $* " in
 esac
 
 for seed in ${SEEDS:-1 2 3}; do
-  for model in conditional_detr detr; do
-    "${main[@]}" --model "$model" --seed "$seed" --output_dir "$out/$model/seed$seed" --resume auto "$@"
+  for name in ${MODELS:-conditional_detr detr group_detr}; do
+    model=(--model "$name")
+    [ "$name" != group_detr ] || model=(--model conditional_detr --group_detr 11)
+    "${main[@]}" "${model[@]}" --seed "$seed" --output_dir "$out/$name/seed$seed" --resume auto "$@"
     python -m scripts.convergence --runs "$out"
   done
 done

@@ -93,11 +93,10 @@ def test_runs_differ_in_model_and_seed_only(coco, call):
         start, given = words[: words.index("main.py")], words[words.index("main.py") + 1 :]
         assert start == (["torchrun", "--standalone", "--nproc_per_node=8"] if coco else ["python"])
         args = vars(get_args_parser().parse_args(given))
-        runs.append([args.pop(name) for name in ("output_dir", "model", "seed")])
+        runs.append([args.pop(name) for name in ("output_dir", "model", "group_detr", "seed")])
         assert (args["num_queries"], args["resume"]) == (100 if coco else 20, "auto")
         assert (args["coco_path"], args["batch_size"]) == (("/coco", 2) if coco else ("out/data", 8))
         rests.append(args)
-    assert rests == rests[:1] * 4
-    assert runs == [
-        [f"out/{model}/seed{seed}", model, seed] for seed in (4, 5) for model in ("conditional_detr", "detr")
-    ]
+    assert rests == rests[:1] * 6
+    models = {"conditional_detr": ("conditional_detr", 1), "detr": ("detr", 1), "group_detr": ("conditional_detr", 11)}
+    assert runs == [[f"out/{name}/seed{seed}", *model, seed] for seed in (4, 5) for name, model in models.items()]
