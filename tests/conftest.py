@@ -84,15 +84,17 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(shapes, tmp_path_factory) -> Path:
-    """The folder of a run of three epochs without a break, for reading only."""
+    """The folder of a run of three epochs without a break of a narrow model, for reading only."""
     output = tmp_path_factory.mktemp("trained")
-    train(shapes, output, "--epochs", 3, "--lr_drop", 2, "--dropout", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        make_narrow(patch)
+        train(shapes, output, "--epochs", 3, "--lr_drop", 2, "--dropout", 0)
     return output
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Make resnet18 so narrow that a model is built, saved and loaded within milliseconds."""
+    """Make resnet18 so narrow that a model is built, saved and loaded within milliseconds, also in `run_main`."""
     make_narrow(monkeypatch)
 
 

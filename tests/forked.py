@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tests import killed
+from tests.narrow import is_narrow
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.killed", "tests.two_processes"])
@@ -16,11 +17,14 @@ LONGEST = 200  # seconds
 
 
 def run_main(
-    flags: list[str], folder: Path, moment: str = "", number: int = 0, narrow: bool = False, **env: str
+    flags: list[str], folder: Path, moment: str = "", number: int = 0, **env: str
 ) -> subprocess.CompletedProcess:
-    """Run main.py, with a signal at a moment of `killed.CALLS` if one is named; its output goes through `folder`."""
+    """Run main.py, with a signal at a moment of `killed.CALLS` if one is named; its output goes through `folder`.
+
+    Its resnet18 is narrow if that of this process is.
+    """
     printed = folder / "printed"
-    process = CONTEXT.Process(target=killed.run_struck, args=(flags, moment, number, env, printed, narrow))
+    process = CONTEXT.Process(target=killed.run_struck, args=(flags, moment, number, env, printed, is_narrow()))
     process.start()
     process.join(LONGEST)
     if process.exitcode is None:

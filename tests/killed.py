@@ -8,7 +8,7 @@ The moments of a run, N being the steps that this start of it has taken, and FIL
     before the log line after step N, after the log line after step N
 
 As a script, for torchrun: KILLED_AT holds "process: moment" for each start of the run that is to be struck, with
-"; " between them. With KILLED_SIGNAL, torchrun is sent that signal instead.
+"; " between them. With KILLED_SIGNAL, torchrun is sent that signal instead. The ResNet is narrow.
 """
 
 import io
@@ -157,6 +157,7 @@ def run(flags: list[str], moment: str, number: int) -> None:
 if __name__ == "__main__":
     strikes = [strike for strike in os.environ["KILLED_AT"].split("; ") if strike]
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    make_narrow(pytest.MonkeyPatch())
     victim, _, moment = strikes[start].partition(": ") if start < len(strikes) else ("", "", "")
     if victim == os.environ["RANK"] and "KILLED_SIGNAL" in os.environ:
         Strike(moment, int(os.environ["KILLED_SIGNAL"]), os.getppid(), announced=True)

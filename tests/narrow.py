@@ -16,6 +16,11 @@ class NarrowResNet(ResNet):
         return super()._make_layer(block, planes // 64, *rest, **more)
 
 
+def is_narrow() -> bool:
+    """Return whether resnet18 is narrow now."""
+    return models.backbone.ResNet is NarrowResNet
+
+
 def make_narrow(patch: pytest.MonkeyPatch) -> None:
     """Make resnet18 narrow until the patch is undone."""
     patch.setitem(models.backbone.CHANNELS, "resnet18", 32)  # of bottlenecks: 4 * 512 / 64

@@ -16,9 +16,11 @@ from tests.two_processes import images_and_targets, random_model
 from util.errors import InputError
 from util.nested_tensor import nested_tensor_from_tensor_list
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture
-def averaged(shapes, tmp_path, narrow):
+def averaged(shapes, tmp_path):
     """The folder of a run of two epochs with averaged weights."""
     train(shapes, tmp_path / "averaged", "--epochs", 2, "--ema_decay", 0.9)
     return tmp_path / "averaged"
@@ -73,7 +75,7 @@ def test_a_skipped_step_leaves_the_average_as_it_is(parse):
         assert average.state_dict()["steps"] == count
 
 
-def test_what_checkpoints_hold(shapes, averaged, tmp_path, narrow):
+def test_what_checkpoints_hold(shapes, averaged, tmp_path):
     """The raw weights are those of a run without an average, bit for bit; the best model is the average."""
     train(shapes, tmp_path / "raw", "--epochs", 2)
     checkpoint, best = (read(averaged / f"checkpoint{name}.pth") for name in ("", "_best"))

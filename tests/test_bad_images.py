@@ -25,6 +25,8 @@ from tests.test_bad_annotations import TRAIN, VAL, assert_usable, reproducible, 
 from tests.test_transforms import blank, whole_image
 from util.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 MODES = {"JPEG": ("L", "RGB", "CMYK"), "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")}
 
 

@@ -122,7 +122,7 @@ def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, parse
         assert (first["model"][name] - value).abs().max() < 1e-6, name
 
 
-def test_evaluation_on_two_processes_counts_every_image_once(shapes, tmp_path, run_main, run_on_two):
+def test_evaluation_on_two_processes_counts_every_image_once(shapes, tmp_path, narrow, run_main, run_on_two):
     """Seven images on two processes: one is seen twice."""
     assert run_main(*flags(shapes, tmp_path, "--epochs", 1)).returncode == 0
     resume = ("--eval", "--resume", tmp_path / "checkpoint.pth", "--batch_size", 1)
@@ -157,7 +157,7 @@ def test_models_with_other_outputs_can_be_distributed(tmp_path):
 @pytest.mark.parametrize(
     "moment", ["the data is loaded", "the model is distributed", "the training begins", "the evaluation begins"]
 )
-def test_a_process_that_dies_ends_the_other_with_one_line(moment, shapes, tmp_path, run_on_two):
+def test_a_process_that_dies_ends_the_other_with_one_line(moment, shapes, tmp_path, narrow, run_on_two):
     """Started without torchrun, which would end the other process before it can say anything."""
     recipe = flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2)
     survivor, died = run_on_two(*recipe, strikes=[("", "SIGKILL"), (moment, "SIGKILL")])
@@ -253,7 +253,7 @@ MANY = (
 @pytest.mark.parametrize(
     ("processes", "killed_at"), [(2, "1: after step 6"), pytest.param(3, MANY, marks=pytest.mark.slow)]
 )
-def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes, tmp_path, start, run_on_two):
+def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes, tmp_path, start, narrow, run_on_two):
     """With three processes, the order of the sum over them matters, too."""
     if processes == 2:
         assert all(run.returncode == 0 for run in run_on_two(*flags(shapes, tmp_path / "whole", *RECIPE)))
@@ -267,7 +267,7 @@ def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_torchrun_is_asked_to_end(shapes, tmp_path, start, run_main, run_on_two):
+def test_torchrun_is_asked_to_end(shapes, tmp_path, start, narrow, run_main, run_on_two):
     """Its processes finish their step and write a checkpoint before it would kill them; fewer can go on."""
     ended = tmp_path / "ended"
     sigterm = int(signal.SIGTERM)

@@ -18,6 +18,8 @@ from evaluation.report import MOST_BARS, precision_recall, write_report
 from tests.conftest import TINY
 from util.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 IDS = {1: 10**7, 2: 17, 3: 18}  # category ids that cannot be labels as they are
 TEST_FILE = "detections_test-dev2017_conddetr_results.json"
 

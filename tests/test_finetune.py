@@ -14,6 +14,8 @@ from run.finetune import start_from
 from tests.conftest import TINY
 from util.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def classes(**names: str) -> Classes:
     labels = {int(label[1:]): name for label, name in names.items()}

@@ -114,11 +114,13 @@ def test_the_published_reader_repeats_an_interrupted_epoch(shapes, tmp_path, run
     assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 2)
 
 
-def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_taken(shapes, tmp_path, run, whole, tmp_path_factory):
+def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_taken(
+    shapes, tmp_path, run, whole, narrow, tmp_path_factory
+):
     assert run(flags(shapes, tmp_path, "--epochs", 2), "halfway into latest.pth after step 3") == -signal.SIGKILL
     latest = tmp_path / "checkpoint.pth"
     latest.write_bytes(latest.read_bytes()[:-1000])
-    done = run_main(flags(shapes, tmp_path, "--epochs", 2), tmp_path_factory.mktemp("printed"), narrow=True)
+    done = run_main(flags(shapes, tmp_path, "--epochs", 2), tmp_path_factory.mktemp("printed"))
     assert f"warning: {latest}: not a checkpoint, or a damaged one" in done.stdout
     assert f"loading {tmp_path / 'checkpoint_previous.pth'}, 0 epochs trained and 2 steps" in done.stdout
     assert_same_end(tmp_path, whole(2))

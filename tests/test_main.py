@@ -13,6 +13,8 @@ from scripts import demo_pictures
 from tests.conftest import flags, log_lines, train
 from util.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def test_the_pictures_of_a_run(trained, tmp_path, capsys):
     """Six images whose long side is 320, each with its ground truth next to the detections."""

@@ -11,6 +11,8 @@ import main
 from tests.conftest import flags, log_lines, train
 from util.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def test_a_mistake_is_one_line_on_the_terminal(shapes, tmp_path, run_main):
     broken = tmp_path / "coco"

@@ -16,6 +16,8 @@ from run.output_folder import FolderLock
 from tests.conftest import ROOT, flags, log_lines, train
 from util.files import remove_leftovers, replacing
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 # Opens a file by `replacing`, writes to it, and waits for a line of input.
 WRITER = """
 import sys

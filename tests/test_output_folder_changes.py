@@ -14,6 +14,8 @@ from run import output_folder
 from tests.conftest import log_lines, train
 from util.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture
 def during_evaluation(monkeypatch):

@@ -10,6 +10,8 @@ import training
 from tests.conftest import flags, log_lines, train
 from util.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture
 def scores(monkeypatch):
@@ -58,7 +60,7 @@ def test_a_best_epoch_interrupted_before_its_line_in_the_log(shapes, tmp_path, s
 
 
 @pytest.mark.parametrize("stopped_after", [1, 3, None])
-def test_patience(stopped_after, shapes, tmp_path, scores, narrow, capsys):
+def test_patience(stopped_after, shapes, tmp_path, scores, capsys):
     """It ends after two evaluations without a better AP, also if the run is resumed in between or afterwards."""
     scores(0.1, 0.3, 0.3, 0.2, 0.4)
     patience = ("--patience", 2, "--resume", "auto")
@@ -73,7 +75,7 @@ def test_patience(stopped_after, shapes, tmp_path, scores, narrow, capsys):
     assert torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)["epoch"] == 4
 
 
-def test_patience_without_an_output_folder(shapes, scores, narrow, capsys):
+def test_patience_without_an_output_folder(shapes, scores, capsys):
     scores(0.2, 0.1)
     main.main(main.get_args_parser().parse_args(flags(shapes, "--epochs", 9, "--patience", 1)))
     assert "ended early: 1 evaluation without a better AP than 0.200" in capsys.readouterr().out

@@ -16,6 +16,8 @@ from tests import forked
 from tests.conftest import ROOT, TINY, assert_same_end, log_lines
 from util.preemption import EXIT_CODE
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def run_code(code: str, *flags: object, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(

@@ -11,6 +11,8 @@ import training
 from tests.conftest import TINY, log_lines
 from util.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SHOWN = {"loss", "class_error", "loss_ce", "loss_bbox", "loss_giou"}
 STEPS = [1, 11, 15, 25, 29, 39]  # the lines of 14 steps an epoch
 
