@@ -1,11 +1,11 @@
 """main.py that leaves the state of each process's model in the output folder: before training, and as evaluated."""
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import main
 import training
 from util.distributed import get_rank
@@ -23,7 +23,11 @@ def recording(function, moment: str):
     return recorded
 
 
-if __name__ == "__main__":
+def run(rank: int, flags: list[str], meeting: dict[str, str]) -> None:
+    """Run main.py as one of two processes, for a fresh process."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} | meeting
+    sys.argv = ["main.py", *flags]
     training.take_steps = recording(training.take_steps, "start")
     main.evaluate = recording(main.evaluate, "evaluated")
     main.run()

@@ -22,7 +22,6 @@ from util.distributed import distribute
 from util.preemption import EXIT_CODE
 
 MODULE = "torch.distributed.run"
-TORCHRUN = ("-m", MODULE, "--standalone", "--nproc_per_node=2")
 
 
 def flags(shapes, output, *more: object) -> list[str]:
@@ -53,13 +52,13 @@ def start():
 @pytest.mark.parametrize(
     "launcher",
     [
-        TORCHRUN,
         ("-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"),
         ("-m", "torch.distributed.launch", "--standalone", "--use_env", "--nproc_per_node=2"),
     ],
-    ids=["torchrun", "launch", "launch-use_env"],
+    ids=["launch", "launch-use_env"],
 )
 def test_launchers(launcher, shapes, tmp_path, run_main):
+    """Those besides torchrun, with which other tests start."""
     done = run_main(*flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2), launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert_trained_together(done.stdout, tmp_path)

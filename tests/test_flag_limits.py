@@ -22,8 +22,8 @@ from util.errors import InputError
 
 DEFAULTS = vars(get_args_parser().parse_args(["--device", "cpu"]))
 ODD = (-1, 0, 1, 10**9, 2**63, 2**64, 10**400, 1e-300, math.nan, math.inf, -math.inf, True, "1", 1.5)
-HUGE = {"lr_drop", "eval_every", "save_every", "skip_nonfinite", "overfit", "seed"}  # may be 10^9
-TINY = {"dropout", "weight_decay"}  # may be as good as 0
+HUGE = {"lr_drop", "eval_every", "save_every", "skip_nonfinite", "overfit", "patience", "seed"}  # may be 10^9
+TINY = {"dropout", "ema_decay", "weight_decay"}  # may be as good as 0
 HEAVY = ("torch", "torchvision", "numpy", "pycocotools", "scipy", "matplotlib", "PIL", "onnx", "transformers")
 
 

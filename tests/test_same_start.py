@@ -5,18 +5,17 @@ import torch
 import torchvision
 
 from models import build_model
+from tests import recorded
 from tests.conftest import TINY
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+from tests.forked import run_on_several
 
 
 @pytest.fixture
-def run_recorded(run_main):
-    """Runs tests/recorded.py on two processes."""
+def run_recorded(meeting):
+    """Runs main.py on two processes that save the states of their models."""
 
     def run(*flags: object) -> None:
-        done = run_main(*TINY, *flags, launcher=TORCHRUN, script="tests/recorded.py")
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_on_several(recorded.run, ([*TINY, *map(str, flags)], meeting()), 2)
 
     return run
 

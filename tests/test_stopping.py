@@ -14,6 +14,7 @@ import torchvision
 import main
 from tests import forked
 from tests.conftest import ROOT, TINY, assert_same_end, log_lines
+from tests.narrow import make_narrow
 from util.preemption import EXIT_CODE
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -46,7 +47,9 @@ def struck(tmp_path_factory):
 def trained(shapes, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
     flags = (*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", output)
-    main.main(main.get_args_parser().parse_args([*map(str, flags)]))
+    with pytest.MonkeyPatch.context() as patch:
+        make_narrow(patch)
+        main.main(main.get_args_parser().parse_args([*map(str, flags)]))
     return output
 
 
@@ -77,7 +80,8 @@ def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, moment, flags, s
 
 def test_a_signal_while_images_are_read_in_training_is_noted(shapes, tmp_path, struck):
     """The step ends with all its images, and the run is resumed to the same end."""
-    flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--on_bad_image", "skip", "--resume", "auto"]
+    more = ("--ema_decay", 0.8, "--on_bad_image", "skip", "--resume", "auto")
+    flags = [*TINY, "--coco_path", shapes, "--epochs", 1, *more]
     done = struck("the second image is decoded", "SIGTERM", *flags, "--output_dir", tmp_path / "struck")
     assert done.returncode == EXIT_CODE, done.stderr
     assert "could not be read" not in done.stdout
