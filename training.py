@@ -84,7 +84,7 @@ class TrainingRun:
         self.steps_per_epoch = len(self.loader) // flags.accum_steps
         factor = lr_factor(flags, images_per_step(flags))
         optimizer = build_optimizer(model, flags.lr * factor, flags.lr_backbone * factor, flags.weight_decay)
-        self.lr_scheduler = build_schedule(optimizer, flags.lr_drop, start.epoch)
+        self.lr_scheduler = build_schedule(optimizer, flags, start.epoch)
         guard = StepGuard(model, flags.skip_nonfinite, output_dir, {"args": self.stored_flags})
         average = MovingAverage(model, flags.ema_decay) if flags.ema_decay else None
         self.step = Step(
@@ -204,7 +204,8 @@ class TrainingRun:
     def numbered(self, checkpoint: dict[str, Any], folder: Path) -> Path | None:
         """Return the path of a permanent checkpoint, before a drop of the learning rate or every 10 epochs."""
         epochs = checkpoint["epoch"] + 1
-        stays = epochs % self.flags.lr_drop == 0 or epochs % KEPT[self.flags.model] == 0
+        before_drop = self.flags.lr_schedule == "step" and epochs % self.flags.lr_drop == 0
+        stays = before_drop or epochs % KEPT[self.flags.model] == 0
         if checkpoint.get("step") or not stays:
             return None
         return folder / f"checkpoint{checkpoint['epoch']:04}.pth"

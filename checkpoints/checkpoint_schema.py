@@ -58,6 +58,7 @@ CHOICES = {
     "model": MODELS,
     "backbone_norm": ("frozen", "batch"),
     "amp": ("none", "bf16", "fp16"),
+    "lr_schedule": ("step", "linear"),
     "lr_scale": ("none", "sqrt", "linear"),
 }
 

@@ -68,6 +68,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         help="multiply learning rates by 0.1 every N epochs" + of_detr("lr_drop"),
     )
+    add(
+        "--lr_schedule",
+        default="step",
+        choices=("step", "linear"),
+        help="step: learning rates drop every --lr_drop epochs; linear: each epoch has less, down to 0 after --epochs",
+    )
     add("--clip_max_norm", default=0.1, type=float, help="largest total norm of the gradients; 0: no clipping")
 
     add(

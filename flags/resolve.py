@@ -32,6 +32,7 @@ TRAINING_FLAGS = (
     "lr",
     "lr_backbone",
     "lr_scale",
+    "lr_schedule",
     "lr_drop",
     "weight_decay",
     "batch_size",

@@ -43,7 +43,7 @@ def advice(flags: Flags, images: int, steps: int, from_scratch: bool) -> list[st
             f"the learning rate {RECIPE_LR:g} is meant for {RECIPE_IMAGES} images per step, not {images}: "
             f"consider --lr_scale sqrt ({scaled:.2g})"
         )
-    if (drops := (flags.epochs - 1) // flags.lr_drop) > MOST_DROPS:
+    if flags.lr_schedule == "step" and (drops := (flags.epochs - 1) // flags.lr_drop) > MOST_DROPS:
         lines.append(
             f"--lr_drop {flags.lr_drop} divides the learning rate by ten {drops} times: the last epochs do nothing"
         )

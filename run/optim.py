@@ -1,4 +1,4 @@
-"""The published optimizer and schedule: AdamW, and a tenth of the learning rates after every `--lr_drop` epochs."""
+"""The optimizer, AdamW as published, and the schedules of its learning rates."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 
+from flags.resolve import Flags
 from util.errors import InputError
 
 
@@ -45,10 +46,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
     optimizer.load_state_dict({"state": saved["state"], "param_groups": state["param_groups"]})
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, lr_drop: int, start_epoch: int = 0) -> StepLR:
-    """Return the step schedule at `start_epoch`; call `step()` after every epoch."""
+def build_schedule(optimizer: torch.optim.Optimizer, flags: Flags, start_epoch: int = 0) -> LRScheduler:
+    """Return the schedule of `--lr_schedule` at `start_epoch`; call `step()` after every epoch.
+
+    The rates are those of a run from the start, bit for bit.
+
+    step: a tenth of the learning rates after every `--lr_drop` epochs, as published.
+    linear: in epoch n, counted from 0, (1 - n / `--epochs`) of them.
+    """
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-        for _ in range(max(start_epoch - 1, 0) // lr_drop):  # StepLR itself steps once, into `start_epoch`
+    if flags.lr_schedule == "linear":
+        return LambdaLR(optimizer, lambda epoch: max(1 - epoch / flags.epochs, 0), last_epoch=start_epoch - 1)
+    for group in optimizer.param_groups:
+        for _ in range(max(start_epoch - 1, 0) // flags.lr_drop):  # StepLR itself steps once, into `start_epoch`
             group["lr"] *= 0.1
-    return StepLR(optimizer, lr_drop, last_epoch=start_epoch - 1)
+    return StepLR(optimizer, flags.lr_drop, last_epoch=start_epoch - 1)

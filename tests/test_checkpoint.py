@@ -230,11 +230,21 @@ def test_the_optimizer_keeps_its_moments_and_takes_this_runs_rates(parse):
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 5, 7])
-def test_the_schedule_goes_on_where_it_was(start):
+@pytest.mark.parametrize(
+    ("flags", "factors"),
+    [
+        (("--lr_drop", 2), [1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]),
+        (("--lr_schedule", "linear", "--epochs", 8), [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+    ],
+    ids=["step", "linear"],
+)
+def test_the_schedule_goes_on_where_it_was(flags, factors, start, parse):
+    flags = resolve(parse(*flags))
+
     def rates(first: int, last: int) -> list[float]:
         parameter = torch.nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.AdamW([{"params": [parameter], "lr": 3e-4}])
-        schedule = build_schedule(optimizer, lr_drop=2, start_epoch=first)
+        schedule = build_schedule(optimizer, flags, start_epoch=first)
         seen = []
         for _ in range(first, last):
             seen.append(optimizer.param_groups[0]["lr"])
@@ -243,7 +253,7 @@ def test_the_schedule_goes_on_where_it_was(start):
         return seen
 
     assert rates(start, 8) == rates(0, 8)[start:]
-    assert rates(0, 8) == pytest.approx([3e-4 * 0.1 ** (epoch // 2) for epoch in range(8)])
+    assert rates(0, 8) == pytest.approx([3e-4 * factor for factor in factors])
 
 
 @pytest.mark.parametrize("name", ["c.pth", "model.safetensors", "folder/config.json", "backbone.pth"])
