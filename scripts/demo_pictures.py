@@ -19,7 +19,6 @@ if __name__ == "__main__":  # the imports below take seconds
     check_early("demo_pictures")
 
 from collections.abc import Sequence
-from itertools import islice
 
 import torch
 from torchvision.ops import batched_nms, box_convert
@@ -37,16 +36,18 @@ SIDE = 320  # pixels, the long side of both
 
 
 def draw_predictions(run: Path, threshold: float) -> Path:
-    """Draw the first val images that have boxes: their ground truth, next to it the detections above a score.
+    """Draw the first val images with several objects and with one: ground truth, next to it detections above a score.
 
-    After a few minutes of training, the model still finds many objects twice: of detections that overlap by half, only
+    After a few minutes of training, the model still finds some objects twice: of detections that overlap by half, only
     the best is drawn.
     """
     detector = load_detector(str(run / "checkpoint.pth"))
     dataset = build_dataset("val", detector.args)
-    with_objects = (i for i in range(len(dataset)) if len(dataset.records.objects_of(i).labels))
+    objects = dataset.objects_per_image()
+    several = [i for i, number in enumerate(objects) if number > 1][: PICTURES // 2]
+    single = [i for i, number in enumerate(objects) if number == 1][: PICTURES - len(several)]
     pictures = []
-    for index in islice(with_objects, PICTURES):
+    for index in sorted(several + single):
         picture = dataset.load_image(index)
         (detections,) = detector([picture.pixels])
         scores, labels, boxes = (detections[key] for key in ("scores", "labels", "boxes"))
