@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = ("--backbone_weights", "none", "--batch_size", 1, "--num_workers", 0, "--min_size", 64, "--max_size", 107)
 LONGEST_LINE = 600
 MOST_MEMORY = 2**20  # KiB more than before
-SAMPLE = 24  # of the values, every 24th is tried at each place; another one first at the next place
+SAMPLE = 32  # of the values, every 32nd is tried at each place; another one first at the next place
 TRAINING = ("optimizer", "lr_scheduler", "step", "skipped", "scaler", "processes", "train_stats")
 
 
