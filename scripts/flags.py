@@ -129,7 +129,7 @@ def demo_pictures() -> Parser:
     """Return the flags of `scripts.demo_pictures`."""
     parser = parser_of("demo_pictures", "Show predictions next to ground truth, and the curves of the run.")
     parser.add_argument("--output_dir", default="output/demo", type=Path, help="folder of the run")
-    parser.add_argument("--threshold", default=0.5, type=float, help="lowest score that is drawn")
+    parser.add_argument("--threshold", default=0.3, type=float, help="lowest score that is drawn")
     return parser
 
 
