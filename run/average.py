@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.checkpoint import load_model_weights
 from models.detector import Detector
+from run.step_guard import running_statistics
 
 
 class MovingAverage:
-    """Exponential moving average of a model's weights and running statistics.
+    """Exponential moving average of what training changes in a model: trained weights and running statistics.
 
     After n steps, the average keeps min(decay, (1 + n) / (10 + n)) of itself and takes the rest from the model: at
     first it follows the model closely, so that the initial weights are soon forgotten.
@@ -29,11 +29,11 @@ class MovingAverage:
     """
 
     def __init__(self, model: Detector, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).eval()
         self.decay = decay
         self.steps = next(model.parameters()).new_zeros((), requires_grad=False)
-        averages, values = (chain(m.parameters(), m.buffers()) for m in (self.model, model))
-        self.pairs = list(zip(averages, values, strict=True))
+        self.pairs = list(zip(*map(changing_tensors, (self.model, model)), strict=True))
+        self.model.requires_grad_(False)
 
     @torch.no_grad()
     def update(self, left_out: Tensor) -> None:
@@ -55,3 +55,8 @@ class MovingAverage:
         """Continue from a saved state. Raise InputError if its weights do not fit; `source` names the checkpoint."""
         load_model_weights(self.model, saved, source)
         self.steps.fill_(saved["steps"])
+
+
+def changing_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the tensors of a model that its training changes."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad] + running_statistics(model)

@@ -51,6 +51,7 @@ def logged_aps(path: str | Path) -> list[float]:
 
 
 def _evaluations(path: str | Path) -> list[tuple[float, int]]:
+    """Return the AP on val and the epoch of each evaluation in a log file whose AP is finite."""
     aps = [(number_in(entry, "test_coco_eval_bbox", 0), entry["epoch"]) for entry in read_log(path)]
     return [(ap, epoch) for ap, epoch in aps if ap is not None and math.isfinite(ap)]
 

@@ -60,8 +60,7 @@ class StepGuard:
         self.dump_dir = dump_dir
         self.description = description or {}
         self.skipped = 0
-        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self.statistics = running_statistics(model)
         self.statistics_before: list[Tensor] = []
 
     def begin(self, epoch: int, number: int, batches: Batches, num_boxes: Tensor) -> TakenStep:
@@ -132,3 +131,9 @@ class StepGuard:
         with replacing(self.dump_dir / name) as file:
             torch.save(contents, file)
         return f"repeat it by python -m scripts.replay {self.dump_dir / name}; "
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return the buffers of a model's trained batch norms."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers()]

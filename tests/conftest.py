@@ -17,7 +17,7 @@ import main
 from datasets.shapes import write_dataset
 from scripts import predict
 from tests import forked, predicting
-from tests.narrow import make_narrow
+from tests.narrow import make_narrow, narrowed
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,10 +84,9 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(shapes, tmp_path_factory) -> Path:
-    """The folder of a run of three epochs without a break of a narrow model, for reading only."""
+    """The folder of an uninterrupted run of three epochs with a narrow model, for reading only."""
     output = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        make_narrow(patch)
+    with narrowed():
         train(shapes, output, "--epochs", 3, "--lr_drop", 2, "--dropout", 0)
     return output
 

@@ -1,5 +1,7 @@
 """A ResNet-18 so narrow that a model is built, saved and loaded within milliseconds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,3 +27,11 @@ def make_narrow(patch: pytest.MonkeyPatch) -> None:
     """Make resnet18 narrow until the patch is undone."""
     patch.setitem(models.backbone.CHANNELS, "resnet18", 32)  # of bottlenecks: 4 * 512 / 64
     patch.setattr(models.backbone, "ResNet", NarrowResNet)
+
+
+@contextmanager
+def narrowed() -> Iterator[None]:
+    """Make resnet18 narrow within the context."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_narrow(patch)
+        yield

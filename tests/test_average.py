@@ -102,7 +102,7 @@ def test_evaluation_and_finetuning_use_the_average_and_say_so(shapes, averaged, 
 
 
 def test_resuming_with_and_without_the_average(shapes, averaged, tmp_path, capsys):
-    """A run that never had one starts it from its weights; one without it goes on with the raw weights."""
+    """Without the flag, a run continues from the raw weights; a run that had no average starts one from its weights."""
     source = averaged / "checkpoint.pth"
     capsys.readouterr()
     train(shapes, tmp_path / "off", "--epochs", 3, "--resume", source)

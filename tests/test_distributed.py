@@ -58,7 +58,7 @@ def start():
     ids=["launch", "launch-use_env"],
 )
 def test_launchers(launcher, shapes, tmp_path, run_main):
-    """Those besides torchrun, with which other tests start."""
+    """The launchers other than torchrun, which other tests use."""
     done = run_main(*flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2), launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert_trained_together(done.stdout, tmp_path)

@@ -14,7 +14,7 @@ import torchvision
 import main
 from tests import forked
 from tests.conftest import ROOT, TINY, assert_same_end, log_lines
-from tests.narrow import make_narrow
+from tests.narrow import narrowed
 from util.preemption import EXIT_CODE
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -47,8 +47,7 @@ def struck(tmp_path_factory):
 def trained(shapes, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
     flags = (*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", output)
-    with pytest.MonkeyPatch.context() as patch:
-        make_narrow(patch)
+    with narrowed():
         main.main(main.get_args_parser().parse_args([*map(str, flags)]))
     return output
 

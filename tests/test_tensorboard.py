@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 import training
 from tests.conftest import TINY, log_lines
-from tests.narrow import make_narrow
+from tests.narrow import narrowed
 from util.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -49,8 +49,7 @@ def assert_as_logged(output) -> None:
 def whole(shapes, tmp_path_factory):
     """Three epochs without a break."""
     output = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        make_narrow(patch)
+    with narrowed():
         train(shapes, output, "--epochs", 3, "--lr_drop", 2)
     return output
 
