@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares how fast the models learn: trains each of them with several seeds on the same data, and draws AP over epochs.
-# Without --coco_path, it makes .venv, generates scenes, and trains small models: about two hours on two CPU cores.
+# Without --coco_path, it makes .venv, generates scenes, and trains small models: more than an hour on two CPU cores.
 # With --coco_path, it trains on COCO as the published recipe does, on NGPU GPUs.
 # SEEDS, MODELS and OUTPUT_DIR come from the environment; further flags go to main.py. Called again, it resumes.
 set -euo pipefail
