@@ -39,7 +39,7 @@ from models import build_model
 from models.detector import Detector
 from run.advice import advice, lr_factor
 from run.data import Data, load_data
-from run.kernels import compile_model, use_deterministic_kernels, use_fast_kernels
+from run.kernels import compile_model, keep_freed_memory, use_deterministic_kernels, use_fast_kernels
 from run.output_folder import claim_output_dir
 from run.start import Start, find_start, how_to_resume
 from run.tensorboard import TensorBoard
@@ -92,6 +92,8 @@ def set_up(flags: Flags) -> torch.device:
     device = torch.device(flags.device)
     seed_everything(flags.seed + get_rank())
     use_fast_kernels(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if flags.deterministic:
         use_deterministic_kernels()
     return device

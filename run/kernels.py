@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from typing import Any
 
 import torch
@@ -18,6 +20,19 @@ def use_fast_kernels(device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, with the C library of most Linux systems; elsewhere do nothing.
+
+    A training step on a CPU frees and allocates gigabytes. Linux clears memory before it hands it out again, which
+    takes a tenth of a step of Conditional DETR, and half of one with 11 groups of queries.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # as in malloc.h
+        libc.mallopt(m_trim_threshold, -1)  # never return memory
+        libc.mallopt(m_mmap_max, 0)  # nor map blocks that are returned when they are freed
 
 
 def compile_model(model: Detector, **options: Any) -> None:

@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flags.limits import check_device
-from run.kernels import compile_model, use_fast_kernels
+from run.kernels import compile_model, keep_freed_memory, use_fast_kernels
 from scripts.benchmarking.data import measure_data, measure_evaluator
 from scripts.benchmarking.model import PUBLISHED, TrainingStep, build, inference, random_images
 from scripts.benchmarking.peer import PeerRun, inference_of_peer, peer_runs, training_of_peer
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_device(flags.device)
     device = torch.device(flags.device)
     use_fast_kernels(device)
+    if device.type == "cpu":
+        keep_freed_memory()
 
     machine = describe_machine(device, flags.amp)
     print(json.dumps(machine, indent=1), flush=True)

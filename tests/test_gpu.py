@@ -41,7 +41,7 @@ def step(model, criterion, device, dtype) -> tuple[dict, dict, dict]:
     outputs = model(images)
     losses = criterion(outputs, targets)
     sum(losses[name] * weight for name, weight in criterion.weight_dict.items()).backward()
-    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.to("cpu", copy=True) for name, p in model.named_parameters() if p.grad is not None}
     outputs = {name: outputs[name].detach().cpu() for name in ("pred_logits", "pred_boxes")}
     return outputs, {name: value.detach().cpu() for name, value in losses.items()}, gradients
 

@@ -9,6 +9,7 @@ import torch
 
 from engine import take_steps
 from models import build_model
+from run.kernels import use_fast_kernels
 from run.optim import build_optimizer
 from run.progress import Progress
 from run.step import Step
@@ -20,9 +21,12 @@ from util.nested_tensor import nested_tensor_from_tensor_list
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> torch.device:
-    """The CPU and, on machines that have one, a GPU."""
-    return torch.device(request.param)
+def device(request):
+    """Yield the CPU and, on machines that have one, a GPU, with the kernels of training."""
+    device, precision = torch.device(request.param), torch.get_float32_matmul_precision()
+    use_fast_kernels(device)
+    yield device
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture
