@@ -53,6 +53,7 @@ speed=("$python" -m scripts.benchmark --device cuda --repeats 15)
 part tests 200 "$python" -m pytest -p no:cacheprovider -m gpu --durations=5 "${tests[@]}"
 part inference 90 "${speed[@]}" --parts inference --variants r50 r50dc5 --json "$out/inference.json"
 part training 120 "${speed[@]}" --parts training --batch_sizes 2 8 32 --json "$out/training.json"
+part groups 40 "${speed[@]}" --parts training --batch_sizes 2 --group_detr 1 3 11 --no_peer --json "$out/groups.json"
 part training_dc5 90 "${speed[@]}" --parts training --variants r50dc5 --batch_sizes 2 8 32 --json "$out/training_dc5.json"
 part compiled 150 "${speed[@]}" --parts inference training --batch_sizes 2 8 --compile --no_peer \
   --json "$out/compiled.json"

@@ -153,7 +153,9 @@ def test_the_optimizer_takes_the_scaled_rates(shapes, tmp_path, parse):
         (("--dilation",), 16, 500, True, ["--finetune conditional_detr_resnet50_dc5,"]),
         (("--backbone", "resnet18"), 16, 500, True, ["--finetune CHECKPOINT,"]),
         ((), 16, 500, False, []),
-        ((), 16, 7_200, True, []),
+        ((), 16, 7_200, True, ["7,200 steps are a short training", "--lr_schedule linear"]),
+        ((), 16, 10_000, True, []),
+        (("--lr_schedule", "linear"), 16, 7_200, True, []),
         (("--model", "detr"), 16, 7_200, True, ["AP near 0 below 19,200)", "--finetune detr_resnet50,"]),
         (("--model", "detr"), 64, 92_000, True, []),  # its published recipe
         ((), 64, 92_000, True, ["meant for 16 images per step, not 64"]),
