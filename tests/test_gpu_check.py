@@ -32,7 +32,7 @@ def test_tests_and_tables(check, tmp_path):
     done, commands = check()
     assert done.returncode == 0, done.stderr
     parts = [line.split(":") for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()]
-    assert [name for name, _ in parts] == ["tests", "inference", "training", "training_dc5", "compiled"]
+    assert [name for name, _ in parts] == ["tests", "inference", "training", "groups", "training_dc5", "compiled"]
     assert all(outcome.startswith(" ok, ") for _, outcome in parts)
     (tests,) = (line for line in commands if "-m pytest" in line)
     assert "-m gpu" in tests and "tests/test_gpu.py" in tests and "tests/test_step_guard.py" in tests
