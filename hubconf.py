@@ -19,10 +19,9 @@ import typing
 if typing.TYPE_CHECKING:
     from collections.abc import Iterator as _Iterator
 
-    from models.detector import Detector as _Detector
-    from models.postprocess import PostProcess as _PostProcess
+    from torch.nn import Module as _Module
 
-    _Entry = _Detector | tuple[_Detector, _PostProcess]
+    _Entry = _Module | tuple[_Module, _Module]  # the model, or with its postprocessor
 
 dependencies = ["torch", "torchvision", "scipy"]
 
@@ -31,6 +30,7 @@ _MODEL_PACKAGES = ("models", "util")
 _LOADING_PACKAGES = ("checkpoints", "datasets", "flags")  # not needed by a loaded model
 _PACKAGES = (*_MODEL_PACKAGES, *_LOADING_PACKAGES)
 _NUM_CLASSES = 91  # COCO's ids run to 90
+_PANOPTIC_CLASSES = 250  # ids of stuff run to 200
 _set_aside: dict[str, types.ModuleType] = {}  # our modules, while those of another project have their names
 
 
@@ -82,9 +82,34 @@ def detr_resnet101_dc5(pretrained: bool = False, num_classes: int = 91, return_p
     return _build("detr_resnet101_dc5", pretrained, num_classes, return_postprocessor)
 
 
-def _build(name: str, pretrained: bool, num_classes: int, return_postprocessor: bool) -> _Entry:
-    if pretrained and num_classes != _NUM_CLASSES:
-        raise ValueError(f"num_classes={num_classes}: the pretrained weights have {_NUM_CLASSES} classes")
+def detr_resnet50_panoptic(
+    pretrained: bool = False, num_classes: int = 250, threshold: float = 0.85, return_postprocessor: bool = False
+) -> _Entry:
+    """DETR with ResNet-50 and the mask head. Published on COCO val2017: PQ 43.4, box AP 38.8, mask AP 31.1."""
+    return _build("detr_resnet50_panoptic", pretrained, num_classes, return_postprocessor, threshold)
+
+
+def detr_resnet50_dc5_panoptic(
+    pretrained: bool = False, num_classes: int = 250, threshold: float = 0.85, return_postprocessor: bool = False
+) -> _Entry:
+    """DETR with a dilated ResNet-50 and masks. Published on COCO val2017: PQ 44.6, box AP 40.2, mask AP 31.9."""
+    return _build("detr_resnet50_dc5_panoptic", pretrained, num_classes, return_postprocessor, threshold)
+
+
+def detr_resnet101_panoptic(
+    pretrained: bool = False, num_classes: int = 250, threshold: float = 0.85, return_postprocessor: bool = False
+) -> _Entry:
+    """DETR with ResNet-101 and the mask head. Published on COCO val2017: PQ 45.1, box AP 40.1, mask AP 33.0."""
+    return _build("detr_resnet101_panoptic", pretrained, num_classes, return_postprocessor, threshold)
+
+
+def _build(
+    name: str, pretrained: bool, num_classes: int, return_postprocessor: bool, threshold: float = 0.85
+) -> _Entry:
+    with_masks = name.endswith("_panoptic")
+    published = _PANOPTIC_CLASSES if with_masks else _NUM_CLASSES
+    if pretrained and num_classes != published:
+        raise ValueError(f"num_classes={num_classes}: the pretrained weights have {published} classes")
     with _own_packages():
         from checkpoints.checkpoint import check_finite, load_checkpoint, load_model_weights
         from checkpoints.published import PUBLISHED
@@ -97,7 +122,14 @@ def _build(name: str, pretrained: bool, num_classes: int, return_postprocessor: 
             check_finite(checkpoint["model"], name)
             load_model_weights(model, checkpoint, name)
         model.eval()
-        return (model, postprocessors["bbox"]) if return_postprocessor else model
+        if with_masks:
+            from models.postprocess_masks import PostProcessPanoptic
+
+            model.all_masks = True
+            postprocess = PostProcessPanoptic(threshold=threshold)
+        else:
+            postprocess = postprocessors["bbox"]
+        return (model, postprocess) if return_postprocessor else model
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from checkpoints.downloads import local_path
 from checkpoints.published import PUBLISHED, known_flags
 from checkpoints.state_dicts import with_plain_weights
 from checkpoints.torch_file import load_file
-from checkpoints.weight_flags import flags_of, model_of
+from checkpoints.weight_flags import DETECTOR, QUERIES, flags_of, has_masks, model_of, of_detector
 from datasets.classes import Classes
 from flags.limits import check_model, check_numbers
 from flags.resolve import IMAGE_SIZES, MODEL_FLAGS
@@ -69,14 +69,15 @@ def with_first_group(checkpoint: dict[str, Any], source: str | Path) -> dict[str
     Raises:
         InputError: if its queries are not in as many groups as its flags say.
     """
-    groups, queries = checkpoint["args"].get("group_detr", 1), checkpoint["model"].get("query_embed.weight")
+    name = DETECTOR * has_masks(checkpoint["model"]) + QUERIES
+    groups, queries = checkpoint["args"].get("group_detr", 1), checkpoint["model"].get(name)
     if groups == 1 or queries is None:
         return checkpoint
     if queries.dim() != 2 or len(queries) % groups:
         raise InputError(f"{source}: its queries, {list(queries.shape)}, cannot be in {groups} groups (--group_detr)")
     first = queries[: len(queries) // groups].clone()
     return checkpoint | {
-        "model": checkpoint["model"] | {"query_embed.weight": first},
+        "model": checkpoint["model"] | {name: first},
         "args": checkpoint["args"] | {"group_detr": 1},
     }
 
@@ -122,7 +123,7 @@ def load_latest_checkpoint(
 
 def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
     """Return the number of classes of a checkpoint's model. Raise InputError if it has no class head."""
-    head = checkpoint["model"].get("class_embed.bias")
+    head = of_detector(checkpoint["model"]).get("class_embed.bias")
     no_object = model_of(checkpoint["model"]) == "detr"
     if head is None or head.dim() != 1 or len(head) <= no_object:
         raise InputError(
@@ -151,7 +152,7 @@ def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: I
 
 def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the flags of a checkpoint's run; those that published ones lack are the published code's."""
-    published = {"backbone_norm": "frozen", "model": "conditional_detr", "group_detr": 1}
+    published = {"backbone_norm": "frozen", "model": "conditional_detr", "group_detr": 1, "masks": False}
     return checkpoint["args"] and published | checkpoint["args"]
 
 
@@ -192,7 +193,7 @@ def _flags_that_fit(ours: dict[str, Tensor], theirs: dict[str, Tensor], with_fla
     needed = {flag: value for flag, value in flags_of(theirs).items() if built.get(flag) != value}
     if not needed:
         return ""
-    texts = " ".join(f"--{flag} {value}" for flag, value in needed.items())
+    texts = " ".join(f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in needed.items())
     if with_flags:
         return f"; its weights need {texts}, correct its args"
     return (

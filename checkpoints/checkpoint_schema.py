@@ -28,7 +28,7 @@ from checkpoints.schema import (
     text,
     wrong,
 )
-from checkpoints.weight_flags import model_of, sizes_of
+from checkpoints.weight_flags import model_of, of_detector, sizes_of
 from flags.limits import check_numbers
 from flags.parser import MODELS
 from util.errors import InputError
@@ -194,7 +194,7 @@ def _check_classes(checkpoint: dict[str, Any], source: object) -> None:
     names, ids = checkpoint.get("class_names"), checkpoint.get("class_ids")
     if names and ids and names.keys() != ids.keys():
         raise InputError(f"{source}: class_names and class_ids are about different labels")
-    head = checkpoint["model"].get("class_embed.bias")
+    head = of_detector(checkpoint["model"]).get("class_embed.bias")
     if head is None:
         return
     last = head.numel() - 1 - (model_of(checkpoint["model"]) == "detr")  # the last logit is "no object" there

@@ -35,6 +35,15 @@ PUBLISHED = {
     for model, (address, files) in FILES.items()
     for (variant, flags), file in zip(VARIANTS.items(), files, strict=True)
 }
+PANOPTIC_FILES = {
+    "resnet50": "r50-panoptic-00ce5173",
+    "resnet50_dc5": "r50-dc5-panoptic-da08f1b1",
+    "resnet101": "r101-panoptic-40021d53",
+}
+PUBLISHED |= {
+    f"detr_{variant}_panoptic": Published(DETR.format(file), {"model": "detr", "masks": True} | VARIANTS[variant])
+    for variant, file in PANOPTIC_FILES.items()
+}
 LOGS = {
     f"detr_{variant}": f"https://dl.fbaipublicfiles.com/detr/logs/detr-{name}_log.txt"
     for variant, name in zip(VARIANTS, ("r50", "r50-dc5", "r101", "r101-dc5"), strict=True)

@@ -18,6 +18,7 @@ from util.errors import InputError
 from util.text import counted
 
 PARTS = frozenset({"backbone", "input_proj", "transformer", "query_embed", "class_embed", "bbox_embed"})
+PARTS |= {"detr", "bbox_attention", "mask_head"}  # of a model with masks
 WRAPPERS = frozenset({"model", "module", "_orig_mod", "state_dict", "model_state_dict", "net", "network", "weights"})
 AVERAGED = frozenset({"ema", "swa", "avg", "averaged"})  # words in names such as model_ema and ema_state_dict
 MOST_WRAPPED = 3  # dicts within each other
@@ -53,7 +54,7 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
     left = f", not those in {', '.join(others)}" if others else ""
     weights, line = found[path], f"{source}: taking the {kind}weights in {_text(path)}{left}"
     raw = next((other for other in paths if not _averages(other)), path) if _averages(path) else path
-    constant = {key: value for key, value in found[raw].items() if key.startswith("backbone.") and key not in weights}
+    constant = {key: value for key, value in found[raw].items() if "backbone." in key and key not in weights}
     if constant:  # averages of parameters lack norm statistics, and those of trained parameters lack frozen layers
         line += f", except for {counted(len(constant), 'tensor')} of the backbone without averages"
     return rest | {"model": weights | constant}, line

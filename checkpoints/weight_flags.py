@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -22,15 +23,30 @@ BACKBONES = {  # a block that the smaller ones below do not have
 BATCH_COUNTER = "backbone.0.body.bn1.num_batches_tracked"
 CROSS_ATTENTION_OF_DETR = "transformer.decoder.layers.0.multihead_attn.in_proj_weight"
 LEARNED_POSITIONS = "backbone.1.row_embed.weight"
+MASK_HEAD = "mask_head.lay1.weight"
+DETECTOR = "detr."  # what the names of a detector's weights begin with in a model with masks
+
+
+def has_masks(weights: Mapping[str, Any]) -> bool:
+    """Return whether a state dict is that of a model with masks."""
+    return MASK_HEAD in weights
+
+
+def of_detector(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weights of the detector in a state dict, by the names that they have in a model without masks."""
+    if not has_masks(weights):
+        return dict(weights)
+    return {key.removeprefix(DETECTOR): value for key, value in weights.items() if key.startswith(DETECTOR)}
 
 
 def model_of(weights: Mapping[str, Tensor]) -> str:
     """Return the model of a state dict, by its name for `--model`."""
-    return "detr" if CROSS_ATTENTION_OF_DETR in weights else "conditional_detr"
+    return "detr" if CROSS_ATTENTION_OF_DETR in of_detector(weights) else "conditional_detr"
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the sizes of the transformer in a state dict; those that do not follow from it are left out."""
+    weights = of_detector(weights)
     told = {flag: weights[key].shape[0] for flag, key in SIZES.items() if key in weights and weights[key].dim() > 0}
     for flag, prefix in STACKS.items():
         layers = {key.removeprefix(prefix).partition(".")[0] for key in weights if key.startswith(prefix)}
@@ -41,6 +57,9 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
 def flags_of(weights: Mapping[str, Tensor]) -> dict[str, int | str]:
     """Return all flags that follow from a state dict; a stack without a weight has no layers."""
     told: dict[str, int | str] = {**dict.fromkeys(STACKS, 0), **sizes_of(weights)}
+    if has_masks(weights):
+        told["masks"] = True
+    weights = of_detector(weights)
     if QUERIES in weights and weights[QUERIES].dim() > 0:
         told["num_queries"] = weights[QUERIES].shape[0]
     if backbone := next((name for name, key in BACKBONES.items() if key in weights), None):

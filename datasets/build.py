@@ -72,6 +72,7 @@ def build_dataset(
         labelled=split != "test",
         max_megapixels=flags.max_megapixels,
         share=share,
+        masks=flags.masks and split != "test",
     )
     if overfit:
         images_per_step = flags.batch_size * flags.accum_steps * get_world_size()

@@ -21,6 +21,7 @@ from datasets.image_files import find_image_files
 from datasets.images import MAX_MEGAPIXELS, Picture, image_size, read_image
 from datasets.odd_boxes import odd_boxes
 from datasets.records import Records
+from datasets.segmentations import with_masks
 from datasets.sharing import Contents, read_once
 from datasets.targets import make_target, visible_corners
 from datasets.transforms import Target, Transform, normalize_boxes, scale_target
@@ -69,6 +70,7 @@ class CocoDetection(Dataset):
         labelled: False for a test set, whose file holds no annotations.
         max_megapixels: see `datasets.images.read_image`.
         share: the first process reads the annotations for all, each of which makes this data set.
+        masks: samples and ground truth also have the masks of the objects.
 
     `classes` then holds those of the file. Of its entries, only arrays are kept (`records`); `coco` reads it again.
 
@@ -88,10 +90,12 @@ class CocoDetection(Dataset):
         labelled: bool = True,
         max_megapixels: int = MAX_MEGAPIXELS,
         share: bool = False,
+        masks: bool = False,
     ) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
         self.load = partial(load_annotations, annotation_file, remove_difficult, classes, labelled)
+        self.masks = masks
         contents = read_once(self._read) if share else self._read()
         self.records, self.classes, self.image_ids = contents.records, contents.classes, contents.image_ids
         names = [self.records.file_name(i) for i in range(len(self))]
@@ -108,9 +112,13 @@ class CocoDetection(Dataset):
             warn(line)
 
     def _read(self) -> Contents:
-        loaded = self.load(segmentations=False)
-        records = Records(loaded.images, loaded.annotations, loaded.classes.labels)
-        return Contents(records, loaded.classes, loaded.image_ids, loaded.notes)
+        loaded = self.load(segmentations=self.masks)
+        annotations, notes = loaded.annotations, loaded.notes
+        if self.masks:
+            annotations, left_out = with_masks(loaded, self.annotation_file)
+            notes = notes + left_out
+        records = Records(loaded.images, annotations, loaded.classes.labels, self.masks)
+        return Contents(records, loaded.classes, loaded.image_ids, notes)
 
     @cached_property
     def coco(self) -> COCO:
@@ -118,7 +126,7 @@ class CocoDetection(Dataset):
         return self.load().index()
 
     def ground_truth(self) -> COCO:
-        """Return the same index without segmentations, which is all that box AP needs.
+        """Return the same index; without masks, it has no segmentations, which is all that box AP needs.
 
         It takes ten times the memory of the arrays that it is made from, so it is made for each evaluation.
         """
@@ -164,7 +172,8 @@ class CocoDetection(Dataset):
         """
         index, picture = self._load_from(range(len(self))[index])
         image = picture.pixels
-        target = make_target(int(self.records.ids[index]), self.records.objects_of(index), *picture.size)
+        masks = self.records.masks_of(index, *picture.size)
+        target = make_target(int(self.records.ids[index]), self.records.objects_of(index), *picture.size, masks)
         if picture.decoded_size != picture.size:
             target = scale_target(target, picture.size, picture.decoded_size)
         rng = random.Random(f"{self.seed} {self._epoch.item()} {index}")

@@ -134,8 +134,9 @@ class CocoEvaluator:
 
     @property
     def stats(self) -> dict[str, list[float]]:
-        """12 COCO numbers of each IoU type, as `coco_eval_bbox` and `coco_eval_segm`."""
-        return {f"coco_eval_{kind}": list(map(float, result.stats)) for kind, result in self.coco_eval.items()}
+        """12 COCO numbers of each IoU type, as `coco_eval_bbox` and `coco_eval_masks`."""
+        names = {"bbox": "coco_eval_bbox", "segm": "coco_eval_masks"}  # as published
+        return {names[kind]: list(map(float, result.stats)) for kind, result in self.coco_eval.items()}
 
     def average_precision(self, iou_type: str) -> dict[int, float]:
         """Return AP (all areas, 100 detections) by category id; NaN for a class without ground truth."""

@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 
 from datasets.classes import ClassId
 from datasets.coco_index import index
+from datasets.segmentations import Segmentations
 
 
 class Objects(NamedTuple):
@@ -58,6 +59,12 @@ class Records:
         sizes: [M, 2] int64, width and height as annotated, 0 if they are not.
         objects: the objects of all images, image by image.
         image_of_object: [N] int64, the positions of their images.
+        segmentations: those of the objects, or None.
+
+    Args:
+        images, annotations: checked entries of an annotation file.
+        label_of: the labels of the classes.
+        segmentations: keep them.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Records:
         images: Sequence[dict[str, Any]],
         annotations: Sequence[dict[str, Any]],
         label_of: Mapping[ClassId, int],
+        segmentations: bool = False,
     ) -> None:
         images = sorted(images, key=lambda entry: entry["id"])
         self.ids = np.array([entry["id"] for entry in images], dtype=np.int64)
@@ -74,13 +82,17 @@ class Records:
         order = np.argsort(positions, kind="stable")
         self.objects = Objects.from_annotations(annotations, label_of).select(order)
         self.image_of_object = positions[order]
+        self.segmentations = Segmentations.from_annotations(annotations).select(order) if segmentations else None
         self._set_names([entry["file_name"].encode() for entry in images])
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return all that these records hold, for `from_arrays`."""
         names = np.frombuffer(self._names, dtype=np.uint8)
         own = {"ids": self.ids, "sizes": self.sizes, "image_of_object": self.image_of_object}
-        return own | self.objects._asdict() | {"names": names, "name_starts": self._name_starts}
+        masks = (
+            {f"masks_{name}": part for name, part in self.segmentations._asdict().items()} if self.segmentations else {}
+        )
+        return own | self.objects._asdict() | {"names": names, "name_starts": self._name_starts} | masks
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Records:
@@ -90,6 +102,8 @@ class Records:
             arrays[name] for name in ("ids", "sizes", "image_of_object")
         )
         records.objects = Objects(*(arrays[name] for name in Objects._fields))
+        if "masks_contents" in arrays:
+            records.segmentations = Segmentations(*(arrays[f"masks_{name}"] for name in Segmentations._fields))
         text, starts = arrays["names"].tobytes(), arrays["name_starts"].tolist()
         records._set_names([text[start:end] for start, end in itertools.pairwise(starts)])
         return records
@@ -103,7 +117,9 @@ class Records:
         selected = copy.copy(self)
         rows = [np.arange(*self._first_objects[i : i + 2]) for i in positions]
         selected.ids, selected.sizes = self.ids[positions], self.sizes[positions]
-        selected.objects = self.objects.select(np.concatenate([np.zeros(0, dtype=np.int64), *rows]))
+        all_rows = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
+        selected.objects = self.objects.select(all_rows)
+        selected.segmentations = self.segmentations and self.segmentations.select(all_rows)
         selected.image_of_object = np.repeat(np.arange(len(positions)), list(map(len, rows)))
         selected._set_names([self.file_name(i).encode() for i in positions])
         return selected
@@ -121,7 +137,7 @@ class Records:
         return self._names[slice(*self._name_starts[index : index + 2])].decode()
 
     def index(self, categories: Sequence[dict[str, Any]]) -> COCO:
-        """Return pycocotools' index over the boxes, without segmentations; `categories` are those of COCO."""
+        """Return pycocotools' index over the boxes and, if there are some, masks; `categories` are those of COCO."""
         names = [self.file_name(i) for i in range(len(self))]
         images = [
             {"id": image_id, "file_name": name, "width": width, "height": height}
@@ -133,8 +149,21 @@ class Records:
             {"id": n, "image_id": i, "category_id": label, "bbox": box, "area": area, "iscrowd": int(crowd)}
             for n, (i, box, label, area, crowd) in enumerate(rows, start=1)
         ]
+        if self.segmentations:
+            for row, (entry, image) in enumerate(zip(annotations, self.image_of_object.tolist(), strict=True)):
+                width, height = self.sizes[image].tolist()
+                entry["segmentation"] = self.segmentations.code_of(row, height, width)
         return index({"images": images, "annotations": annotations, "categories": list(categories)})
 
     def objects_of(self, index: int) -> Objects:
         """Return the objects of one image."""
         return self.objects.select(slice(*self._first_objects[index : index + 2]))
+
+    def masks_of(self, index: int, width: int, height: int) -> np.ndarray | None:
+        """Return the masks [N, height, width] of the objects of one image, uint8; None without segmentations.
+
+        Raises:
+            InputError: if one is for an image of another size.
+        """
+        rows = range(*self._first_objects[index : index + 2])
+        return self.segmentations.masks(rows, height, width) if self.segmentations else None

@@ -11,15 +11,15 @@ from datasets.transforms import Target
 MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less may vanish when float32 scales it
 
 
-def make_target(image_id: int, objects: Objects, width: int, height: int) -> Target:
+def make_target(image_id: int, objects: Objects, width: int, height: int, masks: np.ndarray | None = None) -> Target:
     """Return the training target of an image, with boxes as absolute xyxy clipped to the image.
 
-    Crowds and boxes without area are left out.
+    Crowds and boxes without area are left out. `masks`, if given, are those of the objects, [N, height, width].
     """
     corners, visible = visible_corners(objects.boxes, width, height)
     kept = visible & ~objects.crowds
     size = torch.tensor([height, width])
-    return {
+    target = {
         "boxes": torch.from_numpy(corners[kept]).float(),
         "labels": torch.from_numpy(objects.labels[kept]),
         "image_id": torch.tensor([image_id]),
@@ -28,6 +28,7 @@ def make_target(image_id: int, objects: Objects, width: int, height: int) -> Tar
         "orig_size": size,
         "size": size,
     }
+    return target if masks is None else target | {"masks": torch.from_numpy(masks[kept])}
 
 
 def visible_corners(

@@ -1,7 +1,8 @@
 """Augmentation of an image together with its target (DETR, section 4; sizes as in the published recipe).
 
 Images are uint8 tensors [3, H, W]; those with the channels last in memory, as they are decoded, are fastest. Targets
-hold `boxes` [N, 4] as absolute xyxy until `normalize_boxes` makes them relative cxcywh.
+hold `boxes` [N, 4] as absolute xyxy until `normalize_boxes` makes them relative cxcywh, and may hold `masks` [N, H, W],
+uint8 with 0 and 1.
 A transform is called with (image, target, rng) and draws from `rng` alone, so that a sample depends on nothing else.
 """
 
@@ -23,7 +24,7 @@ Transform = Callable[[Tensor, Target, random.Random], tuple[Tensor, Target]]
 # Here the limit is this many times `max_size`, which photos and panoramas up to 22:1 do not reach.
 ZOOM_LIMIT = 10
 
-PER_OBJECT = ("boxes", "labels", "area", "iscrowd")
+PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")
 
 
 def keep_objects(target: Target, keep: Tensor) -> Target:
@@ -40,6 +41,8 @@ def crop(image: Tensor, target: Target, region: tuple[int, int, int, int]) -> tu
         boxes = boxes.view(-1, 2, 2).minimum(torch.tensor([width, height], dtype=torch.float32)).clamp(min=0)
         extent = boxes[:, 1] - boxes[:, 0]
         target |= {"boxes": boxes.flatten(1), "area": extent.prod(1)}
+        if "masks" in target:
+            target["masks"] = F.crop(target["masks"], top, left, height, width)
         target = keep_objects(target, (extent > 0).all(1))
     return F.crop(image, top, left, height, width), target
 
@@ -50,6 +53,8 @@ def hflip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
         width = image.shape[2]
         x1, y1, x2, y2 = target["boxes"].unbind(-1)
         target = target | {"boxes": torch.stack([width - x2, y1, width - x1, y2], dim=-1)}
+    if "masks" in target:
+        target = target | {"masks": F.horizontal_flip(target["masks"])}
     return F.horizontal_flip(image), target
 
 
@@ -76,7 +81,17 @@ def scale_target(target: Target, old: tuple[int, int], new: tuple[int, int]) -> 
     if "boxes" in target:
         scale = torch.tensor([ratio_w, ratio_h, ratio_w, ratio_h], dtype=torch.float32)
         target |= {"boxes": target["boxes"] * scale, "area": target["area"] * (ratio_w * ratio_h)}
+    if "masks" in target:
+        target |= {"masks": scale_masks(target["masks"], height, width)}
     return target
+
+
+def scale_masks(masks: Tensor, height: int, width: int) -> Tensor:
+    """Return masks [N, H, W] at another size, [N, height, width]; each pixel takes the nearest one's value."""
+    rows, columns = (
+        (torch.arange(new) * (old / new)).long() for new, old in zip((height, width), masks.shape[1:], strict=True)
+    )
+    return masks[:, rows][:, :, columns]
 
 
 def resize(

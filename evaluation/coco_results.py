@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ def coco_results(
     detections: Iterable[tuple[int, float, Sequence[float]]],
     classes: Classes,
     with_names: bool = True,
+    codes: Iterable[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield an image's detections, given as (label, score, box as x, y, width, height), with the data's category ids.
 
     Detections of logits without a class are left out. Boxes and scores are rounded to about the precision of float32:
-    hundredths of a pixel, as in COCO's files, would change AP on small images.
+    hundredths of a pixel, as in COCO's files, would change AP on small images. `codes` are those of the masks.
     """
-    for label, score, box in detections:
+    for (label, score, box), code in zip_longest(detections, codes):
         if label in classes.ids:
             yield {
                 "image_id": image_id,
@@ -30,6 +32,7 @@ def coco_results(
                 **({"category_name": classes.name_of(label)} if with_names else {}),
                 "bbox": [round(value, 4) for value in box],
                 "score": round(score, 6),
+                **({"segmentation": code | {"counts": code["counts"].decode()}} if code else {}),
             }
 
 

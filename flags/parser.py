@@ -115,9 +115,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="logits of the class head; unset: the checkpoint's, else the data's",
     )
 
-    add = parser.add_argument_group("segmentation (not supported yet)").add_argument
-    add("--masks", action="store_true", help="train the mask head")
-    add("--frozen_weights", default=None, help="detector to train a mask head on")
+    add = parser.add_argument_group("segmentation").add_argument
+    add("--masks", action="store_true", help="add a mask head to the model, and train both")
+    add(
+        "--frozen_weights",
+        default=None,
+        metavar="DETECTOR",
+        help="checkpoint of a model without masks that stays as it is; only the mask head is trained",
+    )
 
     add = parser.add_argument_group("losses and matching").add_argument
     add("--max_detections", default=100, type=int, help="maximum detections per image; AP is at 100, and at N if above")
@@ -130,8 +135,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--set_cost_bbox", default=5, type=float, help="weight of the L1 distance in the matching cost")
     add("--set_cost_giou", default=2, type=float, help="weight of the generalised IoU in the matching cost")
-    add("--mask_loss_coef", default=1, type=float, help="not supported yet")
-    add("--dice_loss_coef", default=1, type=float, help="not supported yet")
+    add("--mask_loss_coef", default=1, type=float, help="weight of the focal loss of masks")
+    add("--dice_loss_coef", default=1, type=float, help="weight of the Dice loss of masks")
     add("--cls_loss_coef", default=2, type=float, help="weight of the class loss" + of_detr("cls_loss_coef"))
     add("--bbox_loss_coef", default=5, type=float, help="weight of the L1 loss")
     add("--giou_loss_coef", default=2, type=float, help="weight of the generalised IoU loss")
@@ -206,11 +211,12 @@ def check_args(args: argparse.Namespace) -> None:
 
     Only flags are checked, neither files nor the machine, so that it is fast.
     """
-    segmentation: dict[str, Any] = {"masks": False, "frozen_weights": None, "coco_panoptic_path": None}
-    segmentation |= {"mask_loss_coef": 1, "dice_loss_coef": 1}
-    for flag, default in segmentation.items():
-        if getattr(args, flag) != default:
-            raise InputError(f"--{flag}: segmentation is not supported yet; drop the flag")
+    if args.coco_panoptic_path is not None:
+        raise InputError("--coco_panoptic_path: panoptic data is not supported yet; drop the flag")
+    if args.frozen_weights is not None and not args.masks:
+        raise InputError("--frozen_weights names the detector under a mask head: add --masks, or drop the flag")
+    if args.frozen_weights is not None and args.finetune:
+        raise InputError("--frozen_weights and --finetune both name the weights to start from: drop one")
     check_numbers(args)
     check_texts({f"--{flag}": value for flag, value in vars(args).items()})
     check_device_name(args.device)

@@ -25,6 +25,7 @@ MODEL_FLAGS = (
     "dim_feedforward",
     "num_queries",
     "group_detr",
+    "masks",
 )
 IMAGE_SIZES = ("min_size", "max_size")
 # The flags that decide how training continues: they may change, but this is rarely intended.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from flags.limits import check_model, check_numbers
 from flags.resolve import COCO_NUM_CLASSES, MODEL_FLAGS, resolve
@@ -13,17 +14,21 @@ from models.conditional_detr import build_conditional_detr
 from models.criterion import BoxLoss, CardinalityError, ClassError, ClassLoss, SetCriterion, Term
 from models.detector import Detector
 from models.detr import build_detr
+from models.mask_loss import MaskLoss
 from models.matcher import HungarianMatcher
 from models.position_encoding import build_position_encoding
 from models.postprocess import PostProcess
+from models.postprocess_masks import PostProcessPanoptic, PostProcessSegm
+from models.segmentation import DETRsegm
 
 MODELS: dict[str, Callable[..., Detector]] = {"conditional_detr": build_conditional_detr, "detr": build_detr}
+PANOPTIC_THRESHOLDS = {"conditional_detr": 0.5, "detr": 0.85}  # DETR's is as published
 MODEL_NAMES = {"conditional_detr": "Conditional DETR", "detr": "DETR"}  # as in papers
 
 
 def build_model(
     args: argparse.Namespace, num_classes: int | None = None
-) -> tuple[Detector, SetCriterion, dict[str, PostProcess]]:
+) -> tuple[Detector | DETRsegm, SetCriterion, dict[str, Any]]:
     """Return the randomly initialised model, its criterion and its postprocessors, from the flags of `main.py`.
 
     Nothing is read or downloaded: the caller loads pretrained weights. Namespaces of the published code work too;
@@ -43,6 +48,7 @@ def build_model(
         flags.backbone,
         train_backbone=flags.lr_backbone > 0,
         dilation=flags.dilation,
+        return_interm_layers=flags.masks,
         norm=flags.backbone_norm,
         train_stem=flags.backbone_weights == "none",
     )
@@ -68,7 +74,15 @@ def build_model(
         CardinalityError(),
         ClassError(),
     ]
+    postprocessors: dict[str, Any] = {"bbox": PostProcess(flags.max_detections, classification)}
+    if flags.masks:
+        model = DETRsegm(model, flags.nheads, freeze_detr=flags.frozen_weights is not None)
+        terms.append(MaskLoss(flags.mask_loss_coef, flags.dice_loss_coef))
+        postprocessors["segm"] = PostProcessSegm()
+    if flags.dataset_file == "coco_panoptic":
+        threshold = PANOPTIC_THRESHOLDS[flags.model]
+        postprocessors["panoptic"] = PostProcessPanoptic(threshold=threshold, classification=classification)
     criterion = SetCriterion(
         matcher, terms, num_layers=flags.dec_layers if flags.aux_loss else 1, num_groups=flags.group_detr
     )
-    return model, criterion, {"bbox": PostProcess(flags.max_detections, classification)}
+    return model, criterion, postprocessors

@@ -55,6 +55,13 @@ class Classification(Protocol):
         """Return the probability of each class, [.., number of classes], for logits [.., K]."""
         ...
 
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the probability and the class that is best for each query, [..] each, for logits [.., K].
+
+        The probability is 0 if "no object" is better than all classes.
+        """
+        ...
+
     def scores(self, logits: Tensor, num_detections: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the scores, labels and queries of at most `num_detections` detections, [B, N] each.
 
@@ -89,6 +96,11 @@ class FocalSigmoid:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the sigmoids."""
         return logits.sigmoid()
+
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the highest sigmoid and its class."""
+        scores, labels = self.probabilities(logits).max(-1)
+        return scores, labels
 
     def scores(self, logits: Tensor, num_detections: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the highest scores of all queries and classes, in descending order; a query may have several."""
@@ -126,6 +138,11 @@ class SoftmaxWithNoObject:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the softmax without "no object"."""
         return logits.softmax(-1)[..., :-1]
+
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the highest probability and its class; 0 if it is that of "no object"."""
+        scores, labels = logits.softmax(-1).max(-1)
+        return scores.masked_fill(labels == logits.shape[-1] - 1, 0), labels
 
     def scores(self, logits: Tensor, num_detections: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best class of each query, in the order of queries; those with the lowest scores are dropped."""

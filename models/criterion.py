@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import ClassVar, Protocol
 
 import torch
@@ -42,6 +43,14 @@ class Matched:
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Index of the matched predictions among those of all layers, images and queries."""
         return self.matches.layer, self.matches.image, self.matches.query
+
+    def last_layer_by_image(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return, for each image, the last layer's matched queries and the indices of their targets in the image."""
+        queries, rows = (
+            of_all[0].split(self.matches.per_image) for of_all in (self.matches.query, self.matches.target)
+        )
+        before = accumulate((len(target["labels"]) for target in self.targets), initial=0)
+        return list(queries), [row - first for row, first in zip(rows, before, strict=False)]
 
     @cached_property
     def labels(self) -> Tensor:

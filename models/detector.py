@@ -114,6 +114,11 @@ class Detector(NotScriptable, nn.Module):
         layers = [{"pred_logits": layer[0], "pred_boxes": layer[1]} for layer in zip(logits, boxes, strict=True)]
         return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
 
+    @property
+    def detector(self) -> Detector:
+        """This model; that of a model with masks is the detector under its head."""
+        return self
+
     def boxes(self, hs: Tensor, reference: Tensor | None) -> Tensor:
         """Return the boxes [L, B, Q, 4] for decoder outputs [L, B, Q, C] and reference points [Q, 2]."""
         raise NotImplementedError

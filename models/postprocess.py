@@ -33,22 +33,23 @@ class PostProcess(NotScriptable, nn.Module):
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
         """Return a dict per image for the model's outputs and target_sizes [B, 2], (height, width) in pixels.
 
-        Each has `scores` [N] in descending order, `labels` [N] and `boxes` [N, 4]: xyxy in pixels, not clipped.
+        Each has `scores` [N] in descending order, `labels` [N], `boxes` [N, 4]: xyxy in pixels, not clipped, and
+        `queries` [N], those that made the detections.
         """
+        names = "scores", "labels", "boxes", "queries"
         return [
-            {"scores": image[0], "labels": image[1], "boxes": image[2]}
-            for image in zip(*self.batched(outputs, target_sizes), strict=True)
+            dict(zip(names, image, strict=True)) for image in zip(*self.batched(outputs, target_sizes), strict=True)
         ]
 
     @torch.no_grad()
-    def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same for all images together: scores [B, N], labels [B, N] and boxes [B, N, 4]."""
+    def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the same for all images together: scores, labels, boxes and queries, [B, N, ..] each."""
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         check_target_sizes(target_sizes, len(logits))
         scores, labels, queries = self.classification.scores(logits, self.num_detections)
         boxes = box_cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
         height, width = target_sizes.to(boxes).unbind(1)
-        return scores, labels, boxes * torch.stack([width, height, width, height], dim=1)[:, None]
+        return scores, labels, boxes * torch.stack([width, height, width, height], dim=1)[:, None], queries
 
     def extend(
         self, detections: list[dict[str, Any]], outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]

@@ -51,7 +51,8 @@ def load_data(start: Start) -> Data:
         InputError: if files are missing or not usable, or nothing would be learned from the data.
     """
     flags = start.flags
-    known = classes_of(start.checkpoint, start.source) if start.checkpoint else None
+    checkpoint, source = start.given_model
+    known = classes_of(checkpoint, source) if checkpoint else None
     train = None if flags.eval else build_dataset("train", flags, known, share=True)
     val = build_dataset(flags.image_set, flags, known or (train and train.classes), share=True)
     classes = known or (train or val).classes

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoints.checkpoint import changed_flags, check_finite, classes_of, fits, shape_text, stored_flags
-from checkpoints.weight_flags import model_of
+from checkpoints.weight_flags import DETECTOR, model_of, of_detector
 from datasets.classes import Classes, normalized
 from flags.resolve import MODEL_FLAGS
+from models.detector import Detector
+from models.segmentation import DETRsegm
 from util.errors import InputError
 from util.logger import log, warn
 from util.text import counted
@@ -25,9 +27,11 @@ BATCH_COUNTER = "num_batches_tracked"  # of trained norms; frozen ones have none
 
 @torch.no_grad()
 def start_from(
-    model: nn.Module, classes: Classes, checkpoint: dict[str, Any], source: str, args: argparse.Namespace
+    model: Detector | DETRsegm, classes: Classes, checkpoint: dict[str, Any], source: str, args: argparse.Namespace
 ) -> bool:
     """Fill a model with all weights of a checkpoint that fit it, and name those that did not.
+
+    The checkpoint and the model may have a mask head or not.
 
     Rows of the class head are matched by the names of the classes, not by their ids; a class that the checkpoint does
     not know keeps its initial row.
@@ -44,7 +48,9 @@ def start_from(
     Raise InputError if nothing fits.
     """
     check_finite(checkpoint["model"], source)
-    theirs, ours = checkpoint["model"], model.state_dict()
+    if isinstance(model, DETRsegm):
+        fill_head(model, checkpoint["model"], source)
+    theirs, ours = of_detector(checkpoint["model"]), model.detector.state_dict()
     theirs = theirs | queries_of_groups(theirs.get(QUERIES), ours[QUERIES], stored_flags(checkpoint), args)
     same_model = model_of(ours) == model_of(theirs)
     apart = CLASS_HEAD if same_model else tuple(name for name in ours if name.startswith(HEADS))  # with another meaning
@@ -70,6 +76,16 @@ def start_from(
         changed = "".join(f"; {flag}" for flag in changed_flags(args, checkpoint, MODEL_FLAGS))
         warn(f"not taken over: {describe_misfits(left_out, ours, theirs)}{changed}")
     return not any(name.startswith("backbone.0.") for name in left_out)
+
+
+def fill_head(model: DETRsegm, theirs: dict[str, Tensor], source: str) -> None:
+    """Fill the mask head with the weights of a checkpoint that fit it, and print where it starts from."""
+    ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(DETECTOR)}
+    fitting = [name for name, tensor in ours.items() if fits(tensor, theirs.get(name))]
+    for name in fitting:
+        ours[name].copy_(theirs[name])
+    if len(fitting) < len(ours):
+        log(f"the mask head starts from random weights, except for {counted(len(fitting), 'tensor')} of {source}")
 
 
 def queries_of_groups(

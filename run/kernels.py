@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from models.detector import Detector
+from models.segmentation import DETRsegm
 
 LARGEST_KEPT = 2**28  # bytes, the largest block of memory that is kept
 
@@ -38,13 +39,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_mmap_threshold, LARGEST_KEPT)
 
 
-def compile_model(model: Detector, **options: Any) -> None:
+def compile_model(model: Detector | DETRsegm, **options: Any) -> None:
     """Compile a model's transformer in place, so that its keys stay; `options` are those of `nn.Module.compile`.
 
     One compilation then serves images of all sizes, another one batches without padding. The backbone is not compiled:
     its convolutions would be compiled again for every size, for minutes, and after eight sizes not any more.
     """
-    model.transformer.compile(dynamic=True, **options)
+    model.detector.transformer.compile(dynamic=True, **options)
 
 
 def use_deterministic_kernels() -> None:

@@ -18,10 +18,12 @@ from checkpoints.checkpoint import (
     num_classes_of,
     stored_flags,
 )
+from checkpoints.weight_flags import has_masks
 from datasets.classes import Classes
 from flags.resolve import IMAGE_SIZES, MODEL_FLAGS, TRAINING_FLAGS, Flags, resolve
 from models.backbone import Backbone
 from models.detector import Detector
+from models.segmentation import DETRsegm
 from run.finetune import start_from
 from run.log_file import read_log
 from util import launcher
@@ -42,6 +44,7 @@ class Start:
         checkpoint: the checkpoint that is resumed or evaluated; None for a new training.
         source: the name of the checkpoint in messages.
         other_model: the checkpoint from whose fitting weights a new training starts; None without one.
+        frozen: the checkpoint of the detector under a mask head that is trained alone; None without one, or if resumed.
         epoch: the first epoch to train.
         unlogged: the statistics of an epoch, if the run was interrupted between its checkpoint and its line in the log.
     """
@@ -50,6 +53,7 @@ class Start:
     checkpoint: Checkpoint | None = None
     source: str = ""
     other_model: Checkpoint | None = None
+    frozen: Checkpoint | None = None
     epoch: int = 0
     unlogged: dict[str, float] | None = None
 
@@ -57,6 +61,11 @@ class Start:
     def resumed(self) -> Checkpoint | None:
         """The checkpoint from which training continues; None if a new training starts."""
         return self.checkpoint if self.checkpoint and holds_training(self.checkpoint) else None
+
+    @property
+    def given_model(self) -> tuple[Checkpoint | None, str]:
+        """The checkpoint whose classes are those of the run, and its name; None if the run chooses its classes."""
+        return (self.checkpoint, self.source) if self.checkpoint else (self.frozen, self.flags.frozen_weights or "")
 
     @property
     def finished(self) -> bool:
@@ -67,14 +76,15 @@ class Start:
     def num_classes(self, needed: int) -> int:
         """Return the size of the class head: the checkpoint's, else `--num_classes`, else what the data needs."""
         wanted = self.flags.num_classes
-        if self.checkpoint is None:
+        checkpoint, source = self.given_model
+        if checkpoint is None:
             return needed if wanted is None else wanted
-        stored = num_classes_of(self.checkpoint, self.source)
+        stored = num_classes_of(checkpoint, source)
         if wanted not in (None, stored):
-            raise InputError(f"--num_classes {wanted} contradicts the {counted(stored, 'class')} of {self.source}")
+            raise InputError(f"--num_classes {wanted} contradicts the {counted(stored, 'class')} of {source}")
         return stored
 
-    def fill(self, model: Detector, classes: Classes) -> None:
+    def fill(self, model: Detector | DETRsegm, classes: Classes) -> None:
         """Give a model the initial weights of the run; those of a new training are read only by the main process.
 
         Args:
@@ -84,13 +94,15 @@ class Start:
         flags = self.flags
         if self.checkpoint:
             load_model_weights(model, self.checkpoint, self.source)
+        elif self.frozen:
+            load_model_weights(model.detector, self.frozen, self.given_model[1])
         elif flags.eval:
             warn("evaluating random weights: name a checkpoint with --resume")
         elif is_main_process():  # which sends the model's weights to the others
             other = self.other_model
             has_backbone = other and start_from(model, classes, other, flags.finetune, flags)
             if flags.backbone_weights != "none" and not has_backbone:
-                backbone = model.backbone[0]
+                backbone = model.detector.backbone[0]
                 assert isinstance(backbone, Backbone)
                 load_backbone_weights(backbone, flags.backbone, flags.backbone_weights)
 
@@ -114,10 +126,30 @@ def find_start(flags: Flags, output_dir: Path | None) -> Start:
     unlogged = unlogged_epoch(checkpoint, source, output_dir)
     epoch = first_epoch(checkpoint, source, flags)
     other_model = load_checkpoint(flags.finetune, all_groups=True) if flags.finetune and not checkpoint else None
-    start = Start(flags, checkpoint, source, other_model, epoch, unlogged)
+    frozen = None
+    if flags.frozen_weights and not checkpoint:
+        frozen = load_detector_to_freeze(flags.frozen_weights)
+        flags = with_model_flags(flags, frozen, flags.frozen_weights)
+    start = Start(flags, checkpoint, source, other_model, frozen, epoch, unlogged)
     if epoch >= flags.epochs and unlogged is None and not start.finished:
         raise InputError(f"--start_epoch {epoch}: the run has only {counted(flags.epochs, 'epoch')}, counted from 0")
     return start
+
+
+def load_detector_to_freeze(source: str) -> Checkpoint:
+    """Return the checkpoint of a detector without masks, with the flags of one with them.
+
+    Raises:
+        InputError: if it cannot be used, or has a mask head itself.
+    """
+    checkpoint = load_checkpoint(source)
+    if has_masks(checkpoint["model"]):
+        raise InputError(
+            f"--frozen_weights {source}: already has a mask head (its detector's weights begin with detr.); "
+            "continue it by --finetune, or name a model without masks"
+        )
+    check_finite(checkpoint["model"], source)
+    return checkpoint | {"args": checkpoint["args"] | {"masks": True}}
 
 
 def read_checkpoint(flags: Flags) -> tuple[Checkpoint | None, str]:

@@ -171,7 +171,7 @@ def sync_gradients(model: nn.Module, last: bool) -> AbstractContextManager:
 
 def logged_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
     """Return the losses for the log: the total `loss`, its weighted parts, `class_error`, and all as `.._unscaled`."""
-    weighted = {name: losses[name] * weight for name, weight in weights.items()}
+    weighted = {name: losses[name] * weight for name, weight in weights.items() if name in losses}
     unscaled = {f"{name}_unscaled": value for name, value in losses.items()}
     return {"loss": total_of(weighted.values()), "class_error": losses["class_error"], **weighted, **unscaled}
 

@@ -13,9 +13,11 @@ from checkpoints.checkpoint_schema import COUNT, FLOATS, INTEGERS, flags, weight
 from checkpoints.schema import Check, integer, list_of, record, table_of, tensor, text
 from checkpoints.torch_file import load_file
 from util.errors import InputError
+from util.text import counted
 
 TARGET = record(
-    {"boxes": tensor(*FLOATS, dims=2), "labels": tensor(torch.int64, dims=1), "image_id": tensor(*INTEGERS)}
+    {"boxes": tensor(*FLOATS, dims=2), "labels": tensor(torch.int64, dims=1), "image_id": tensor(*INTEGERS)},
+    {"masks": tensor(torch.uint8, dims=3)},
 )
 RANDOM_STATE = tensor(torch.uint8, dims=1)
 
@@ -30,8 +32,11 @@ def batch(value: Any, place: str) -> tuple[Tensor, Tensor, list[dict[str, Tensor
     if images.shape[1] != 3 or images.shape[0::2] + images.shape[3:] != mask.shape or 0 in images.shape:
         raise InputError(f"{place}: images {list(images.shape)} and masks {list(mask.shape)} do not belong together")
     for target in targets:
-        if target["boxes"].shape != (len(target["labels"]), 4) or target["image_id"].numel() != 1:
+        objects = len(target["labels"])
+        if target["boxes"].shape != (objects, 4) or target["image_id"].numel() != 1:
             raise InputError(f"{place}: a target's boxes, labels and image_id do not belong together")
+        if "masks" in target and len(target["masks"]) != objects:
+            raise InputError(f"{place}: a target has {counted(objects, 'box')} and {len(target['masks'])} masks")
     return images, mask, targets
 
 

@@ -20,11 +20,14 @@ from checkpoints.checkpoint import (
     num_classes_of,
 )
 from datasets.classes import Classes
+from datasets.coco_eval import encode_masks
 from datasets.transforms import resized_size
 from flags.limits import check_device
 from flags.resolve import Flags, resolve
 from models import build_model, detector
 from models.postprocess import PostProcess, check_detections
+from models.postprocess_masks import PostProcessSegm
+from models.segmentation import DETRsegm
 from util.errors import InputError, reason
 
 
@@ -37,14 +40,15 @@ class Detector:
         args: the flags of its training, completed by the current defaults.
     """
 
-    model: detector.Detector
+    model: detector.Detector | DETRsegm
     postprocess: PostProcess
+    postprocess_masks: PostProcessSegm | None
     classes: Classes
     args: Flags
 
     @property
     def device(self) -> torch.device:
-        return self.model.query_embed.weight.device
+        return next(self.model.parameters()).device
 
     def resize(self, image: Tensor) -> Tensor:
         """Resize an image [3, h, w] to the model's evaluation size (`args.min_size`, `args.max_size`)."""
@@ -52,7 +56,10 @@ class Detector:
         return F.resize(image, [height, width])
 
     def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Return the detections in uint8 images [3, h, w] of any sizes: like `PostProcess`, in pixels, on the CPU."""
+        """Return the detections in uint8 images [3, h, w] of any sizes: like `PostProcess`, in pixels, on the CPU.
+
+        Those of a model with masks also have `codes`: COCO's run-length codes of the N masks, in the images' sizes.
+        """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         return self.detect([self.resize(image) for image in images], sizes)
 
@@ -61,10 +68,34 @@ class Detector:
         """Return the same for images that `resize` has prepared; `sizes` are their (height, width) before it."""
         outputs = self.model([image.to(self.device) for image in resized])
         of_images = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
+        codes = self.codes(outputs, of_images, resized, sizes)
         of_images = [{name: value.cpu() for name, value in image.items()} for image in of_images]
         for detections in of_images:
             check_detections(detections)
-        return of_images
+        return [found | more for found, more in zip(of_images, codes, strict=True)]
+
+    def codes(
+        self,
+        outputs: dict[str, Any],
+        of_images: Sequence[dict[str, Tensor]],
+        resized: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[dict[str, Any]]:
+        """Return {"codes": the N codes} for each image, {} for a model without masks.
+
+        Few masks at a time are in memory.
+        """
+        if self.postprocess_masks is None:
+            return [{} for _ in of_images]
+        in_batch = [(image.shape[1], image.shape[2]) for image in resized]
+        padded = max(height for height, _ in in_batch), max(width for _, width in in_batch)
+        results = []
+        for i, (found, size, original) in enumerate(zip(of_images, in_batch, sizes, strict=True)):
+            queries, detection = found["queries"].unique(return_inverse=True)
+            parts = self.postprocess_masks.in_parts(outputs, i, queries, padded, size, original)
+            of_queries = [code for part in parts for code in encode_masks(part)]
+            results.append({"codes": [of_queries[query] for query in detection.tolist()]})
+        return results
 
 
 def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
@@ -91,4 +122,5 @@ def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.
     check_stored_flags(args, source)
     model, _, postprocessors = build_model(args, num_classes_of(checkpoint, source))
     load_model_weights(model, checkpoint, source)
-    return Detector(model.to(device).eval(), postprocessors["bbox"], classes_of(checkpoint, source), args)
+    classes = classes_of(checkpoint, source)
+    return Detector(model.to(device).eval(), postprocessors["bbox"], postprocessors.get("segm"), classes, args)

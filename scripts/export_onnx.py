@@ -81,7 +81,7 @@ class ExportedModel(nn.Module):
         """Map uint8 [B, 3, H, W], bool [B, H, W] and, with postprocessing, int64 [B, 2] as `DOCUMENTATION` says."""
         predicted = self.model(NestedTensor(images, padding_mask))
         outputs = predicted["pred_logits"], predicted["pred_boxes"]
-        return (*outputs, *self.postprocess.batched(predicted, *target_sizes)) if self.postprocess else outputs
+        return (*outputs, *self.postprocess.batched(predicted, *target_sizes)[:3]) if self.postprocess else outputs
 
 
 @torch.no_grad()
@@ -209,11 +209,11 @@ def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[
         yield name, (found[name] - expected[name]).abs().max().item()
     if not exported.postprocess:
         return
-    scores, _, _ = exported.postprocess.batched(expected, inputs[2])
+    scores = exported.postprocess.batched(expected, inputs[2])[0]
     yield "scores", (found["scores"] - scores).abs().max().item()
     # All detections, not only the highest: the last ones that are kept may differ.
     everything = PostProcess(expected["pred_logits"][0].numel(), exported.postprocess.classification)
-    scores, labels, boxes = everything.batched(expected, inputs[2])
+    scores, labels, boxes, _ = everything.batched(expected, inputs[2])
     distance = (found["boxes"][:, :, None] - boxes[:, None]).abs().amax(-1) / inputs[2].max()  # [B, N, Q·K]
     distance = distance.maximum((found["scores"][:, :, None] - scores[:, None]).abs())
     distance[found["labels"][:, :, None] != labels[:, None]] = torch.inf

@@ -4,10 +4,11 @@
 
 INPUT: image and video files, folders (with all below them), patterns such as 'photos/*.jpg'. DIR receives
 
-- `detections.json`: COCO's result format, all detections (100 per image), with the data's category ids and names;
+- `detections.json`: COCO's result format, all detections (100 per image), with the data's category ids and names, and
+  with run-length codes of the masks if the model has some;
   `image_id` is the file's name or, with --annotations, its id in a COCO file; that of a video's frame is
   `clip.mp4#000123`, counted from 0, with its `time` in seconds;
-- `pictures/`: every image at full size with the boxes, names and scores above --threshold; videos as mp4 with
+- `pictures/`: every image at full size with the boxes, masks, names and scores above --threshold; videos as mp4 with
   their frame times, without sound;
 - `index.html`, a gallery with a slider for the score, and its images in `images/`, at most 1280 pixels long;
   up to 32 MB of them are in the page itself, too.
@@ -141,7 +142,8 @@ class Prediction:
             for image_id, detections, time in self.detections.get(source, ()):
                 boxes = box_convert(detections["boxes"], "xyxy", "xywh")
                 columns = (part.tolist() for part in (detections["labels"], detections["scores"], boxes))
-                for result in coco_results(image_id, zip(*columns, strict=True), self.detector.classes):
+                found, codes = zip(*columns, strict=True), detections.get("codes", ())
+                for result in coco_results(image_id, found, self.detector.classes, codes=codes):
                     yield result if time is None else result | {"time": round(float(time), 6)}
 
     def summary(self) -> str:

@@ -33,11 +33,11 @@ def reference_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
         value = rng.standard_normal(shape) * 0.1
     elif vector and key.endswith("weight"):  # norms; the last one of a residual block is small
         value = rng.uniform(0.8, 1.2, shape) * (0.25 if ".bn3." in key else 1)
-    elif key == "class_embed.bias":
+    elif key.endswith("class_embed.bias"):
         value = rng.standard_normal(shape) * 0.5 - 4.6
     elif vector:
         value = rng.standard_normal(shape) * 0.05
-    elif key in ("query_embed.weight",):
+    elif key.endswith("query_embed.weight"):
         value = rng.standard_normal(shape)
     else:
         value = rng.standard_normal(shape) * np.sqrt((2 if len(shape) == 4 else 1) / np.prod(shape[1:]))
@@ -58,15 +58,15 @@ def reference_images(sizes: list[tuple[int, int]], seed: int) -> list[Tensor]:
     return images
 
 
-def reference_targets(num_boxes: list[int], seed: int) -> list[dict[str, Tensor]]:
-    """Targets with as many boxes as said, of sides 0.05 to 0.5, and labels 1 to 90."""
+def reference_targets(num_boxes: list[int], seed: int, num_classes: int = 91) -> list[dict[str, Tensor]]:
+    """Targets with as many boxes as said, of sides 0.05 to 0.5, and labels from 1 to below `num_classes`."""
     targets = []
     for i, n in enumerate(num_boxes):
         rng = np.random.RandomState(7000 + 1000 * seed + i)
         sides = rng.uniform(0.05, 0.5, (n, 2))
         centres = sides / 2 + rng.uniform(0, 1, (n, 2)) * (1 - sides)
         boxes = torch.tensor(np.hstack([centres, sides]), dtype=torch.float32)
-        targets.append({"boxes": boxes, "labels": torch.tensor(rng.randint(1, 91, n), dtype=torch.int64)})
+        targets.append({"boxes": boxes, "labels": torch.tensor(rng.randint(1, num_classes, n), dtype=torch.int64)})
     return targets
 
 
@@ -75,12 +75,17 @@ def sharpened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     sharp = {}
     for key, value in weights.items():
         in_decoder, cross = ".decoder." in key, "cross_attn" in key or "multihead_attn" in key
-        if re.search(r"\.(sa|ca)_[qk]pos\w*_proj\.weight$", key):
+        if re.search(r"(\.(sa|ca)_[qk]pos\w*_proj|bbox_attention\.[qk]_linear)\.weight$", key):
             value = value * 8
         elif key.endswith("attn.out_proj.weight"):
             value = value * (2 if in_decoder and cross else 0.3)
         elif key.endswith("in_proj_weight"):
             queries_and_keys, values = value.split([2 * len(value) // 3, len(value) // 3])
             value = torch.cat([queries_and_keys * (8 if in_decoder else 4), values])
+        elif key.endswith("mask_head.lay1.weight"):
+            features, maps = value.split([value.shape[1] - 8, 8], dim=1)
+            value = torch.cat([features, maps * 100], dim=1)
+        elif re.search(r"mask_head\.adapter\d\.weight$", key):
+            value = value * 0.05
         sharp[key] = value
     return sharp

@@ -96,14 +96,19 @@ def test_two_agents_of_torchrun(shapes, tmp_path, start, meeting):
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-@pytest.mark.parametrize("boxes", [(1, 2, 3, 4), (1, 0, 3, 0)], ids=["boxes", "none_on_one_process"])
+@pytest.mark.parametrize(
+    ("boxes", "more"),
+    [((1, 2, 3, 4), ()), ((1, 0, 3, 0), ()), ((1, 2, 3, 4), ("--masks",)), ((1, 0, 3, 0), ("--masks",))],
+    ids=["boxes", "none_on_one_process", "masks", "no_masks_on_one_process"],
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
-def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, parse, tmp_path, meeting):
+def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, more, parse, tmp_path, meeting):
     """Images of one size, frozen norms, no dropout; by gloo on CPUs, by NCCL on GPUs.
 
     Each process starts from weights and statistics of its own: those of the first one count.
     """
-    args = parse(*TINY, "--backbone_norm", "frozen", "--backbone_weights", "x", "--dropout", 0, "--num_classes", 4)
+    frozen = ("--backbone_norm", "frozen", "--backbone_weights", "x")
+    args = parse(*TINY, *frozen, "--dropout", 0, "--num_classes", 4, *more)
     args.device = device
     run_on_several(two_processes.step, (1, {}, args, tmp_path, boxes), 1)
     run_on_several(two_processes.step, (2, meeting(), args, tmp_path, boxes), 2)

@@ -27,6 +27,7 @@ def images_and_targets(boxes: Sequence[int]) -> tuple[list[torch.Tensor], list[d
             "boxes": torch.rand(n, 4, generator=generator) * 0.5 + 0.2,
             "labels": torch.randint(4, (n,), generator=generator),
             "image_id": torch.tensor([i]),
+            "masks": torch.randint(2, (n, 64, 96), dtype=torch.uint8, generator=generator),
         }
         for i, n in enumerate(boxes)
     ]
@@ -37,7 +38,7 @@ def random_model(args: argparse.Namespace, seed: int) -> tuple[Detector, SetCrit
     """Return a model with random weights and statistics of its norms, and its criterion."""
     torch.manual_seed(seed)
     model, criterion, _ = build_model(args)
-    for buffer in model.backbone[0].buffers():
+    for buffer in model.detector.backbone[0].buffers():
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 1.5)
     return model, criterion

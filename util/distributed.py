@@ -141,7 +141,8 @@ def distribute(model: nn.Module, device: torch.device, trained_norms: bool, trai
         return model
     on_cuda = device.type == "cuda"
     if trained_norms and on_cuda:
-        model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
+        detector: Any = model.detector
+        detector.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(detector.backbone)
     device_ids = [torch.cuda.current_device()] if on_cuda else None
     broadcast_state(model)
     # Keep running statistics equal in every step; the argument's name differs between versions of torch. Without it,
@@ -177,9 +178,11 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
 
 def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested dicts, lists and tuples."""
+    """Yield the tensors in nested dicts, lists and tuples, and in objects with a method `tensors`."""
     if isinstance(outputs, Tensor):
         yield outputs
+    elif hasattr(outputs, "tensors"):
+        yield from outputs.tensors()
     elif isinstance(outputs, dict | list | tuple):
         for value in outputs.values() if isinstance(outputs, dict) else outputs:
             yield from tensors_of(value)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from pycocotools import mask as mask_api
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -18,7 +20,7 @@ from util.errors import InputError, reason
 GALLERY_SIDE = 1280  # pixels: enough for a screen, a tenth of a photo's bytes
 MAX_JPEG_SIDE = 65_500  # pixels; the format's limit
 
-Detections = dict[str, Tensor]  # of an image, as returned by `PostProcess`
+Detections = dict[str, Any]  # of an image, as returned by `scripts.detector.Detector`
 
 
 @dataclass
@@ -49,11 +51,13 @@ class Photo:
         """Return the image with the boxes that score `threshold` or more, with names and scores."""
         shown = self.detections["scores"] >= threshold
         boxes, labels, scores = (self.detections[key][shown].tolist() for key in ("boxes", "labels", "scores"))
+        codes = self.detections.get("codes", [])
+        masks = (mask_api.decode(code) for code, is_shown in zip(codes, shown.tolist(), strict=False) if is_shown)
         image = to_pil_image(self.pixels)
         x, y = image.width / self.size[0], image.height / self.size[1]
         boxes = [(x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in boxes]
         texts = [f"{classes.name_of(label)} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-        return annotate(image, boxes, labels, texts)
+        return annotate(image, boxes, labels, texts, masks)
 
 
 def weight_of(photo: Photo | InputError) -> int:

@@ -1,0 +1,158 @@
+"""Segmentations of objects, kept as bytes in two arrays, and drawn as masks when a sample needs them.
+
+Polygons are kept as numbers, run-length codes as pycocotools' text: about as compact as the annotation file itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools import mask as mask_api
+
+from datasets.annotations import Annotations
+from datasets.entries import MAX_PIXELS, RUN_LENGTHS, is_int, is_number
+from util.errors import InputError
+from util.text import counted
+
+FEWEST_NUMBERS = 6  # of a polygon: three points
+
+
+class Segmentations(NamedTuple):
+    """The segmentations of N objects.
+
+    contents: uint8, those of all objects one after the other; empty for an object without a usable one.
+    starts: [N + 1] int64, where each begins.
+    sizes: [N, 2] int64, height and width that a run-length code is for, 0 for polygons.
+    """
+
+    contents: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def from_annotations(cls, annotations: Sequence[dict[str, Any]]) -> Segmentations:
+        """Return the segmentations of COCO's annotations in the same order."""
+        packed = [pack(entry.get("segmentation")) for entry in annotations]
+        return cls(
+            np.frombuffer(b"".join(content for content, _ in packed), dtype=np.uint8),
+            np.cumsum([0, *(len(content) for content, _ in packed)]),
+            np.array([size for _, size in packed], dtype=np.int64).reshape(-1, 2),
+        )
+
+    def select(self, rows: np.ndarray) -> Segmentations:
+        """Return those of the objects at some indices."""
+        starts, ends = self.starts[:-1][rows], self.starts[1:][rows]
+        parts = [self.contents[start:end] for start, end in zip(starts, ends, strict=True)]
+        contents = np.concatenate(parts) if parts else self.contents[:0]
+        return Segmentations(contents, np.cumsum([0, *(ends - starts)]), self.sizes[rows])
+
+    def code_of(self, row: int, height: int, width: int) -> dict[str, Any] | None:
+        """Return the run-length code of an object's mask in its image; None if it has no usable segmentation."""
+        content = self.contents[self.starts[row] : self.starts[row + 1]].tobytes()
+        if not content:
+            return None
+        if self.sizes[row, 0]:
+            code = {"size": self.sizes[row].tolist(), "counts": content}
+            return code if code["size"] == [height, width] else None
+        return mask_api.merge(mask_api.frPyObjects(unpack_polygons(content), height, width))
+
+    def masks(self, rows: Sequence[int], height: int, width: int) -> np.ndarray:
+        """Return the masks [len(rows), height, width] of objects of one image, as uint8 with 0 and 1."""
+        masks = np.zeros((len(rows), height, width), dtype=np.uint8)
+        for mask, row in zip(masks, rows, strict=True):
+            if code := self.code_of(row, height, width):
+                mask[:] = mask_api.decode(code)
+        return masks
+
+
+def pack(segmentation: Any) -> tuple[bytes, tuple[int, int]]:
+    """Return the bytes of a segmentation and the size (height, width) that it is for; b"" if it is not usable."""
+    if isinstance(segmentation, dict):
+        return _pack_runs(segmentation)
+    if not isinstance(segmentation, list):
+        return b"", (0, 0)
+    polygons = [np.array(polygon, dtype=np.float64) for polygon in segmentation if is_polygon(polygon)]
+    if not polygons:
+        return b"", (0, 0)
+    lengths = np.array([len(polygons), *map(len, polygons)], dtype=np.float64)
+    return np.concatenate([lengths, *polygons]).tobytes(), (0, 0)
+
+
+def unpack_polygons(content: bytes) -> list[list[float]]:
+    """Return the polygons, each [x1, y1, x2, y2, ..], that `pack` was given."""
+    numbers = np.frombuffer(content, dtype=np.float64)
+    count = int(numbers[0])
+    ends = np.cumsum(numbers[1 : 1 + count]).astype(np.int64)
+    return [polygon.tolist() for polygon in np.split(numbers[1 + count :], ends[:-1])]
+
+
+def is_polygon(polygon: Any) -> bool:
+    """Return whether a value is a list of the coordinates of at least three points."""
+    return (
+        isinstance(polygon, list)
+        and len(polygon) >= FEWEST_NUMBERS
+        and len(polygon) % 2 == 0
+        and all(is_number(value, MAX_PIXELS) for value in polygon)
+    )
+
+
+def _pack_runs(segmentation: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
+    """Return pycocotools' text of run-length codes and their size; b"" if they do not decode."""
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not isinstance(size, list) or len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
+        return b"", (0, 0)
+    pixels = size[0] * size[1]
+    if pixels >= 2**32:  # pycocotools counts pixels in 32 bits
+        return b"", (0, 0)
+    if isinstance(counts, list) and all(is_int(n) and n >= 0 for n in counts) and sum(counts) == pixels:
+        counts = mask_api.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode()
+    elif not isinstance(counts, str) or not RUN_LENGTHS.fullmatch(counts) or sum(runs(counts)) != pixels:
+        return b"", (0, 0)
+    return counts.encode(), (size[0], size[1])
+
+
+def runs(counts: str) -> list[int]:
+    """Return the lengths of the runs in pycocotools' text, of which those from the third on are differences.
+
+    Each number is written in groups of five bits, the lowest first; a sixth bit marks that more follow, and the fifth
+    of the last group is the sign.
+    """
+    lengths: list[int] = []
+    value = shift = 0
+    for character in counts.encode():
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+        value = shift = 0
+    return lengths if all(length >= 0 for length in lengths) else [-1]
+
+
+def with_masks(loaded: Annotations, path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the annotations of a file that have a mask, and a line about those that are left out.
+
+    Raises:
+        InputError: if run-length codes are for an image of another size.
+    """
+    sizes = {entry["id"]: [entry.get("height"), entry.get("width")] for entry in loaded.images}
+    kept = []
+    for entry in loaded.annotations:
+        content, size = pack(entry.get("segmentation"))
+        expected = sizes[entry["image_id"]]
+        if size[0] and None not in expected and list(size) != expected:
+            raise InputError(
+                f"{path}: annotation id {entry['id']}: its segmentation is for {size[1]}×{size[0]} pixels, "
+                f"but the image has {expected[1]}×{expected[0]}"
+            )
+        if content:
+            kept.append(entry)
+    missing = len(loaded.annotations) - len(kept)
+    line = f"{path}: {counted(missing, 'annotation')} without a usable segmentation left out"
+    return kept, [line] * bool(missing)

@@ -1,0 +1,192 @@
+"""Postprocessing of the mask head: masks of detections, and panoptic segmentations.
+
+Shapes: B images, Q queries, K logits, N detections per image; masks are computed at a quarter of the padded size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.io import encode_png
+
+from models.classification import Classification, SoftmaxWithNoObject
+from models.not_scriptable import NotScriptable
+
+LAST_THING = 90  # the highest category id of COCO's things
+MOST_QUERIES = 32  # whose masks are computed together, which bounds the memory
+SMALLEST = 4  # segments of at most so many pixels are removed
+
+
+class PostProcessSegm(NotScriptable, nn.Module):
+    """Postprocessor that adds masks to detections (DETR's `PostProcessSegm`).
+
+    Args:
+        threshold: of the probability that a pixel belongs to an object.
+    """
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def forward(
+        self,
+        results: list[dict[str, Tensor]],
+        outputs: dict[str, Any],
+        orig_target_sizes: Tensor,
+        max_target_sizes: Tensor,
+    ) -> list[dict[str, Tensor]]:
+        """Add `masks` [N, 1, height, width], uint8, to the results of `PostProcess`, and return them.
+
+        Args:
+            results: their `queries` [N] say which mask belongs to which detection.
+            outputs: of a model with masks.
+            orig_target_sizes: [B, 2], (height, width) of the images, for which masks are returned.
+            max_target_sizes: [B, 2], (height, width) of the images in the batch, without padding.
+        """
+        padded = tuple(max_target_sizes.max(0).values.tolist())
+        sizes = zip(orig_target_sizes.tolist(), max_target_sizes.tolist(), strict=True)
+        for image, (result, (original, size)) in enumerate(zip(results, sizes, strict=True)):
+            queries, detection = result["queries"].unique(return_inverse=True)
+            none = queries.new_zeros(0, 1, *original, dtype=torch.uint8)
+            masks = torch.cat([none, *self.in_parts(outputs, image, queries, padded, size, original)])
+            result["masks"] = masks[detection]
+        return results
+
+    def in_parts(
+        self,
+        outputs: dict[str, Any],
+        image: int,
+        queries: Tensor,
+        padded: tuple[int, int],
+        size: tuple[int, int],
+        original: tuple[int, int],
+    ) -> Iterator[Tensor]:
+        """Yield the masks of an image's queries, [at most `MOST_QUERIES`, 1, height, width] each.
+
+        padded, size and original are the (height, width) of the batch, of the image in it, and of the image itself.
+        """
+        for logits in logits_in_parts(outputs, image, queries):
+            masks = self.binary(logits, padded)[..., : size[0], : size[1]]
+            yield F.interpolate(masks, size=original, mode="nearest")
+
+    def binary(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return masks [N, 1, *size] of 0 and 1 for mask logits [N, H / 4, W / 4]."""
+        logits = F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)
+        return (logits.sigmoid() > self.threshold).to(torch.uint8)
+
+    def extend(
+        self, detections: list[dict[str, Any]], outputs: dict[str, Any], targets: list[dict[str, Tensor]]
+    ) -> list[dict[str, Any]]:
+        """Return the detections of earlier postprocessors with masks in the targets' original sizes."""
+        original, in_batch = (torch.stack([target[key] for target in targets]) for key in ("orig_size", "size"))
+        return self(detections, outputs, original, in_batch)
+
+
+class PostProcessPanoptic(NotScriptable, nn.Module):
+    """Postprocessor that assigns each pixel to one segment (DETR, section 4.4 and its `PostProcessPanoptic`).
+
+    Args:
+        is_thing_map: by category id, whether it is a thing, whose objects are separate segments; others are stuff,
+            which has one segment per class. By default, ids up to 90 are things.
+        threshold: of the scores of queries that become segments.
+        classification: defines the scores of logits.
+    """
+
+    def __init__(
+        self,
+        is_thing_map: Mapping[int, bool] | None = None,
+        threshold: float = 0.85,
+        classification: Classification | None = None,
+    ) -> None:
+        super().__init__()
+        self.is_thing: Callable[[int], bool] = is_thing_map.__getitem__ if is_thing_map else LAST_THING.__ge__
+        self.threshold = threshold
+        self.classification = classification or SoftmaxWithNoObject()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        outputs: dict[str, Any],
+        processed_sizes: Sequence[Any] | Tensor,
+        target_sizes: Sequence[Any] | Tensor | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return `ids` [height, width], `segments_info` and `png_string` for each image.
+
+        A segment's id is its index in `segments_info`, whose entries have `id`, `isthing`, `category_id` and `area`.
+        The PNG holds the ids in COCO's format, R + 256 G + 65536 B. Without segments, all ids are 0.
+
+        Args:
+            outputs: of a model with masks.
+            processed_sizes: (height, width) of the images in the batch, without padding.
+            target_sizes: (height, width) of the results, by default `processed_sizes`.
+        """
+        scores, labels = self.classification.best(outputs["pred_logits"])
+        processed = as_sizes(processed_sizes)
+        targets = processed if target_sizes is None else as_sizes(target_sizes)
+        results = []
+        for image, (size, target) in enumerate(zip(processed, targets, strict=True)):
+            queries = (scores[image] > self.threshold).nonzero()[:, 0]
+            masks = [
+                F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+                for logits in logits_in_parts(outputs, image, queries)
+            ]
+            masks = torch.cat(masks) if masks else outputs["pred_logits"].new_zeros(0, *size)
+            results.append(self.segments(masks, labels[image, queries].tolist(), target))
+        return results
+
+    def segments(self, masks: Tensor, classes: list[int], size: tuple[int, int]) -> dict[str, Any]:
+        """Return the result of an image for mask logits [N, h, w], the classes of N queries and the result's size."""
+        same_stuff = defaultdict(list)
+        for i, category in enumerate(classes):
+            if not self.is_thing(category):
+                same_stuff[category].append(i)
+        merge_into = {i: first for first, *others in same_stuff.values() for i in others}
+        ids, areas = segment_ids(masks, size, merge_into)
+        while small := [i for i, area in enumerate(areas) if area <= SMALLEST]:
+            kept = [i for i in range(len(classes)) if i not in small]
+            masks, classes = masks[kept], [classes[i] for i in kept]
+            ids, areas = segment_ids(masks, size, {})
+        segments = [
+            {"id": i, "isthing": self.is_thing(category), "category_id": category, "area": area}
+            for i, (category, area) in enumerate(zip(classes, areas, strict=True))
+        ]
+        rgb = torch.stack([ids % 256, ids // 256 % 256, ids // 65536]).to(torch.uint8)
+        return {"ids": ids, "segments_info": segments, "png_string": encode_png(rgb).numpy().tobytes()}
+
+
+def logits_in_parts(outputs: dict[str, Any], image: int, queries: Tensor) -> Iterator[Tensor]:
+    """Yield the mask logits of an image's queries, [at most `MOST_QUERIES`, H / 4, W / 4] each."""
+    for part in queries.split(MOST_QUERIES) if len(queries) else ():
+        if "pred_masks" in outputs:
+            yield outputs["pred_masks"][image, part]
+        else:
+            yield outputs["masks"].of_image(image, part)
+
+
+def segment_ids(masks: Tensor, size: tuple[int, int], merge_into: Mapping[int, int]) -> tuple[Tensor, list[int]]:
+    """Return the segment of each pixel, [*size], and the area of each of N segments, for mask logits [N, h, w].
+
+    Segments in `merge_into` become part of others. As in the published code, Pillow chooses the nearest pixels, which it
+    rounds in its own way.
+    """
+    if len(masks) == 0:
+        return torch.zeros(size, dtype=torch.int64), []
+    ids = masks.argmax(0)  # [h, w]
+    for i, into in merge_into.items():
+        ids[ids == i] = into
+    picture = Image.fromarray(ids.to(torch.int32).cpu().numpy()).resize(size[::-1], Image.Resampling.NEAREST)
+    ids = torch.from_numpy(np.array(picture)).long()
+    return ids, ids.flatten().bincount(minlength=len(masks)).tolist()
+
+
+def as_sizes(sizes: Sequence[Any] | Tensor) -> list[tuple[int, int]]:
+    """Return sizes [B, 2], or a sequence of pairs or of tensors, as pairs of integers."""
+    return [(int(height), int(width)) for height, width in sizes]

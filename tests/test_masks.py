@@ -1,0 +1,228 @@
+"""Instance masks: from annotations to samples, training, evaluation and checkpoints."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as mask_api
+
+import main
+from datasets import build_dataset
+from datasets.segmentations import Segmentations, pack, runs
+from datasets.transforms import make_coco_transforms
+from evaluation.pictures import annotate
+from scripts import predict
+from tests.conftest import TINY, assert_same_end, log_lines
+from util.box_ops import masks_to_boxes
+from util.errors import InputError
+
+HEIGHT, WIDTH = 40, 60
+SQUARE = [10.2, 5.5, 30.7, 5.5, 30.7, 25.3, 10.2, 25.3]
+TRIANGLE = [40.0, 30.0, 55.5, 38.0, 45.0, 39.9]
+TEXT = mask_api.merge(mask_api.frPyObjects([SQUARE], HEIGHT, WIDTH))
+COUNTS = [HEIGHT * 10, HEIGHT * 5, HEIGHT * (WIDTH - 15)]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [SQUARE],
+        [SQUARE, TRIANGLE],
+        {"size": [HEIGHT, WIDTH], "counts": COUNTS},
+        {"size": [HEIGHT, WIDTH], "counts": TEXT["counts"].decode()},
+    ],
+)
+def test_masks_are_those_of_pycocotools(segmentation):
+    codes = mask_api.frPyObjects(segmentation, HEIGHT, WIDTH) if not _is_text(segmentation) else segmentation
+    expected = mask_api.decode(mask_api.merge(codes) if isinstance(codes, list) else codes)
+    assert expected.any()
+    kept = Segmentations.from_annotations([{"segmentation": None}, {"segmentation": segmentation}])
+    assert np.array_equal(kept.masks([1], HEIGHT, WIDTH)[0], expected)
+    assert not kept.masks([0], HEIGHT, WIDTH).any()
+    assert np.array_equal(kept.select(np.array([1, 1])).masks([1], HEIGHT, WIDTH)[0], expected)
+
+
+def _is_text(segmentation) -> bool:
+    return isinstance(segmentation, dict) and isinstance(segmentation["counts"], str)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        None,
+        [],
+        [[]],
+        [[1, 1, 5, 5]],  # two points
+        [[1, 1, 5, 5, 3]],
+        [[1, 1, 5, float("nan"), 3, 3]],
+        "PPYo0",
+        {"size": [HEIGHT, WIDTH], "counts": [1, 2, 3]},
+        {"size": [HEIGHT, WIDTH], "counts": [-1, HEIGHT * WIDTH + 1]},
+        {"size": [HEIGHT, WIDTH], "counts": "no code"},
+        {"size": [HEIGHT, WIDTH + 1], "counts": TEXT["counts"].decode()},
+        {"size": [HEIGHT], "counts": COUNTS},
+        {"size": [2**20, 2**20], "counts": [2**40]},
+        {"counts": COUNTS},
+    ],
+)
+def test_segmentations_that_are_not_usable_are_empty(segmentation):
+    assert pack(segmentation)[0] == b""
+
+
+LEAVES = st.none() | st.floats() | st.integers() | st.text()
+KEYS = st.sampled_from(["size", "counts"])
+
+
+@given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=12))
+def test_any_value_is_packed_or_empty(segmentation):
+    content, size = pack(segmentation)
+    if content and size == (0, 0):
+        assert len(Segmentations.from_annotations([{"segmentation": segmentation}]).masks([0], 8, 8)) == 1
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=200))
+def test_runs_add_up(pixels):
+    code = mask_api.encode(np.asfortranarray(np.array(pixels, dtype=np.uint8)[:, None]))
+    lengths = runs(code["counts"].decode())
+    values = [value for i, length in enumerate(lengths) for value in [i % 2] * length]
+    assert values == pixels
+
+
+def test_masks_follow_the_image(shapes, parse):
+    """Whatever the augmentation does, each mask stays inside its box, which it fills unless it was cropped."""
+    dataset = build_dataset("train", parse("--coco_path", shapes, "--masks"))
+    dataset.transforms = make_coco_transforms("train", 96, 160)
+    for index in range(len(dataset)):
+        image, target = dataset[index]
+        height, width = image.shape[1:]
+        assert target["masks"].shape == (len(target["boxes"]), height, width)
+        assert target["masks"].dtype == torch.uint8
+        visible = target["masks"].flatten(1).any(1)
+        cx, cy, w, h = (target["boxes"][visible] * torch.tensor([width, height, width, height])).unbind(1)
+        corners = torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], dim=1)
+        found = masks_to_boxes(target["masks"][visible]) + torch.tensor([0, 0, 1, 1])
+        outside = torch.cat([corners[:, :2] - found[:, :2], found[:, 2:] - corners[:, 2:]], dim=1)
+        assert (outside < 2).all()
+        cropped = (corners < 1) | (corners > torch.tensor([width, height, width, height]) - 1)
+        assert (outside > -3)[~cropped.any(1)].all()
+
+
+def edited(shapes, tmp_path, change):
+    """A copy of the training annotations whose first annotation is changed."""
+    path = shapes / "annotations" / "instances_train2017.json"
+    data = json.loads(path.read_text())
+    change(data["annotations"][0], data)
+    copy = tmp_path / "train.json"
+    copy.write_text(json.dumps(data))
+    return ["--train_images", shapes / "images" / "train2017", "--train_annotations", copy]
+
+
+def test_annotations_without_a_mask_are_counted(shapes, tmp_path, parse, capsys):
+    flags = edited(shapes, tmp_path, lambda entry, _: entry.pop("segmentation"))
+    everything = build_dataset("train", parse(*flags))
+    with_masks = build_dataset("train", parse(*flags, "--masks"))
+    assert len(everything.records.objects.labels) == len(with_masks.records.objects.labels) + 1
+    assert "1 annotation without a usable segmentation left out" in capsys.readouterr().out
+
+
+def test_codes_for_another_size_name_the_annotation(shapes, tmp_path, parse):
+    def change(entry, _):
+        entry["segmentation"] = {"size": [3, 4], "counts": [6, 6]}
+
+    flags = edited(shapes, tmp_path, change)
+    with pytest.raises(InputError, match=r"train.json: annotation id 1: its segmentation is for 4×3 pixels, but the"):
+        build_dataset("train", parse(*flags, "--masks"))
+
+
+def test_training_evaluation_and_resuming(shapes, tmp_path, parse):
+    flags = (*TINY, "--coco_path", shapes, "--masks", "--ema_decay", 0.9)
+    main.main(parse(*flags, "--epochs", 2, "--output_dir", tmp_path / "once"))
+    lines = log_lines(tmp_path / "once")
+    assert all(len(line["test_coco_eval_masks"]) == len(line["test_coco_eval_bbox"]) == 12 for line in lines)
+    assert all(line[f"train_{name}"] > 0 for line in lines for name in ("loss_mask", "loss_dice"))
+    for epochs in (1, 2):
+        main.main(parse(*flags, "--epochs", epochs, "--output_dir", tmp_path / "twice", "--resume", "auto"))
+    assert_same_end(tmp_path / "twice", tmp_path / "once")
+
+
+def test_evaluation_takes_masks_from_the_checkpoint(shapes, tmp_path, parse, capsys):
+    flags = (*TINY, "--coco_path", shapes)
+    main.main(parse(*flags, "--masks", "--epochs", 1, "--output_dir", tmp_path / "run"))
+    capsys.readouterr()
+    main.main(parse(*flags, "--eval", "--resume", tmp_path / "run" / "checkpoint.pth"))
+    printed = capsys.readouterr().out
+    assert "flags of" in printed and "--masks" in printed
+    assert "IoU metric: segm" in printed
+
+
+def test_a_head_alone_is_trained_on_a_frozen_detector(shapes, tmp_path, parse):
+    flags = (*TINY, "--coco_path", shapes, "--epochs", 1)
+    main.main(parse(*flags, "--output_dir", tmp_path / "boxes"))
+    boxes = tmp_path / "boxes" / "checkpoint.pth"
+    main.main(parse(*flags, "--masks", "--frozen_weights", boxes, "--output_dir", tmp_path / "masks"))
+    before = torch.load(boxes, weights_only=True)["model"]
+    saved = torch.load(tmp_path / "masks" / "checkpoint.pth", weights_only=True)
+    for key, value in before.items():
+        assert torch.equal(saved["model"][f"detr.{key}"], value), key
+    trained = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
+    assert trained == sum(not key.startswith("detr.") for key in saved["model"])
+    with pytest.raises(InputError, match="already has a mask head"):
+        main.main(parse(*flags, "--masks", "--frozen_weights", tmp_path / "masks" / "checkpoint.pth"))
+
+
+def test_finetuning_in_both_directions(shapes, tmp_path, parse, capsys):
+    flags = (*TINY, "--coco_path", shapes, "--epochs", 1)
+    main.main(parse(*flags, "--output_dir", tmp_path / "boxes"))
+    boxes, masks = (tmp_path / name / "checkpoint.pth" for name in ("boxes", "masks"))
+    main.main(parse(*flags, "--masks", "--finetune", boxes, "--output_dir", tmp_path / "masks"))
+    assert "the mask head starts from random weights" in capsys.readouterr().out
+    main.main(parse(*flags, "--finetune", masks, "--output_dir", tmp_path / "again"))
+    assert "not taken over" not in capsys.readouterr().out
+    main.main(parse(*flags, "--masks", "--finetune", masks, "--output_dir", tmp_path / "more"))
+    assert "the mask head starts from random weights" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--frozen_weights", "x.pth"), "add --masks"),
+        (("--masks", "--frozen_weights", "x.pth", "--finetune", "y.pth"), "drop one"),
+        (("--coco_panoptic_path", "x"), "not supported yet"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, parse):
+    with pytest.raises(InputError, match=message):
+        main.main(parse(*TINY, *flags))
+
+
+def test_prediction_writes_and_draws_masks(shapes, tmp_path, parse):
+    main.main(parse(*TINY, "--coco_path", shapes, "--masks", "--epochs", 1, "--output_dir", tmp_path / "run"))
+    image = min((shapes / "images" / "val2017").iterdir())
+    flags = [
+        "--checkpoint",
+        tmp_path / "run" / "checkpoint.pth",
+        "--output",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        image,
+    ]
+    predict.main([*map(str, flags), "--threshold", "0"])
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    picture = Image.open(tmp_path / "out" / "pictures" / image.name)
+    assert results
+    for result in results:
+        assert mask_api.decode(result["segmentation"]).shape == picture.size[::-1]
+
+
+def test_masks_tint_the_picture():
+    grey = Image.new("RGB", (20, 10), (100, 100, 100))
+    mask = np.zeros((10, 20), dtype=np.uint8)
+    mask[:, :5] = 1
+    drawn = np.asarray(annotate(grey, [[12, 2, 18, 8]], [1], [""], [mask]))
+    assert (drawn[:, :5] != 100).any(-1).all()
+    assert (drawn[5, 7:10] == 100).all()
