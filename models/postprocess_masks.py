@@ -174,8 +174,8 @@ def logits_in_parts(outputs: dict[str, Any], image: int, queries: Tensor) -> Ite
 def segment_ids(masks: Tensor, size: tuple[int, int], merge_into: Mapping[int, int]) -> tuple[Tensor, list[int]]:
     """Return the segment of each pixel, [*size], and the area of each of N segments, for mask logits [N, h, w].
 
-    Segments in `merge_into` become part of others. As in the published code, Pillow chooses the nearest pixels: it rounds
-    in its own way.
+    Segments in `merge_into` become part of others. As in the published code, Pillow chooses the nearest pixels,
+    since it rounds in its own way.
     """
     if len(masks) == 0:
         return torch.zeros(size, dtype=torch.int64), []

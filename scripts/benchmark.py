@@ -37,12 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from flags.limits import check_device
 from run.kernels import compile_model, keep_freed_memory, use_fast_kernels
 from scripts.benchmarking.data import measure_data, measure_evaluator
-from scripts.benchmarking.model import PUBLISHED, TrainingStep, build, inference, random_images
+from scripts.benchmarking.masks import measure_masks
+from scripts.benchmarking.model import PRECISIONS, PUBLISHED, TrainingStep, build, inference, random_images
 from scripts.benchmarking.peer import PeerRun, inference_of_peer, peer_runs, training_of_peer
 from scripts.benchmarking.timing import alternate, peak_mib
 from util.command import run_command
-
-PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by --amp
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -214,6 +213,7 @@ def measure_step(
 PARTS = {
     "inference": measure_inference,
     "training": measure_training,
+    "masks": measure_masks,
 }
 OTHER_PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "counts": count_models,

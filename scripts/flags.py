@@ -16,7 +16,7 @@ from util.command import Parser, answer_early
 from util.errors import InputError
 
 VARIANTS = tuple(f"{model}{name}" for model in ("", "detr_") for name in ("r50", "r50dc5", "r101", "r101dc5"))
-PARTS = ("counts", "inference", "training", "data", "evaluator")  # of the benchmark
+PARTS = ("counts", "inference", "training", "masks", "data", "evaluator")  # of the benchmark
 FORMATS = ("transformers", "safetensors", "checkpoint")
 CHECKPOINT = "a checkpoint, a URL or a hub entry's name"
 MAX_DETECTIONS = "maximum number of detections per image; unset: that of its training"

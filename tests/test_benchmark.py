@@ -27,12 +27,14 @@ def test_a_small_run(part, tmp_path, monkeypatch, capsys):
     row, *others = written[part]
     assert row["model"] == "r50"
     assert [other["model"] for other in others] == [
-        {"inference": "r50, attention weights in full", "training": "r50, 2 groups"}[part]
+        *{"inference": ["r50, attention weights in full"], "training": ["r50, 2 groups"], "masks": ["r50"] * 3}[part]
     ]
     assert row["ms"] > 0
     printed = capsys.readouterr().out
     assert f"| {row['model']} | float32 |" in printed
-    if part == "inference":
+    if part == "masks":
+        assert [other["masks"] for other in others] == ["masks of all queries", "masks needed", "masks of all queries"]
+    elif part == "inference":
         assert row["parameters M"] == 43.5
         assert 0 < row["GFLOP"] < 170.5
     else:

@@ -32,15 +32,21 @@ PUBLISHED = {
     **{"r50": (44, 90), "r50dc5": (44, 195), "r101": (63, 156), "r101dc5": (63, 262)},
     **{"detr_r50": (41, 86), "detr_r50dc5": (41, 187), "detr_r101": (60, 152), "detr_r101dc5": (60, 253)},
 }
+PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by --amp
 NUM_CLASSES = 91
 BOXES = 7  # per image, about as many as COCO has
 
 
 def build(variant: str, device: torch.device, *more: str) -> tuple[Detector, SetCriterion]:
     """Return a variant's model and criterion with random weights."""
-    flags = ["--device", str(device), "--num_classes", str(NUM_CLASSES), *VARIANTS[variant], *more]
-    model, criterion, _ = build_model(get_args_parser().parse_args(flags))
+    model, criterion, _ = build_model(flags_of(variant, device, *more))
     return model.to(device), criterion
+
+
+def flags_of(variant: str, device: torch.device | str, *more: str) -> argparse.Namespace:
+    """Return the flags of a variant."""
+    flags = ["--device", str(device), "--num_classes", str(NUM_CLASSES), *VARIANTS[variant], *more]
+    return get_args_parser().parse_args(flags)
 
 
 def random_images(images: int, size: tuple[int, int], device: torch.device) -> Tensor:
@@ -48,12 +54,13 @@ def random_images(images: int, size: tuple[int, int], device: torch.device) -> T
     return torch.randint(256, (images, 3, *size), dtype=torch.uint8, generator=generator).to(device)
 
 
-def random_targets(images: int, device: torch.device) -> list[dict[str, Tensor]]:
+def random_targets(images: int, size: tuple[int, int], device: torch.device) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
         {
             "labels": torch.randint(1, NUM_CLASSES, (BOXES,), generator=generator).to(device),
             "boxes": (torch.rand(BOXES, 4, generator=generator) * 0.3 + 0.3).to(device),
+            "masks": torch.randint(2, (BOXES, *size), dtype=torch.uint8, generator=generator).to(device),
         }
         for _ in range(images)
     ]
@@ -65,7 +72,7 @@ def random_batch(
     """Return images without padding, and their targets."""
     pixels = random_images(images, size, device)
     mask = pixels.new_zeros(pixels[:, 0].shape, dtype=torch.bool)
-    return NestedTensor(pixels, mask, has_padding=False), random_targets(images, device)
+    return NestedTensor(pixels, mask, has_padding=False), random_targets(images, size, device)
 
 
 def inference(model: nn.Module, inputs: Tensor, amp: str) -> Callable[[], None]:
@@ -82,7 +89,7 @@ class TrainingStep:
     """A step of the recipe on a batch of random images of one size."""
 
     def __init__(
-        self, model: Detector, criterion: SetCriterion, batch_size: int, amp: str, flags: argparse.Namespace
+        self, model: nn.Module, criterion: SetCriterion, batch_size: int, amp: str, flags: argparse.Namespace
     ) -> None:
         self.device = torch.device(flags.device)
         self.step = Step(model.train(), criterion, build_optimizer(model, 1e-4, 1e-5, 1e-4), max_norm=0.1, amp=amp)
