@@ -47,13 +47,14 @@ class AttentionMaps(nn.Module):
         return self.k_linear(memory).unflatten(-1, (self.num_heads, -1)).permute(0, 2, 3, 1)
 
     def forward(self, queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
-        """Return the maps [N_b, h, S] of queries [N_b, C] of one image, with its keys [h, C / h, S].
+        """Return the maps [.., N, h, S] of queries [.., N, C], with the keys [.., h, C / h, S] of their image.
 
-        The softmax is over heads and cells together, as in all published weights. padding: [S], True on padding.
+        The softmax is over heads and cells together, as in all published weights. padding: [.., S], True on padding.
         """
-        q = self.q_linear(queries).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # [h, N_b, C / h]
-        logits = ((q * q.shape[-1] ** -0.5) @ keys).transpose(0, 1)  # [N_b, h, S]
-        return logits.masked_fill(padding, -math.inf).flatten(1).softmax(-1).view_as(logits)
+        q = self.q_linear(queries).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)  # [.., h, N, C / h]
+        logits = ((q * q.shape[-1] ** -0.5) @ keys).transpose(-3, -2)  # [.., N, h, S]
+        logits = logits.masked_fill(padding[..., None, None, :], -math.inf)
+        return logits.flatten(-2).softmax(-1).view_as(logits)
 
 
 class MaskHead(nn.Module):
@@ -127,12 +128,10 @@ class QueryMasks:
         They are computed in the precision of the forward pass and returned in at least float32.
         """
         image = torch.arange(len(queries)).repeat_interleave(torch.tensor([len(chosen) for chosen in queries]))
-        hs, padding = self.embeddings.hs[-1], self.embeddings.stages[-1].mask.flatten(1)
+        hs, keys, padding = self.embeddings.hs[-1], self.shared[0], self.padding
         with self.autocast():
-            keys, *shared = self.shared
             maps = [self.model.bbox_attention(hs[b, chosen], keys[b], padding[b]) for b, chosen in enumerate(queries)]
-            x = torch.cat(maps).unflatten(-1, self.embeddings.features.shape[-2:])  # [M, h, H', W']
-            return at_least_float32(self.model.mask_head(x, shared, copy_to_device(image, x.device)))
+        return self.masks(torch.cat(maps), copy_to_device(image, hs.device))
 
     def of_image(self, image: int, queries: Tensor) -> Tensor:
         """Return the mask logits [N, H / 4, W / 4] of N queries of one image."""
@@ -141,9 +140,17 @@ class QueryMasks:
 
     def all(self) -> Tensor:
         """Return the mask logits of all queries, [B, Q, H / 4, W / 4]."""
-        images, queries = self.embeddings.hs.shape[1:3]
-        every = torch.arange(queries, device=self.embeddings.hs.device)
-        return self.of([every] * images).unflatten(0, (images, queries))
+        hs = self.embeddings.hs[-1]
+        with self.autocast():
+            maps = self.model.bbox_attention(hs, self.shared[0], self.padding)  # [B, Q, h, S]
+        image = torch.arange(len(hs), device=hs.device)[:, None].expand(hs.shape[:2])
+        return self.masks(maps.flatten(0, 1), image.flatten()).unflatten(0, hs.shape[:2])
+
+    def masks(self, maps: Tensor, image: Tensor) -> Tensor:
+        """Return mask logits [M, H / 4, W / 4] for attention maps [M, h, S] and the image [M] of each query."""
+        x = maps.unflatten(-1, self.embeddings.features.shape[-2:])  # [M, h, H', W']
+        with self.autocast():
+            return at_least_float32(self.model.mask_head(x, self.shared[1:], image))
 
     def tensors(self) -> list[Tensor]:
         """Return the masks of all queries, on which all weights of the head depend."""
@@ -153,8 +160,14 @@ class QueryMasks:
     def shared(self) -> list[Tensor]:
         """What all queries of an image share: the keys, and `MaskHead.shared`."""
         *lower, _ = (stage.tensors for stage in self.embeddings.stages)  # of layer1, layer2 and layer3
-        shared = self.model.mask_head.shared(self.embeddings.features, lower[::-1])
-        return [self.model.bbox_attention.keys(self.embeddings.memory), *shared]
+        with self.autocast():
+            keys = self.model.bbox_attention.keys(self.embeddings.memory)  # [B, h, C / h, S]
+            return [keys, *self.model.mask_head.shared(self.embeddings.features, lower[::-1])]
+
+    @property
+    def padding(self) -> Tensor:
+        """The cells of the last feature map that are padding, [B, S]."""
+        return self.embeddings.stages[-1].mask.flatten(1)
 
     def autocast(self) -> AbstractContextManager:
         """Return the context of the forward pass."""

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from models import detector
 from models.folded_norms import FoldedBody, FoldedConv2d, norm_terms
 from models.postprocess import PostProcess
+from models.segmentation import DETRsegm
 from scripts.detector import Detector, load_detector
 from util.command import need, run_command
 from util.errors import InputError
@@ -57,6 +58,7 @@ DOCUMENTATION = {
     "target_sizes": "[B, 2], the (height, width) that the boxes refer to: that of the original images",
     "pred_logits": "[B, Q, K]; scores of labels are the sigmoids, or in DETR the softmax without the last, no object",
     "pred_boxes": "[B, Q, 4], (centre x, centre y, width, height) relative to the image without padding",
+    "pred_masks": "[B, Q, H / 4, W / 4], logits of the queries' masks, for the padded image",
     "scores": "[B, N], the highest of all queries and labels in descending order, or in DETR of each query",
     "labels": "[B, N]; the metadata's class_names and class_ids describe them",
     "boxes": "[B, N, 4], (x1, y1, x2, y2) in pixels of target_sizes, not clipped",
@@ -66,13 +68,17 @@ DOCUMENTATION = {
 class ExportedModel(nn.Module):
     """A model as the file computes it: tensors in, tensors out, and the mask is always used."""
 
-    def __init__(self, model: detector.Detector, postprocess: PostProcess | None) -> None:
+    def __init__(self, model: detector.Detector | DETRsegm, postprocess: PostProcess | None) -> None:
         super().__init__()
         self.model = model
         self.postprocess = postprocess
         fix_folded_weights(model)
         self.inputs = ["images", "padding_mask"]
-        self.outputs = ["pred_logits", "pred_boxes"]
+        self.predictions = ["pred_logits", "pred_boxes"]
+        if isinstance(model, DETRsegm):
+            model.all_masks = True
+            self.predictions += ["pred_masks"]
+        self.outputs = [*self.predictions]
         if postprocess:
             self.inputs += ["target_sizes"]
             self.outputs += ["scores", "labels", "boxes"]
@@ -80,7 +86,7 @@ class ExportedModel(nn.Module):
     def forward(self, images: Tensor, padding_mask: Tensor, *target_sizes: Tensor) -> tuple[Tensor, ...]:
         """Map uint8 [B, 3, H, W], bool [B, H, W] and, with postprocessing, int64 [B, 2] as `DOCUMENTATION` says."""
         predicted = self.model(NestedTensor(images, padding_mask))
-        outputs = predicted["pred_logits"], predicted["pred_boxes"]
+        outputs = tuple(predicted[name] for name in self.predictions)
         return (*outputs, *self.postprocess.batched(predicted, *target_sizes)[:3]) if self.postprocess else outputs
 
 
@@ -139,6 +145,7 @@ def export(exported: ExportedModel) -> bytes:
     versions.
     """
     free = {"images": {0: "batch", 2: "height", 3: "width"}, "padding_mask": {0: "batch", 1: "height", 2: "width"}}
+    free["pred_masks"] = {0: "batch", 2: "mask_height", 3: "mask_width"}
     names = [*exported.inputs, *exported.outputs]
     torch.onnx.register_custom_op_symbolic("aten::upsample_nearest2d", nearest_neighbours, OPSET)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
@@ -163,7 +170,8 @@ def describe(model: Any, exported: ExportedModel, detector: Detector) -> None:
     outputs = exported(*example_inputs(1, 64, 96)[: len(exported.inputs)])
     for value, tensor in zip(model.graph.output, outputs, strict=True):
         for dim, size in zip(value.type.tensor_type.shape.dim[1:], tensor.shape[1:], strict=True):
-            dim.dim_value = size  # tracing leaves names instead
+            if not dim.dim_param.startswith("mask_"):
+                dim.dim_value = size  # tracing leaves names instead
     model.producer_name = "Conditional DETR"
     model.graph.doc_string = PAPERS[detector.args.model]
     for value in (*model.graph.input, *model.graph.output):
@@ -205,7 +213,7 @@ def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[
     """
     images, padding, *_ = inputs
     expected = exported.model(NestedTensor(images, padding))
-    for name in ("pred_logits", "pred_boxes"):
+    for name in exported.predictions:
         yield name, (found[name] - expected[name]).abs().max().item()
     if not exported.postprocess:
         return

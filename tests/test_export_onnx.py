@@ -35,7 +35,7 @@ WITHOUT_TORCH = (
 def write_checkpoint(path: Path, *flags: object) -> Path:
     args = get_args_parser().parse_args([str(flag) for flag in (*FLAGS, "--num_classes", 2, *flags)])
     weights = reference_weights(build_model(args)[0].state_dict())
-    weights["class_embed.bias"] += 4  # scores around a half
+    weights["detr." * args.masks + "class_embed.bias"] += 4  # scores around a half
     torch.save({"model": weights, "args": vars(args), **CLASSES}, path)
     return path
 
@@ -172,6 +172,16 @@ def test_a_variant_is_compared(tmp_path, capsys):
     weights = [name for node in graph.node if node.op_type == "Conv" for name in node.input[1:]]
     assert len(weights) == 2 * 54
     assert stored.issuperset(weights)
+
+
+def test_masks_are_exported_and_compared(tmp_path, capsys):
+    source, output = write_checkpoint(tmp_path / "checkpoint.pth", "--masks"), tmp_path / "model.onnx"
+    export_onnx.main(["--checkpoint", str(source), "--output", str(output), "--postprocess"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("pred_masks" in line for line in lines) == 6
+    inputs = {"images": torch.zeros(1, 3, 70, 90, dtype=torch.uint8), "target_sizes": torch.tensor([[70, 90]])}
+    found = run(output, inputs | {"padding_mask": torch.zeros(1, 70, 90, dtype=torch.bool)})
+    assert found["pred_masks"].shape == (1, 7, 18, 23)
 
 
 def test_differences_leave_no_file(checkpoint, tmp_path, monkeypatch):

@@ -16,7 +16,10 @@ from datasets.segmentations import Segmentations, pack, runs
 from datasets.transforms import make_coco_transforms
 from evaluation.pictures import annotate
 from scripts import predict
+from scripts.benchmarking.masks import WithAllMasks
 from tests.conftest import TINY, assert_same_end, log_lines
+from tests.small import build_small
+from tests.two_processes import images_and_targets
 from util.box_ops import masks_to_boxes
 from util.errors import InputError
 
@@ -147,6 +150,44 @@ def test_training_evaluation_and_resuming(shapes, tmp_path, parse):
     for epochs in (1, 2):
         main.main(parse(*flags, "--epochs", epochs, "--output_dir", tmp_path / "twice", "--resume", "auto"))
     assert_same_end(tmp_path / "twice", tmp_path / "once")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--amp", "bf16", "--accum_steps", 2, "--checkpoint_activations"),
+        ("--model", "detr", "--dropout", 0.1),
+        ("--group_detr", 2),
+    ],
+)
+def test_masks_are_learnt_with_other_flags(more, shapes, tmp_path, parse):
+    main.main(parse(*TINY, "--coco_path", shapes, "--masks", "--epochs", 1, "--output_dir", tmp_path, *more))
+    (line,) = log_lines(tmp_path)
+    assert 0 < line["train_loss_mask"] < 5
+    assert 0 < line["train_loss_dice"] <= 1
+    assert 0 <= line["test_coco_eval_masks"][0] <= 1
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_masks_of_matched_queries_give_the_losses_and_gradients_of_all(groups):
+    model, criterion = build_small("--masks", "--dropout", 0, "--num_classes", 4, "--group_detr", groups)
+    model.double().train()
+    images, targets = images_and_targets([3, 0, 2])
+    images = [image.double() / 255 for image in images]
+    targets = [target | {"boxes": target["boxes"].double()} for target in targets]
+    results = []
+    for network in (model, WithAllMasks(model)):
+        model.zero_grad()
+        losses = criterion.train()(network(images), targets)
+        sum(losses[name] for name in ("loss_mask", "loss_dice")).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((losses, gradients))
+    (losses, gradients), (expected_losses, expected) = results
+    assert gradients.keys() == expected.keys()
+    assert losses["loss_dice"].item() == pytest.approx(expected_losses["loss_dice"].item(), rel=1e-9)
+    assert losses["loss_mask"].item() == pytest.approx(expected_losses["loss_mask"].item(), rel=1e-9)
+    for name, gradient in expected.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-6, atol=1e-12), name
 
 
 def test_evaluation_takes_masks_from_the_checkpoint(shapes, tmp_path, parse, capsys):

@@ -25,9 +25,7 @@ class AllQueryMasks(QueryMasks):
     @cached_property
     def every(self) -> Tensor:
         """The mask logits of all queries, [B, Q, H / 4, W / 4]."""
-        images, queries = self.embeddings.hs.shape[1:3]
-        index = torch.arange(queries, device=self.embeddings.hs.device)
-        return super().of([index] * images).unflatten(0, (images, queries))
+        return self.all()
 
     def of(self, queries: Sequence[Tensor]) -> Tensor:
         """Return the mask logits [M, H / 4, W / 4] of chosen queries."""
