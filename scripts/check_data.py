@@ -251,11 +251,13 @@ def picture(dataset: CocoDetection, index: int) -> Image.Image:
     stored = dataset.load_image(index)
     image = ImageOps.contain(to_pil_image(stored.pixels), CELL)
     objects = dataset.records.objects_of(index)
+    masks = dataset.records.masks_of(index, *stored.size)
+    masks = [] if masks is None else masks[~objects.crowds]
     objects = objects.select(~objects.crowds)
     x, y, width, height = objects.boxes.T
     corners = np.stack([x, y, x + width, y + height], axis=1) * (image.width / stored.size[0])
     labels = objects.labels.tolist()
-    return annotate(image, corners.tolist(), labels, [dataset.classes.name_of(label) for label in labels])
+    return annotate(image, corners.tolist(), labels, [dataset.classes.name_of(label) for label in labels], masks)
 
 
 if __name__ == "__main__":

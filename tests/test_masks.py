@@ -256,6 +256,8 @@ def test_prediction_writes_and_draws_masks(shapes, tmp_path, parse):
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     picture = Image.open(tmp_path / "out" / "pictures" / image.name)
     assert results
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "data:image/png;base64," in page or not any(mask_api.area(r["segmentation"]) for r in results)
     for result in results:
         assert mask_api.decode(result["segmentation"]).shape == picture.size[::-1]
 

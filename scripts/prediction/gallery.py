@@ -8,34 +8,38 @@ the page's folder, which are loaded as they come into view. The page draws the b
 from __future__ import annotations
 
 import base64
+import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from torch import Tensor
+from PIL import Image
+from pycocotools import mask as mask_api
 
 from datasets.classes import Classes
 from evaluation.pictures import colour_of, text_colour
 from util.files import replacing
 
 LOWEST_SCORE = 0.05  # lower scores are mostly noise
+MASK_SIDE = 160  # pixels, at most, of a mask
 MOST_BYTES = 32 * 2**20  # of images within the page
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 Entry = dict[str, Any]
 
 
-def image_entry(name: str, file: Path, size: tuple[int, int], detections: dict[str, Tensor]) -> Entry:
+def image_entry(name: str, file: Path, size: tuple[int, int], detections: dict[str, Any]) -> Entry:
     """Return the entry of an image.
 
     Args:
         name: its name on the page.
         file: its path relative to the page's folder.
         size: its (width, height), to which the boxes refer.
-        detections: the result of `PostProcess`.
+        detections: those of `scripts.detector.Detector`.
     """
     shown = detections["scores"] >= LOWEST_SCORE
     width, height = size
@@ -45,6 +49,9 @@ def image_entry(name: str, file: Path, size: tuple[int, int], detections: dict[s
         [label, round(score, 3), *(round(value, 1) for value in box)]
         for label, score, box in zip(labels, scores, corners.flatten(1).tolist(), strict=True)
     ]
+    codes = (code for code, is_shown in zip(detections.get("codes", ()), shown.tolist(), strict=False) if is_shown)
+    for box, code in zip(boxes, codes, strict=False):
+        box.append(_mask(code, box[2:]))
     return {"name": name, "file": file, "width": width, "height": height, "boxes": boxes}
 
 
@@ -89,6 +96,20 @@ def _address(file: Path) -> str:
 def _contents(file: Path) -> str:
     """Return a URL that contains a JPEG file."""
     return f"data:image/jpeg;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def _mask(code: dict[str, Any], box: Sequence[float]) -> str:
+    """Return a URL that contains the part of a mask in a box, a picture that is opaque on the object; "" if none is."""
+    left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+    mask = mask_api.decode(code)[top:bottom, left:right]
+    if not mask.any():
+        return ""
+    alpha = Image.fromarray(mask * 255)
+    alpha.thumbnail((MASK_SIDE, MASK_SIDE))
+    picture, file = Image.new("LA", alpha.size), io.BytesIO()
+    picture.putalpha(alpha)
+    picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _css(colour: tuple[int, int, int]) -> str:
