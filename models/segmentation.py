@@ -143,7 +143,7 @@ class QueryMasks:
         hs = self.embeddings.hs[-1]
         with self.autocast():
             maps = self.model.bbox_attention(hs, self.shared[0], self.padding)  # [B, Q, h, S]
-        image = torch.arange(len(hs), device=hs.device)[:, None].expand(hs.shape[:2])
+        image = torch.arange(hs.shape[0], device=hs.device)[:, None].expand(hs.shape[:2])
         return self.masks(maps.flatten(0, 1), image.flatten()).unflatten(0, hs.shape[:2])
 
     def masks(self, maps: Tensor, image: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class QueryMasks:
         with self.autocast():
             return at_least_float32(self.model.mask_head(x, self.shared[1:], image))
 
-    def tensors(self) -> list[Tensor]:
+    def all_tensors(self) -> list[Tensor]:
         """Return the masks of all queries, on which all weights of the head depend."""
         return [self.all()]
 

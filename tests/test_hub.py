@@ -49,6 +49,24 @@ def test_entries(name, keys, entry):
     assert features.tensors.shape[-1] == (4 if "dc5" in entry else 2)
 
 
+@pytest.mark.parametrize("entry", ["resnet50", "resnet50_dc5", "resnet101"])
+def test_panoptic_entries(entry):
+    model, postprocess = getattr(hubconf, f"detr_{entry}_panoptic")(threshold=0, return_postprocessor=True)
+    with torch.no_grad():
+        outputs = model([torch.zeros(3, 64, 96, dtype=torch.uint8)])
+    assert set(outputs) == {"pred_logits", "pred_boxes", "pred_masks"}
+    assert outputs["pred_logits"].shape == (1, 100, 251)
+    assert outputs["pred_masks"].shape == (1, 100, 16, 24)
+    (result,) = postprocess(outputs, [(64, 96)], [(128, 192)])
+    assert result["ids"].shape == (128, 192)
+    assert result["png_string"].startswith(b"\x89PNG")
+    if entry == "resnet50":
+        keys = [
+            line.split()[0] for line in (DATA / "state_dict_keys_detr_resnet50_panoptic.txt").read_text().splitlines()
+        ]
+        assert sorted(model.state_dict()) == sorted(keys)
+
+
 def test_pretrained_weights_come_from_the_published_address(tmp_path, monkeypatch):
     asked = []
     weights = reference_weights(hubconf.conditional_detr_resnet50().state_dict())
@@ -77,8 +95,10 @@ sys.path.insert(0, {repo!r})
 module = torch.hub._import_module("hubconf.py", {repo!r} + "/hubconf.py")
 sys.path.remove({repo!r})
 entries = [name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")]
-assert entries == [f"{{model}}_resnet{{variant}}" for model in ("conditional_detr", "detr")
-                   for variant in ("101", "101_dc5", "50", "50_dc5")], entries
+expected = [f"{{model}}_resnet{{variant}}" for model in ("conditional_detr", "detr")
+            for variant in ("101", "101_dc5", "50", "50_dc5")]
+expected += [f"detr_resnet{{variant}}_panoptic" for variant in ("101", "50", "50_dc5")]
+assert entries == sorted(expected), entries
 for _ in range(2):
     model, postprocess = torch.hub.load({repo!r}, "conditional_detr_resnet50", source="local",
                                         return_postprocessor=True)

@@ -134,10 +134,9 @@ def test_precision_of_the_forward_pass(amp, shapes, trained, tmp_path):
     ("more", "message"),
     [
         (("--coco_path", "/nowhere"), "--coco_path /nowhere: no such folder"),
-        (("--masks",), "--masks: segmentation is not supported yet"),
-        (("--frozen_weights", "x"), "--frozen_weights: segmentation is not supported yet"),
-        (("--mask_loss_coef", 2), "--mask_loss_coef: segmentation is not supported yet"),
-        (("--dice_loss_coef", 2), "--dice_loss_coef"),
+        (("--frozen_weights", "x"), "--frozen_weights names the detector under a mask head: add --masks"),
+        (("--mask_loss_coef", 2), "--mask_loss_coef 2: only a model with masks has this loss; add --masks"),
+        (("--dice_loss_coef", 2), "--dice_loss_coef 2"),
         (("--coco_panoptic_path", "x"), "--coco_panoptic_path"),
         (("--dataset_file", "coco_panoptic"), "--dataset_file coco_panoptic: only coco"),
         (("--batch_size", 0), "--batch_size 0: must be at least 1"),

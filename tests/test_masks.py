@@ -1,6 +1,9 @@
 """Instance masks: from annotations to samples, training, evaluation and checkpoints."""
 
+import base64
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from datasets.transforms import make_coco_transforms
 from evaluation.pictures import annotate
 from scripts import predict
 from scripts.benchmarking.masks import WithAllMasks
+from scripts.prediction.gallery import image_entry
 from tests.conftest import TINY, assert_same_end, log_lines
 from tests.small import build_small
 from tests.two_processes import images_and_targets
@@ -256,10 +260,25 @@ def test_prediction_writes_and_draws_masks(shapes, tmp_path, parse):
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     picture = Image.open(tmp_path / "out" / "pictures" / image.name)
     assert results
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert "data:image/png;base64," in page or not any(mask_api.area(r["segmentation"]) for r in results)
     for result in results:
         assert mask_api.decode(result["segmentation"]).shape == picture.size[::-1]
+
+
+def test_the_gallery_has_the_part_of_a_mask_in_its_box():
+    mask = np.zeros((40, 60), dtype=np.uint8, order="F")
+    mask[10:20, 10:40] = 1
+    detections = {
+        "scores": torch.tensor([0.9, 0.01, 0.8]),
+        "labels": torch.tensor([1, 1, 2]),
+        "boxes": torch.tensor([[10.0, 10, 50, 20], [0, 0, 5, 5], [0, 30, 20, 40]]),
+        "codes": [mask_api.encode(mask)] * 3,
+    }
+    first, second = image_entry("a", Path("a.jpg"), (60, 40), detections)["boxes"]
+    picture = Image.open(io.BytesIO(base64.b64decode(first[6].removeprefix("data:image/png;base64,"))))
+    assert picture.size == (40, 10)
+    alpha = np.asarray(picture.getchannel("A"))
+    assert (alpha[:, :30] == 255).all() and not alpha[:, 30:].any()
+    assert second[6] == ""  # nothing of the mask is in that box
 
 
 def test_masks_tint_the_picture():

@@ -178,11 +178,11 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
 
 def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested dicts, lists and tuples, and in objects with a method `tensors`."""
+    """Yield the tensors in nested dicts, lists and tuples, and those of which `all_tensors` of an object tells."""
     if isinstance(outputs, Tensor):
         yield outputs
-    elif hasattr(outputs, "tensors"):
-        yield from outputs.tensors()
+    elif hasattr(outputs, "all_tensors"):
+        yield from outputs.all_tensors()
     elif isinstance(outputs, dict | list | tuple):
         for value in outputs.values() if isinstance(outputs, dict) else outputs:
             yield from tensors_of(value)
