@@ -36,7 +36,6 @@ from evaluation.report import write_report, write_test_results
 from flags.limits import check_device
 from flags.resolve import Flags, resolve
 from models import build_model
-from models.detector import Detector
 from run.advice import advice, lr_factor
 from run.data import Data, load_data
 from run.kernels import compile_model, keep_freed_memory, use_deterministic_kernels, use_fast_kernels
@@ -139,7 +138,7 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
         ).train()
 
 
-def print_summary(flags: Flags, data: Data, model: Detector) -> None:
+def print_summary(flags: Flags, data: Data, model: nn.Module) -> None:
     """Print the data and the model."""
     names = (flags.image_set,) if flags.eval else ("train", flags.image_set)
     for name, dataset in zip(names, data.datasets, strict=True):

@@ -18,6 +18,7 @@ from engine import PRINT_FREQ, take_steps
 from flags.resolve import Flags, stored
 from models.criterion import SetCriterion
 from models.detector import Detector
+from models.segmentation import DETRsegm
 from run.advice import lr_factor
 from run.average import MovingAverage
 from run.log_file import append_log, logged_aps, trim_log
@@ -60,7 +61,7 @@ class TrainingRun:
         start: Start,
         loader: CocoLoader,
         num_classes: int,
-        model: Detector,
+        model: Detector | DETRsegm,
         parallel_model: nn.Module,
         criterion: SetCriterion,
         device: torch.device,

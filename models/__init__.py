@@ -52,7 +52,7 @@ def build_model(
         norm=flags.backbone_norm,
         train_stem=flags.backbone_weights == "none",
     )
-    model = MODELS[flags.model](
+    detector = MODELS[flags.model](
         Joiner(backbone, build_position_encoding(flags)),
         num_classes=num_classes or flags.num_classes or COCO_NUM_CLASSES,
         num_queries=flags.num_queries,
@@ -75,8 +75,9 @@ def build_model(
         ClassError(),
     ]
     postprocessors: dict[str, Any] = {"bbox": PostProcess(flags.max_detections, classification)}
+    model: Detector | DETRsegm = detector
     if flags.masks:
-        model = DETRsegm(model, flags.nheads, freeze_detr=flags.frozen_weights is not None)
+        model = DETRsegm(detector, flags.nheads, freeze_detr=flags.frozen_weights is not None)
         terms.append(MaskLoss(flags.mask_loss_coef, flags.dice_loss_coef))
         postprocessors["segm"] = PostProcessSegm()
     if flags.dataset_file == "coco_panoptic":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Matched:
 
     logits: Tensor
     boxes: Tensor
-    outputs: dict[str, Tensor]
+    outputs: dict[str, Any]
     targets: list[dict[str, Tensor]]
     matches: Matches
     totals: Totals

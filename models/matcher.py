@@ -96,7 +96,7 @@ class HungarianMatcher:
         index = torch.stack([torch.cat(parts, dim=1) for parts in (image, query, target)])  # [3, L, M]
         index = copy_to_device(index, logits.device)
         layer = torch.arange(len(logits), device=logits.device)[:, None].expand_as(index[0])
-        return Matches(layer, *index, per_image=[queries.shape[1] for queries in query])
+        return Matches(layer, index[0], index[1], index[2], per_image=[queries.shape[1] for queries in query])
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], sizes: list[int]) -> Tensor:
         """Return the cost of assigning each target to each query of its image, [T, L, Q]; `sizes` are the T_b."""

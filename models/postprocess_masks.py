@@ -134,11 +134,11 @@ class PostProcessPanoptic(NotScriptable, nn.Module):
         results = []
         for image, (size, target) in enumerate(zip(processed, targets, strict=True)):
             queries = (scores[image] > self.threshold).nonzero()[:, 0]
-            masks = [
+            parts = [
                 F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
                 for logits in logits_in_parts(outputs, image, queries)
             ]
-            masks = torch.cat(masks) if masks else outputs["pred_logits"].new_zeros(0, *size)
+            masks = torch.cat([outputs["pred_logits"].new_zeros(0, *size), *parts])
             results.append(self.segments(masks, labels[image, queries].tolist(), target))
         return results
 

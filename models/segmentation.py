@@ -11,7 +11,6 @@ the last feature map.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -69,17 +68,20 @@ class MaskHead(nn.Module):
     def __init__(self, dim: int, num_heads: int, stage_channels: Sequence[int]) -> None:
         super().__init__()
         self.dim = dim
-        widths = [dim + num_heads, dim + num_heads, dim // 2, dim // 4, dim // 8, dim // 16]
-        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths), start=1):
-            self.add_module(f"lay{i}", nn.Conv2d(inputs, outputs, kernel_size=3, padding=1))
-            self.add_module(f"gn{i}", nn.GroupNorm(math.gcd(GROUPS, outputs), outputs))
-        self.out_lay = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
-        for i, (inputs, outputs) in enumerate(zip(stage_channels, widths[2:5], strict=True), start=1):
-            self.add_module(f"adapter{i}", nn.Conv2d(inputs, outputs, kernel_size=1))
-        for module in self.children():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)
-                nn.init.zeros_(module.bias)
+        self.lay1, self.gn1 = conv_and_norm(dim + num_heads, dim + num_heads)
+        self.lay2, self.gn2 = conv_and_norm(dim + num_heads, dim // 2)
+        self.lay3, self.gn3 = conv_and_norm(dim // 2, dim // 4)
+        self.lay4, self.gn4 = conv_and_norm(dim // 4, dim // 8)
+        self.lay5, self.gn5 = conv_and_norm(dim // 8, dim // 16)
+        self.out_lay = nn.Conv2d(dim // 16, 1, kernel_size=3, padding=1)
+        self.adapter1 = nn.Conv2d(stage_channels[0], dim // 2, kernel_size=1)
+        self.adapter2 = nn.Conv2d(stage_channels[1], dim // 4, kernel_size=1)
+        self.adapter3 = nn.Conv2d(stage_channels[2], dim // 8, kernel_size=1)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.kaiming_uniform_(parameter, a=1)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def shared(self, features: Tensor, stages: Sequence[Tensor]) -> list[Tensor]:
         """Return what all queries of an image share, [B, .., .., ..] each: the part of the first convolution that
@@ -106,6 +108,11 @@ class MaskHead(nn.Module):
             x = F.interpolate(x, size=stage.shape[-2:], mode="nearest") + stage[image]
             x = F.relu(norm(conv(x)), inplace=True)
         return self.out_lay(x)[:, 0]
+
+
+def conv_and_norm(inputs: int, outputs: int) -> tuple[nn.Conv2d, nn.GroupNorm]:
+    """Return a 3×3 convolution and the norm of its output."""
+    return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.GroupNorm(math.gcd(GROUPS, outputs), outputs)
 
 
 class QueryMasks:

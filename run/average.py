@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import load_model_weights
-from models.detector import Detector
 from run.step_guard import running_statistics
 
 
@@ -28,7 +27,7 @@ class MovingAverage:
         steps: the number of steps so far, [] on the model's device, so that the host never waits for it.
     """
 
-    def __init__(self, model: Detector, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval()
         self.decay = decay
         self.steps = next(model.parameters()).new_zeros((), requires_grad=False)

@@ -32,8 +32,7 @@ def keep_freed_memory() -> None:
     takes a tenth of a step of Conditional DETR, and a third of one with 11 groups of queries. Blocks above
     `LARGEST_KEPT` are given back: the gaps that they would leave cost too much memory.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         m_trim_threshold, m_mmap_threshold = -1, -3  # as in malloc.h
         libc.mallopt(m_trim_threshold, -1)  # never
         libc.mallopt(m_mmap_threshold, LARGEST_KEPT)

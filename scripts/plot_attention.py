@@ -106,7 +106,7 @@ def look(checkpoint: str, image: Tensor, args: argparse.Namespace) -> Subject:
     if not -layers <= args.layer < layers:
         raise InputError(f"--layer {args.layer}: the decoder layers of {checkpoint} are 0 to {layers - 1}")
     image = detector.resize(image)
-    seen = view(detector.model, image.to(detector.device), args.layer)
+    seen = view(detector.model.detector, image.to(detector.device), args.layer)
     if not all(part.isfinite().all() for part in (*seen.maps, seen.logits, seen.boxes)):
         raise InputError(f"{checkpoint}: the model's outputs for {args.image} are not finite: check its weights")
     probabilities = detector.postprocess.classification.probabilities(seen.logits)

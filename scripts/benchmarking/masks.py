@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
+from models.detector import Detector
 from models.segmentation import DETRsegm, QueryMasks
 from run.step import autocast
 from scripts.benchmarking.model import PRECISIONS, TrainingStep, flags_of, random_images
@@ -35,8 +36,9 @@ class AllQueryMasks(QueryMasks):
 class WithAllMasks(nn.Module):
     """A model whose outputs compute the masks of all queries."""
 
-    def __init__(self, model: DETRsegm) -> None:
+    def __init__(self, model: Detector | DETRsegm) -> None:
         super().__init__()
+        assert isinstance(model, DETRsegm)
         self.model = model
 
     def forward(self, samples: Any) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def detection_run(variant: str, all_masks: bool, amp: str, flags: argparse.Names
     """Return the detection of the objects in an image, with masks at its size."""
     model, _, postprocessors = build_model(flags_of(variant, flags.device, "--masks", "--no_aux_loss"))
     model = model.to(flags.device).eval()
-    model = WithAllMasks(model) if all_masks else model
+    network = WithAllMasks(model) if all_masks else model
     device = torch.device(flags.device)
     image = random_images(1, flags.size, device)
     targets = [{"orig_size": torch.tensor(flags.size), "size": torch.tensor(flags.size)}]
@@ -79,7 +81,7 @@ def detection_run(variant: str, all_masks: bool, amp: str, flags: argparse.Names
     def run() -> None:
         with torch.inference_mode():
             with autocast(device, amp):
-                outputs = model(image)
+                outputs = network(image)
             found: list[dict[str, Any]] = [{}]
             for postprocessor in postprocessors.values():
                 found = postprocessor.extend(found, outputs, targets)

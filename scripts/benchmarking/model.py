@@ -15,6 +15,7 @@ from main import get_args_parser
 from models import build_model
 from models.criterion import SetCriterion
 from models.detector import Detector
+from models.segmentation import DETRsegm
 from run.optim import build_optimizer
 from run.step import Step, autocast, logged_losses
 from scripts.benchmarking.timing import synchronize
@@ -37,7 +38,7 @@ NUM_CLASSES = 91
 BOXES = 7  # per image, about as many as COCO has
 
 
-def build(variant: str, device: torch.device, *more: str) -> tuple[Detector, SetCriterion]:
+def build(variant: str, device: torch.device, *more: str) -> tuple[Detector | DETRsegm, SetCriterion]:
     """Return a variant's model and criterion with random weights."""
     model, criterion, _ = build_model(flags_of(variant, device, *more))
     return model.to(device), criterion
