@@ -118,6 +118,17 @@ def test_masks_follow_the_image(shapes, parse):
         assert (outside > -3)[~cropped.any(1)].all()
 
 
+def test_the_ground_truth_has_the_masks_of_the_file(shapes, parse):
+    dataset = build_dataset("val", parse("--coco_path", shapes, "--masks"))
+    truth, file = dataset.ground_truth(), dataset.coco
+    assert len(truth.anns) == len(file.anns) > 0
+    for image_id in file.imgs:
+        ours, theirs = (coco.loadAnns(coco.getAnnIds(image_id)) for coco in (truth, file))
+        for our, their in zip(ours, theirs, strict=True):
+            assert our["category_id"] == their["category_id"]
+            assert np.array_equal(truth.annToMask(our), file.annToMask(their))
+
+
 def edited(shapes, tmp_path, change):
     """A copy of the training annotations whose first annotation is changed."""
     path = shapes / "annotations" / "instances_train2017.json"
