@@ -213,15 +213,15 @@ def check_args(args: argparse.Namespace) -> None:
     """
     if args.coco_panoptic_path is not None:
         raise InputError("--coco_panoptic_path: panoptic data is not supported yet; drop the flag")
-    for flag in ("mask_loss_coef", "dice_loss_coef"):
-        if getattr(args, flag) != 1 and not args.masks:
-            value = f"{getattr(args, flag):g}"
-            raise InputError(f"--{flag} {value}: only a model with masks has this loss; add --masks, or drop the flag")
     if args.frozen_weights is not None and not args.masks:
         raise InputError("--frozen_weights names the detector under a mask head: add --masks, or drop the flag")
     if args.frozen_weights is not None and args.finetune:
         raise InputError("--frozen_weights and --finetune both name the weights to start from: drop one")
     check_numbers(args)
+    for flag in ("mask_loss_coef", "dice_loss_coef"):
+        if getattr(args, flag) != 1 and not args.masks:
+            value = f"{getattr(args, flag):g}"
+            raise InputError(f"--{flag} {value}: only a model with masks has this loss; add --masks, or drop the flag")
     check_texts({f"--{flag}": value for flag, value in vars(args).items()})
     check_device_name(args.device)
     check_model(args)
