@@ -113,12 +113,9 @@ class CocoDetection(Dataset):
 
     def _read(self) -> Contents:
         loaded = self.load(segmentations=self.masks)
-        annotations, notes = loaded.annotations, loaded.notes
-        if self.masks:
-            annotations, left_out = with_masks(loaded, self.annotation_file)
-            notes = notes + left_out
-        records = Records(loaded.images, annotations, loaded.classes.labels, self.masks)
-        return Contents(records, loaded.classes, loaded.image_ids, notes)
+        segmentations = with_masks(loaded, self.annotation_file) if self.masks else None
+        records = Records(loaded.images, loaded.annotations, loaded.classes.labels, segmentations)
+        return Contents(records, loaded.classes, loaded.image_ids, loaded.notes)
 
     @cached_property
     def coco(self) -> COCO:

@@ -64,7 +64,7 @@ class Records:
     Args:
         images, annotations: checked entries of an annotation file.
         label_of: the labels of the classes.
-        segmentations: keep them.
+        segmentations: those of the annotations, in the same order.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Records:
         images: Sequence[dict[str, Any]],
         annotations: Sequence[dict[str, Any]],
         label_of: Mapping[ClassId, int],
-        segmentations: bool = False,
+        segmentations: Segmentations | None = None,
     ) -> None:
         images = sorted(images, key=lambda entry: entry["id"])
         self.ids = np.array([entry["id"] for entry in images], dtype=np.int64)
@@ -82,7 +82,7 @@ class Records:
         order = np.argsort(positions, kind="stable")
         self.objects = Objects.from_annotations(annotations, label_of).select(order)
         self.image_of_object = positions[order]
-        self.segmentations = Segmentations.from_annotations(annotations).select(order) if segmentations else None
+        self.segmentations = segmentations and segmentations.select(order)
         self._set_names([entry["file_name"].encode() for entry in images])
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -160,10 +160,6 @@ class Records:
         return self.objects.select(slice(*self._first_objects[index : index + 2]))
 
     def masks_of(self, index: int, width: int, height: int) -> np.ndarray | None:
-        """Return the masks [N, height, width] of the objects of one image, uint8; None without segmentations.
-
-        Raises:
-            InputError: if one is for an image of another size.
-        """
+        """Return the masks [N, height, width] of the objects of one image, uint8; None without segmentations."""
         rows = range(*self._first_objects[index : index + 2])
         return self.segmentations.masks(rows, height, width) if self.segmentations else None

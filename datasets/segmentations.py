@@ -35,7 +35,11 @@ class Segmentations(NamedTuple):
     @classmethod
     def from_annotations(cls, annotations: Sequence[dict[str, Any]]) -> Segmentations:
         """Return the segmentations of COCO's annotations in the same order."""
-        packed = [pack(entry.get("segmentation")) for entry in annotations]
+        return cls.from_packed([pack(entry.get("segmentation")) for entry in annotations])
+
+    @classmethod
+    def from_packed(cls, packed: Sequence[tuple[bytes, tuple[int, int]]]) -> Segmentations:
+        """Return the segmentations that `pack` returned."""
         return cls(
             np.frombuffer(b"".join(content for content, _ in packed), dtype=np.uint8),
             np.cumsum([0, *(len(content) for content, _ in packed)]),
@@ -135,14 +139,14 @@ def runs(counts: str) -> list[int]:
     return lengths if all(length >= 0 for length in lengths) else [-1]
 
 
-def with_masks(loaded: Annotations, path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the annotations of a file that have a mask, and a line about those that are left out.
+def with_masks(loaded: Annotations, path: Path) -> Segmentations:
+    """Leave the annotations without a mask out of `loaded`, with a note, and return the segmentations of the others.
 
     Raises:
         InputError: if run-length codes are for an image of another size.
     """
     sizes = {entry["id"]: [entry.get("height"), entry.get("width")] for entry in loaded.images}
-    kept = []
+    kept, packed = [], []
     for entry in loaded.annotations:
         content, size = pack(entry.get("segmentation"))
         expected = sizes[entry["image_id"]]
@@ -153,6 +157,8 @@ def with_masks(loaded: Annotations, path: Path) -> tuple[list[dict[str, Any]], l
             )
         if content:
             kept.append(entry)
-    missing = len(loaded.annotations) - len(kept)
-    line = f"{path}: {counted(missing, 'annotation')} without a usable segmentation left out"
-    return kept, [line] * bool(missing)
+            packed.append((content, size))
+    if missing := len(loaded.annotations) - len(kept):
+        loaded.notes.append(f"{path}: {counted(missing, 'annotation')} without a usable segmentation left out")
+    loaded.annotations = kept
+    return Segmentations.from_packed(packed)

@@ -21,7 +21,7 @@ from models.not_scriptable import NotScriptable
 
 LAST_THING = 90  # the highest category id of COCO's things
 MOST_QUERIES = 32  # whose masks are computed together, which bounds the memory
-SMALLEST = 4  # segments of at most so many pixels are removed
+SMALLEST = 4  # pixels; segments up to this size are removed
 
 
 class PostProcessSegm(NotScriptable, nn.Module):

@@ -165,7 +165,7 @@ class QueryMasks:
 
     @cached_property
     def shared(self) -> list[Tensor]:
-        """What all queries of an image share: the keys, and `MaskHead.shared`."""
+        """Tensors that all queries of an image share: the keys, and the result of `MaskHead.shared`."""
         *lower, _ = (stage.tensors for stage in self.embeddings.stages)  # of layer1, layer2 and layer3
         with self.autocast():
             keys = self.model.bbox_attention.keys(self.embeddings.memory)  # [B, h, C / h, S]
