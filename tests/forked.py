@@ -2,6 +2,7 @@
 
 import multiprocessing
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,4 +38,10 @@ def run_main(
 
 def run_on_several(function: Callable[..., Any], args: tuple, nprocs: int) -> None:
     """Call a function with the rank and `args` on `nprocs` processes."""
-    torch.multiprocessing.start_processes(function, args, nprocs, start_method="forkserver")
+    started = torch.multiprocessing.start_processes(function, args, nprocs, join=False, start_method="forkserver")
+    end = time.monotonic() + LONGEST
+    while not started.join(max(0, end - time.monotonic())):
+        if time.monotonic() > end:
+            for process in started.processes:
+                process.kill()
+            raise TimeoutError(f"not finished after {LONGEST} seconds")

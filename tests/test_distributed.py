@@ -158,6 +158,11 @@ def test_models_with_other_outputs_can_be_distributed(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_processes_leave_while_a_tensor_is_sent(parse, meeting):
+    """Before torch 2.8, they would wait for a thread that waits for them to free the tensor."""
+    run_on_several(two_processes.leave_while_sending, (2, meeting(), parse()), 2)
+
+
 @pytest.mark.parametrize(
     "moment", ["the data is loaded", "the model is distributed", "the training begins", "the evaluation begins"]
 )

@@ -23,8 +23,9 @@ from engine import evaluate
 from flags.parser import MAX_AUTO_WORKERS, get_args_parser
 from models import build_model
 from tests.forked import run_on_several
+from tests.two_processes import join
 from util.box_ops import box_cxcywh_to_xyxy
-from util.distributed import init_distributed_mode, leave_process_group
+from util.distributed import leave_process_group
 from util.errors import InputError
 
 SMALL = ("--min_size", 48, "--max_size", 80)
@@ -224,12 +225,10 @@ def test_results_do_not_depend_on_the_batch_size(photos, dc5, parse):
 
 def read_together(rank: int, meeting: dict, root: Path, file: str) -> None:
     """Build a data set as one of two processes, of which only the first may read the annotations."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} | meeting
     args = get_args_parser().parse_args(
         ["--device", "cpu", "--coco_path", str(root), "--val_annotations", str(root / file)]
     )
-    init_distributed_mode(args)
+    join(rank, 2, meeting, args)
     if rank == 1:
         datasets.coco.load_annotations = int  # fails if it is called with a file
     try:

@@ -1,4 +1,4 @@
-"""One training step, as one of several processes sees it."""
+"""Functions for one of several processes: it joins the others, leaves them, or takes a training step with them."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from engine import take_steps
 from models import build_model
@@ -44,6 +45,21 @@ def random_model(args: argparse.Namespace, seed: int) -> tuple[Detector, SetCrit
     return model, criterion
 
 
+def join(rank: int, world_size: int, meeting: dict, args: argparse.Namespace) -> None:
+    """Join the other processes at a place of the fixture `meeting`."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | meeting
+    init_distributed_mode(args)
+
+
+def leave_while_sending(rank: int, world_size: int, meeting: dict, args: argparse.Namespace) -> None:
+    """Leave the others while a thread sends or receives a large tensor that nothing else refers to."""
+    join(rank, world_size, meeting, args)
+    dist.broadcast(torch.zeros(2**26, dtype=torch.uint8), 0, async_op=True)
+    leave_process_group()
+
+
 def step(
     rank: int,
     world_size: int,
@@ -53,11 +69,7 @@ def step(
     boxes: Sequence[int] = (1, 2, 3, 4),
 ) -> None:
     """Take a step of gradient descent on this process's share of four images; save losses, gradients and weights."""
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-        os.environ |= meeting
-    init_distributed_mode(args)
+    join(rank, world_size, meeting, args)
     device = torch.device(args.device)
     model, criterion = random_model(args, seed=rank)  # the first process's weights and statistics count
     model.to(device)

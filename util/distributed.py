@@ -55,7 +55,16 @@ def leave_process_group(orderly: bool = True) -> None:
 
     If a run ends because of an error, NCCL might wait for processes that are gone; it then ends with this process.
     """
-    if is_dist_avail_and_initialized() and (orderly or dist.get_backend() != "nccl"):
+    if not is_dist_avail_and_initialized():
+        return
+    if dist.get_backend() == "gloo":
+        # Before torch 2.8, the end of a group waits for gloo's threads with Python's lock held, which one of them
+        # may need to free a tensor. The end of a backend releases that lock: with a reference to it, it ends last.
+        assert dist.group.WORLD is not None
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        dist.destroy_process_group()
+        del backend
+    elif orderly:
         dist.destroy_process_group()
 
 
