@@ -19,6 +19,7 @@ from checkpoints.huggingface_names import their_modules, to_ours, to_theirs
 from checkpoints.safetensors_file import read_tensors, write_tensors
 from checkpoints.schema import either, from_json, integer, label, shown, table_of, text
 from checkpoints.torch_file import load_file
+from checkpoints.weight_flags import of_detector
 from datasets.classes import Classes
 from models.backbone import CHANNELS, DEPTHS
 from models.detector import IMAGENET_MEAN, IMAGENET_STD
@@ -64,6 +65,7 @@ RESNETS: dict[str, dict[str, Any]] = {
 }
 MOST_BYTES = 2**24  # of a JSON file
 CLASSES = {"conditional_detr": "ConditionalDetr", "detr": "Detr"}  # prefixes of transformers' class names
+BOXES_WITHOUT_REFERENCE = "transformers' ConditionalDetrForSegmentation leaves the reference points out of its boxes"
 NO_CLASS = "N/A"  # the name of a label that stands for no class
 
 
@@ -81,11 +83,14 @@ def write_folder(folder: Path, weights: dict[str, Tensor], args: argparse.Namesp
     """
     if args.model == "conditional_detr" and args.dec_layers < 2:
         raise InputError("a model of one decoder layer has no query_scale, which transformers' models always have")
+    if args.masks:
+        check_mask_head(args)
     depths = None if args.dilation else RESNETS[args.backbone]["depths"]
-    tensors = to_theirs(weights, their_modules(args.enc_layers, args.dec_layers, depths, args.model))
+    modules = their_modules(args.enc_layers, args.dec_layers, depths, args.model, args.masks)
+    tensors = to_theirs(weights, modules)
     write_tensors(folder / WEIGHTS, tensors, {})
     write_json(folder / PREPROCESSOR, preprocessor_of(args))
-    num_classes = len(weights["class_embed.bias"]) - (args.model == "detr")  # without "no object"
+    num_classes = len(of_detector(weights)["class_embed.bias"]) - (args.model == "detr")  # without "no object"
     write_json(folder / CONFIG, config_of(args, classes, num_classes))  # last: marks it complete
 
 
@@ -104,12 +109,27 @@ def read_folder(folder: Path) -> dict[str, Any]:
     flags, depths = flags_of(config, folder / CONFIG)
     flags |= image_sizes_of(preprocessor, folder / PREPROCESSOR)
     flags = check_flags(flags, f"{folder}: args")
-    modules = their_modules(flags["enc_layers"], flags["dec_layers"], depths, flags["model"])
     tensors = check_weights(read_weights(folder), f"{folder}: weights")
     tensors = {key: tensor.float() for key, tensor in tensors.items()}
+    flags["masks"] = any(key.startswith("mask_head.") for key in tensors)
+    if flags["masks"] and flags["model"] == "conditional_detr":
+        raise InputError(f"{folder}: {BOXES_WITHOUT_REFERENCE}; no model here computes the same")
+    modules = their_modules(flags["enc_layers"], flags["dec_layers"], depths, flags["model"], flags["masks"])
     return {"model": to_ours(tensors, modules, flags["model"]), "args": flags} | classes_of_config(
         config, folder / CONFIG
     )
+
+
+def check_mask_head(args: argparse.Namespace) -> None:
+    """Raise InputError for a model with masks that transformers cannot build, or would compute other boxes from."""
+    dim, heads = args.hidden_dim, args.nheads
+    if args.model == "conditional_detr":
+        raise InputError(f"{BOXES_WITHOUT_REFERENCE}, which would be wrong; use --to safetensors or --to checkpoint")
+    if heads % 8 or (dim not in (16, 32, 64) and dim % 128):
+        raise InputError(
+            "transformers' mask heads need --nheads to be a multiple of 8, and --hidden_dim to be 16, 32, 64 or a "
+            f"multiple of 128, so that their norms have groups of equal size; this model's are {heads} and {dim}"
+        )
 
 
 def _files_to_name(folder: Path) -> str:
@@ -123,7 +143,7 @@ def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> J
     """Return the config.json of a model; DC5 uses timm's ResNet, since that of transformers does not dilate."""
     names = {label: classes.names.get(label, NO_CLASS) for label in range(num_classes)}
     config = {
-        "architectures": [f"{CLASSES[args.model]}ForObjectDetection"],
+        "architectures": [f"{CLASSES[args.model]}{'ForSegmentation' if args.masks else 'ForObjectDetection'}"],
         "model_type": args.model,
         **FIXED,
         **{field: getattr(args, flag) for field, flag in SIZES.items()},
@@ -133,7 +153,7 @@ def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> J
         "use_timm_backbone": args.dilation,
         "use_pretrained_backbone": False,
         "backbone": args.backbone if args.dilation else None,
-        "backbone_config": None if args.dilation else resnet_of(args.backbone),
+        "backbone_config": None if args.dilation else resnet_of(args.backbone, args.masks),
         "id2label": names,
         "label2id": {name: label for label, name in names.items()},
     }
@@ -142,9 +162,11 @@ def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> J
     return config
 
 
-def resnet_of(name: str) -> Json:
-    """Return the backbone_config of transformers' own ResNet, which outputs its last stage."""
-    return {"model_type": "resnet", **RESNETS[name], **FIXED_RESNET, "out_features": ["stage4"], "out_indices": [4]}
+def resnet_of(name: str, all_stages: bool) -> Json:
+    """Return the backbone_config of transformers' own ResNet, which outputs all its stages or only the last one."""
+    stages = [1, 2, 3, 4] if all_stages else [4]
+    outputs = {"out_features": [f"stage{i}" for i in stages], "out_indices": stages}
+    return {"model_type": "resnet", **RESNETS[name], **FIXED_RESNET, **outputs}
 
 
 def preprocessor_of(args: argparse.Namespace) -> Json:

@@ -1,7 +1,7 @@
 """Names of this model's weights in Hugging Face transformers: one table, read in both directions.
 
 It holds the names in files, which all versions read and write. Since version 5, the modules themselves have other
-names; `FROM_MODULES` maps these to the names in files.
+names; `FROM_MODULES` and `MASK_HEAD` map these to the names in files. Those of the mask head are equal to ours there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from itertools import product
 
 import torch
 from torch import Tensor
+
+from checkpoints.weight_flags import DETECTOR
 
 Weights = dict[str, Tensor]
 
@@ -53,8 +55,8 @@ BLOCK = {
 }
 
 FROM_MODULES = (
-    (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
-    (r"^model\.backbone\.position_embedding\.", "model.position_embedding."),  # version 4, in files too
+    (r"\bmodel\.backbone\.model\.", "model.backbone.conv_encoder.model."),
+    (r"\bmodel\.backbone\.position_embedding\.", "model.position_embedding."),  # version 4, in files too
     (r"\.o_proj\.", ".out_proj."),
     (r"\.mlp\.fc([12])\.", r".fc\1."),
 )
@@ -65,15 +67,29 @@ FROM_CONDITIONAL_MODULES = (
     (r"\.encoder_attn\.([qk])_(content|pos|pos_sine)_proj\.", r".ca_\1\2_proj."),
     (r"\.encoder_attn\.v_proj\.", ".ca_v_proj."),
 )
+MASK_HEAD = {
+    **{"bbox_attention.q_proj": "bbox_attention.q_linear", "bbox_attention.k_proj": "bbox_attention.k_linear"},
+    **{"mask_head.conv1.conv": "mask_head.lay1", "mask_head.conv1.norm": "mask_head.gn1"},
+    **{"mask_head.conv2.conv": "mask_head.lay2", "mask_head.conv2.norm": "mask_head.gn2"},
+    **{f"mask_head.fpn_stages.{i}.refine.conv": f"mask_head.lay{i + 3}" for i in range(3)},
+    **{f"mask_head.fpn_stages.{i}.refine.norm": f"mask_head.gn{i + 3}" for i in range(3)},
+    **{f"mask_head.fpn_stages.{i}.fpn_adapter": f"mask_head.adapter{i + 1}" for i in range(3)},
+    "mask_head.output_conv": "mask_head.out_lay",
+}
 
 
 def their_modules(
-    num_encoder_layers: int, num_decoder_layers: int, depths: list[int] | None, model: str = "conditional_detr"
+    num_encoder_layers: int,
+    num_decoder_layers: int,
+    depths: list[int] | None,
+    model: str = "conditional_detr",
+    masks: bool = False,
 ) -> dict[str, str]:
     """Return our modules' names and theirs for a model with these numbers of layers.
 
     Args:
         depths: blocks of each stage of their own ResNet; None for timm's.
+        masks: the model has a mask head on top of its detector.
     """
     names = dict(MODULES)
     for stack, num_layers in (("encoder", num_encoder_layers), ("decoder", num_decoder_layers)):
@@ -89,7 +105,8 @@ def their_modules(
             for i, (ours, theirs) in product(range(depth), BLOCK.items()):
                 their_block = f"{their_body}.encoder.stages.{stage}.layers.{i}"
                 names[f"{body}.layer{stage + 1}.{i}.{ours}"] = f"{their_block}.{theirs}"
-    return names
+    prefix = DETECTOR if masks else ""
+    return {prefix + ours: prefix + theirs for ours, theirs in names.items()}
 
 
 def to_theirs(weights: Weights, modules: dict[str, str]) -> Weights:
@@ -129,7 +146,7 @@ def name_in_files(key: str, model: str = "conditional_detr") -> str:
     """Return the name of a weight in files, given its name in a model in memory."""
     for pattern, replacement in FROM_MODULES + FROM_CONDITIONAL_MODULES * (model == "conditional_detr"):
         key = re.sub(pattern, replacement, key)
-    return key
+    return renamed(key, MASK_HEAD)
 
 
 def split_projections(weights: Weights) -> Iterator[tuple[str, Tensor]]:

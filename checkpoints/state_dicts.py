@@ -22,7 +22,7 @@ PARTS |= {"detr", "bbox_attention", "mask_head"}  # of a model with masks
 WRAPPERS = frozenset({"model", "module", "_orig_mod", "state_dict", "model_state_dict", "net", "network", "weights"})
 AVERAGED = frozenset({"ema", "swa", "avg", "averaged"})  # words in names such as model_ema and ema_state_dict
 MOST_WRAPPED = 3  # dicts within each other
-CLASS_HEAD_OF_HUGGING_FACE = "class_labels_classifier.bias"
+CLASS_HEADS_OF_HUGGING_FACE = {"class_labels_classifier.bias", "detr.class_labels_classifier.bias"}
 
 
 def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[dict[str, Any], str]:
@@ -39,7 +39,7 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
         InputError: if there are none; it names what is there instead.
     """
     for weights in (contents, contents.get("model")) if isinstance(contents, dict) else ():
-        if isinstance(weights, dict) and CLASS_HEAD_OF_HUGGING_FACE in weights:
+        if isinstance(weights, dict) and not CLASS_HEADS_OF_HUGGING_FACE.isdisjoint(weights):
             raise InputError(f"{source}: the weights of a Hugging Face model; name its folder")
     found = dict(_state_dicts(contents, (), set()))
     if not found:

@@ -6,14 +6,16 @@ import torch
 
 from main import get_args_parser
 from models import build_model
-from tests.reference import reference_weights
+from tests.reference import reference_weights, sharpened
 
 OWN_CLASSES = {"class_ids": {0: "ant", 1: 70_000, 2: 4}, "class_names": {0: "Ameise", 1: "bee", 2: "N/A?"}}
 
 
-def save(path: Path, *flags: object, num_classes: int = 91, **more) -> Path:
-    """Save a checkpoint with weights as training would leave them."""
+def save(path: Path, *flags: object, num_classes: int = 91, sharp: bool = False, **more) -> Path:
+    """Save a checkpoint with weights as training would leave them; with `sharp`, its queries differ much."""
     args = get_args_parser().parse_args([*map(str, flags), "--num_classes", str(num_classes)])
     model, _, _ = build_model(args)
-    torch.save({"model": reference_weights(model.state_dict()), "args": vars(args), "epoch": 3, **more}, path)
+    weights = reference_weights(model.state_dict())
+    weights = sharpened(weights) if sharp else weights
+    torch.save({"model": weights, "args": vars(args), "epoch": 3, **more}, path)
     return path

@@ -5,7 +5,6 @@ import torch
 from torch.testing import assert_close
 
 from checkpoints.huggingface_names import name_in_files, their_modules, to_ours, to_theirs
-from checkpoints.weight_flags import of_detector
 from models import build_model
 from tests.reference import reference_images, reference_weights, sharpened
 from util.nested_tensor import nested_tensor_from_tensor_list
@@ -43,17 +42,6 @@ def test_same_outputs_on_a_padded_batch(model, parse):
     assert_close(outputs["pred_boxes"], expected.pred_boxes, atol=1e-5, rtol=0)
 
 
-HEAD = {
-    **{"bbox_attention.q_linear": "bbox_attention.q_proj", "bbox_attention.k_linear": "bbox_attention.k_proj"},
-    **{"mask_head.lay1": "mask_head.conv1.conv", "mask_head.gn1": "mask_head.conv1.norm"},
-    **{"mask_head.lay2": "mask_head.conv2.conv", "mask_head.gn2": "mask_head.conv2.norm"},
-    **{f"mask_head.lay{i + 3}": f"mask_head.fpn_stages.{i}.refine.conv" for i in range(3)},
-    **{f"mask_head.gn{i + 3}": f"mask_head.fpn_stages.{i}.refine.norm" for i in range(3)},
-    **{f"mask_head.adapter{i + 1}": f"mask_head.fpn_stages.{i}.fpn_adapter" for i in range(3)},
-    "mask_head.out_lay": "mask_head.output_conv",
-}
-
-
 def test_same_masks_on_a_padded_batch(parse):
     config = transformers.DetrConfig(
         use_timm_backbone=False,
@@ -67,15 +55,10 @@ def test_same_masks_on_a_padded_batch(parse):
     weights = sharpened(reference_weights(ours.state_dict()))
     ours.load_state_dict(weights)
     ours.all_masks = True
-    modules = their_modules(config.encoder_layers, config.decoder_layers, config.backbone_config.depths, "detr")
-    detector = to_theirs(of_detector(weights), modules)
-    state = {f"detr.{key}": detector[name_in_files(key, "detr")] for key in theirs.detr.state_dict()}
-    state |= {
-        f"{their_name}.{kind}": weights[f"{name}.{kind}"]
-        for name, their_name in HEAD.items()
-        for kind in ("weight", "bias")
-    }
-    theirs.load_state_dict(state)
+    layers = config.encoder_layers, config.decoder_layers
+    modules = their_modules(*layers, config.backbone_config.depths, "detr", masks=True)
+    in_files = to_theirs(weights, modules)
+    theirs.load_state_dict({key: in_files[name_in_files(key, "detr")] for key in theirs.state_dict()})
 
     samples = nested_tensor_from_tensor_list(reference_images([(64, 96), (96, 70)], seed=3))
     samples.tensors = samples.tensors.double()
