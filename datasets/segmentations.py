@@ -143,14 +143,19 @@ def with_masks(loaded: Annotations, path: Path) -> Segmentations:
     """Leave the annotations without a mask out of `loaded`, with a note, and return the segmentations of the others.
 
     Raises:
-        InputError: if run-length codes are for an image of another size.
+        InputError: if an image with annotations has no size, or run-length codes are for an image of another size.
     """
     sizes = {entry["id"]: [entry.get("height"), entry.get("width")] for entry in loaded.images}
     kept, packed = [], []
     for entry in loaded.annotations:
         content, size = pack(entry.get("segmentation"))
         expected = sizes[entry["image_id"]]
-        if size[0] and None not in expected and list(size) != expected:
+        if None in expected:
+            raise InputError(
+                f"{path}: annotation id {entry['id']}: its image has no 'width' or no 'height', which masks need; "
+                "add them, or drop --masks"
+            )
+        if size[0] and list(size) != expected:
             raise InputError(
                 f"{path}: annotation id {entry['id']}: its segmentation is for {size[1]}×{size[0]} pixels, "
                 f"but the image has {expected[1]}×{expected[0]}"

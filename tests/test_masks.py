@@ -156,6 +156,14 @@ def test_codes_for_another_size_name_the_annotation(shapes, tmp_path, parse):
         build_dataset("train", parse(*flags, "--masks"))
 
 
+def test_images_without_a_size_are_refused(shapes, tmp_path, parse):
+    """Their polygons cannot be scored."""
+    flags = edited(shapes, tmp_path, lambda _, data: [image.pop("width") for image in data["images"]])
+    build_dataset("train", parse(*flags))
+    with pytest.raises(InputError, match=r"train.json: annotation id 1: its image has no 'width' or no 'height'"):
+        build_dataset("train", parse(*flags, "--masks"))
+
+
 def test_training_evaluation_and_resuming(shapes, tmp_path, parse):
     flags = (*TINY, "--coco_path", shapes, "--masks", "--ema_decay", 0.9)
     main.main(parse(*flags, "--epochs", 2, "--output_dir", tmp_path / "once"))
