@@ -38,6 +38,15 @@ class Detections(NamedTuple):
     rows: np.ndarray
     codes: bytes
 
+    def masks(self) -> list[dict[str, Any]]:
+        """Return COCO's run-length codes of the N masks; an empty list without masks."""
+        if not self.codes:
+            return []
+        sizes = self.rows[:, 6:8].astype(int).tolist()
+        ends = self.rows[:, 8].cumsum().astype(int).tolist()
+        parts = zip(sizes, [0, *ends], ends, strict=False)
+        return [{"size": size, "counts": self.codes[start:end]} for size, start, end in parts]
+
 
 class CocoEvaluator:
     """Evaluator that scores exactly the images that `update` was given, each once, also those without a detection.
@@ -107,17 +116,15 @@ class CocoEvaluator:
 
     def annotations_of(self, image_id: int, iou_type: str) -> list[dict[str, Any]]:
         """Return an image's detections as annotations, which pycocotools compares with those of the ground truth."""
-        annotations, byte = [], 0
-        rows, codes = self.detections[image_id]
-        for category, score, x, y, width, height, mask_height, mask_width, length in rows.tolist():
-            entry = {"image_id": image_id, "category_id": int(category), "score": score, "iscrowd": 0}
-            if iou_type == "segm":
-                counts = codes[byte : (byte := byte + int(length))]
-                mask = {"size": [int(mask_height), int(mask_width)], "counts": counts}
+        rows = self.detections[image_id].rows[:, :6].tolist()
+        annotations: list[dict[str, Any]] = [
+            {"image_id": image_id, "category_id": int(category), "score": score, "iscrowd": 0}
+            | {"bbox": box, "area": box[2] * box[3]}
+            for category, score, *box in rows
+        ]
+        if iou_type == "segm":
+            for entry, mask in zip(annotations, self.detections[image_id].masks(), strict=True):
                 entry |= {"segmentation": mask, "area": float(mask_api.area(mask))}
-            else:
-                entry |= {"bbox": [x, y, width, height], "area": width * height}
-            annotations.append(entry)
         return annotations
 
     def summarize(self) -> None:

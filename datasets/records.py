@@ -150,14 +150,21 @@ class Records:
             for n, (i, box, label, area, crowd) in enumerate(rows, start=1)
         ]
         if self.segmentations:
-            for row, (entry, image) in enumerate(zip(annotations, self.image_of_object.tolist(), strict=True)):
-                width, height = self.sizes[image].tolist()
-                entry["segmentation"] = self.segmentations.code_of(row, height, width)
+            codes = (code for i in range(len(self)) for code in self.codes_of(i))
+            for entry, code in zip(annotations, codes, strict=True):
+                entry["segmentation"] = code
         return index({"images": images, "annotations": annotations, "categories": list(categories)})
 
     def objects_of(self, index: int) -> Objects:
         """Return the objects of one image."""
         return self.objects.select(slice(*self._first_objects[index : index + 2]))
+
+    def codes_of(self, index: int) -> list[dict[str, Any]]:
+        """Return COCO's run-length codes of the masks of one image's objects; none without segmentations."""
+        if not self.segmentations:
+            return []
+        width, height = self.sizes[index].tolist()
+        return [self.segmentations.code_of(i, height, width) for i in range(*self._first_objects[index : index + 2])]
 
     def masks_of(self, index: int, width: int, height: int) -> np.ndarray | None:
         """Return the masks [N, height, width] of the objects of one image, uint8; None without segmentations."""

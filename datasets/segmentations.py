@@ -53,22 +53,20 @@ class Segmentations(NamedTuple):
         contents = np.concatenate(parts) if parts else self.contents[:0]
         return Segmentations(contents, np.cumsum([0, *(ends - starts)]), self.sizes[rows])
 
-    def code_of(self, row: int, height: int, width: int) -> dict[str, Any] | None:
-        """Return the run-length code of an object's mask in its image; None if it has no usable segmentation."""
+    def code_of(self, row: int, height: int, width: int) -> dict[str, Any]:
+        """Return the run-length code of an object's mask, which is empty if no segmentation of this size is usable."""
         content = self.contents[self.starts[row] : self.starts[row + 1]].tobytes()
-        if not content:
-            return None
-        if self.sizes[row, 0]:
-            code = {"size": self.sizes[row].tolist(), "counts": content}
-            return code if code["size"] == [height, width] else None
-        return mask_api.merge(mask_api.frPyObjects(unpack_polygons(content), height, width))
+        if content and not self.sizes[row, 0]:
+            return mask_api.merge(mask_api.frPyObjects(unpack_polygons(content), height, width))
+        if self.sizes[row].tolist() == [height, width]:
+            return {"size": [height, width], "counts": content}
+        return mask_api.encode(np.zeros((height, width), dtype=np.uint8, order="F"))
 
     def masks(self, rows: Sequence[int], height: int, width: int) -> np.ndarray:
         """Return the masks [len(rows), height, width] of objects of one image, as uint8 with 0 and 1."""
         masks = np.zeros((len(rows), height, width), dtype=np.uint8)
         for mask, row in zip(masks, rows, strict=True):
-            if code := self.code_of(row, height, width):
-                mask[:] = mask_api.decode(code)
+            mask[:] = mask_api.decode(self.code_of(row, height, width))
         return masks
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,8 @@ MIN_IOU = 0.5  # of a correct detection with its object
 EXAMPLES, EXAMPLES_MIN_SCORE = 4, 0.3  # pictures while a model learns, when it is not yet confident
 PANEL = (480, 800)  # pixels: the limits of a picture's long side, to which other images are scaled
 
+Masks = Sequence[dict[str, Any]]  # COCO's run-length codes
+
 
 @dataclass
 class Comparison:
@@ -34,12 +37,14 @@ class Comparison:
         false: [N] bool, those that match no object.
         objects: the ground truth without crowds.
         missed: [M] bool, those that match no detection.
+        masks: those of the M objects and of the N detections, empty without masks.
     """
 
     found: np.ndarray
     false: np.ndarray
     objects: Objects
     missed: np.ndarray
+    masks: tuple[Masks, Masks] = ((), ())
 
     @property
     def mistakes(self) -> int:
@@ -47,7 +52,7 @@ class Comparison:
         return int(self.missed.sum() + self.false.sum())
 
     def draw(self, picture: Picture, classes: Classes, sides: tuple[int, int] = PANEL) -> Image.Image:
-        """Draw the ground truth next to the detections, with names and scores, and mark what is missed or false.
+        """Draw the ground truth next to the detections, with masks, names and scores, and mark what is missed or false.
 
         `sides` are the smallest and largest long side that both are drawn with.
         """
@@ -63,25 +68,31 @@ class Comparison:
             f"model: {counted(len(found), 'detection')}, {self.false.sum()} false",
         ]
         boxes = [_corners(of_panel) * scale for of_panel in (self.objects.boxes, self.found[:, 2:])]
-        panels = [annotate(image, *panel) for panel in zip(boxes, labels, (truth, found), strict=True)]
+        panels = [annotate(image, *panel) for panel in zip(boxes, labels, (truth, found), self.masks, strict=True)]
         return side_by_side(panels, titles)
 
 
-def compare(rows: np.ndarray, objects: Objects, min_score: float = MIN_SCORE) -> Comparison:
+def compare(
+    rows: np.ndarray, objects: Objects, min_score: float = MIN_SCORE, masks: tuple[Masks, Masks] = ((), ())
+) -> Comparison:
     """Match the detections of an image with its objects, as COCO does at one threshold.
 
     In the order of their scores, every detection of at least `min_score` is matched with the object of its class with
     the highest IoU, at least `MIN_IOU`, that no better detection has taken. A detection in a crowd region of its class
-    is not false. Objects without area are left out.
+    is not false. Objects without area are left out. With masks, the IoU is that of masks, else of boxes.
 
     Args:
         rows: the detections, in the format of the evaluator's `Detections.rows`.
         objects: the ground truth.
+        masks: those of the objects and of the detections.
     """
-    found = rows[rows[:, 1] >= min_score, :6]
-    found = found[np.argsort(-found[:, 1], kind="stable")]
-    objects = objects.select(objects.boxes[:, 2:].min(1) > 0)
-    ious = np.reshape(mask_api.iou(found[:, 2:], objects.boxes, objects.crowds), (len(found), len(objects.boxes)))
+    order = np.argsort(-rows[:, 1], kind="stable")
+    order = order[rows[order, 1] >= min_score]
+    with_area = np.flatnonzero(objects.boxes[:, 2:].min(1) > 0)
+    found, objects = rows[order, :6], objects.select(with_area)
+    true_masks, found_masks = select_masks(masks[0], with_area), select_masks(masks[1], order)
+    truth, shapes = (true_masks, found_masks) if true_masks and found_masks else (objects.boxes, found[:, 2:])
+    ious = np.reshape(mask_api.iou(shapes, truth, objects.crowds), (len(found), len(objects.boxes)))
     right = (ious >= MIN_IOU) & (found[:, :1] == objects.labels)
     free = ~objects.crowds
     false = np.zeros(len(found), dtype=bool)
@@ -90,16 +101,22 @@ def compare(rows: np.ndarray, objects: Objects, min_score: float = MIN_SCORE) ->
             free[np.where(candidates & free, ious[i], 0).argmax()] = False
         else:
             false[i] = not (candidates & objects.crowds).any()
-    real = ~objects.crowds
-    return Comparison(found, false, objects.select(real), free[real])
+    real = np.flatnonzero(~objects.crowds)
+    return Comparison(found, false, objects.select(real), free[real], (select_masks(true_masks, real), found_masks))
+
+
+def select_masks(masks: Masks, rows: Iterable[int]) -> Masks:
+    """Return the masks at some indices; none if there are none."""
+    return [masks[i] for i in rows] if masks else ()
 
 
 def compare_image(
     evaluator: CocoEvaluator, dataset: CocoDetection, position: int, min_score: float = MIN_SCORE
 ) -> Comparison:
     """Return the comparison of an image that was evaluated."""
-    rows = evaluator.detections[int(dataset.records.ids[position])].rows
-    return compare(rows, dataset.records.objects_of(position), min_score)
+    detections, records = evaluator.detections[int(dataset.records.ids[position])], dataset.records
+    masks = records.codes_of(position), detections.masks()
+    return compare(detections.rows, records.objects_of(position), min_score, masks)
 
 
 def evaluated(evaluator: CocoEvaluator, dataset: CocoDetection) -> list[int]:

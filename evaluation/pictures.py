@@ -1,16 +1,18 @@
-"""Pictures of images with boxes."""
+"""Pictures of images with boxes and masks."""
 
 from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pycocotools import mask as mask_api
 
 Colour = tuple[int, int, int]
 Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -28,17 +30,18 @@ def annotate(
     boxes: Sequence[Sequence[float]],
     labels: Sequence[int],
     texts: Sequence[str],
-    masks: Iterable[np.ndarray] = (),
+    masks: Sequence[dict[str, Any]] = (),
 ) -> Image.Image:
     """Return a copy of an RGB image with boxes (xyxy in pixels), a colour per label, and a text at each box.
 
-    Masks [H, W], if there are any, belong to the boxes and tint the image; those of the first boxes are on top.
+    Masks, if there are any, belong to the boxes: COCO's run-length codes, which may be of another size than the image.
+    They tint it; those of the first boxes are on top.
 
     Lines and letters grow with the image. The first boxes are drawn on top of later ones. Boxes are clipped to the
     image, and texts lie inside it. Texts do not overlap: in dense groups, later boxes have none. It is fast
     enough for thousands of photos.
     """
-    image = tinted(image, list(masks), [colour_of(label) for label in labels])
+    image = tinted(image, masks, [colour_of(label) for label in labels])
     draw = ImageDraw.Draw(image)
     size = max(MIN_TEXT, round(TEXT_SCALE * (image.width * image.height) ** 0.5))
     limits = np.array([image.width, image.height] * 2) - 1
@@ -59,11 +62,11 @@ def annotate(
     return image
 
 
-def tinted(image: Image.Image, masks: Sequence[np.ndarray], colours: Sequence[Colour]) -> Image.Image:
-    """Return a copy of an RGB image with masks [H, W] in half-transparent colours, the first ones on top."""
+def tinted(image: Image.Image, masks: Sequence[dict[str, Any]], colours: Sequence[Colour]) -> Image.Image:
+    """Return a copy of an RGB image with masks (run-length codes) in half-transparent colours, the first on top."""
     image = image.copy()
     for mask, colour in reversed(list(zip(masks, colours, strict=False))):
-        alpha = Image.fromarray(np.where(mask, round(255 * TINT), 0).astype(np.uint8)).resize(image.size)
+        alpha = Image.fromarray(mask_api.decode(mask) * round(255 * TINT)).resize(image.size)
         image.paste(colour, mask=alpha)
     return image
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pycocotools.cocoeval import COCOeval
 
 from datasets.classes import Classes
 from datasets.coco import CocoDetection
@@ -24,6 +25,7 @@ from util.text import counted
 WORST = 16  # images
 MOST_BARS = 30  # one per class; of more classes, the best and worst are shown
 LONGEST_NAME = 24  # characters next to a bar
+SUFFIXES = {"bbox": "", "segm": "_masks"}  # of the files about boxes and masks
 TEST_RESULTS = "detections_test-dev2017_conddetr_results.json"  # COCO's detections_[testset]_[alg]_results.json
 
 
@@ -33,17 +35,22 @@ def write_report(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Clas
     - `detections.json`: all detections in COCO's result format, and `category_name`;
     - `precision_recall.png`: precision over recall, and AP by class;
     - `worst/`: the images with the most mistakes (`evaluation.mistakes`), `01_ID.jpg` that with the most of all;
-    - `eval.pth`: the evaluator's arrays.
+    - `eval.pth`: the evaluator's arrays;
+    - `precision_recall_masks.png` and `eval_masks.pth`: the same for masks, if there are any.
     """
-    save_on_master(evaluation_as_plain_data(evaluator.coco_eval["bbox"]), folder / "eval.pth")
+    for kind in evaluator.iou_types:
+        save_on_master(evaluation_as_plain_data(evaluator.coco_eval[kind]), folder / f"eval{SUFFIXES[kind]}.pth")
     if not is_main_process():
         return
     all_results = results_of(evaluator, classes, with_names=True, own_id=dataset.own_id)
     write_coco_results(folder / "detections.json", all_results)
-    with replacing(folder / "precision_recall.png") as file:
-        precision_recall(evaluator, classes).savefig(file, dpi=110, format="png")
+    curves = [f"precision_recall{SUFFIXES[kind]}.png" for kind in evaluator.iou_types]
+    for kind, name in zip(evaluator.iou_types, curves, strict=True):
+        with replacing(folder / name) as file:
+            precision_recall(evaluator, classes, kind).savefig(file, dpi=110, format="png")
     drawn = write_worst_images(evaluator, dataset, classes, folder / "worst")
-    log(f"wrote detections.json, precision_recall.png and {counted(drawn, 'picture')} in worst/ to {folder}", "green")
+    files = ", ".join(["detections.json", *curves])
+    log(f"wrote {files} and {counted(drawn, 'picture')} in worst/ to {folder}", "green")
 
 
 def write_test_results(evaluator: CocoEvaluator, classes: Classes, folder: Path) -> None:
@@ -62,9 +69,9 @@ def results_of(
 ) -> Iterator[dict[str, Any]]:
     """Yield the COCO results of all detections, with the file's own id of each image."""
     for image_id in sorted(evaluator.detections):
-        rows = evaluator.detections[image_id].rows[:, :6].tolist()
-        detections = ((int(label), score, box) for label, score, *box in rows)
-        yield from coco_results(own_id(image_id), detections, classes, with_names)
+        detections = evaluator.detections[image_id]
+        found = ((int(label), score, box) for label, score, *box in detections.rows[:, :6].tolist())
+        yield from coco_results(own_id(image_id), found, classes, with_names, detections.masks())
 
 
 def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Classes, folder: Path) -> int:
@@ -79,22 +86,23 @@ def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes
     return len(worst)
 
 
-def precision_recall(evaluator: CocoEvaluator, classes: Classes) -> Figure:
+def precision_recall(evaluator: CocoEvaluator, classes: Classes, iou_type: str = "bbox") -> Figure:
     """Return a figure of precision over recall, averaged over classes, next to AP per class, the highest first."""
-    by_class = {label: ap for label, ap in evaluator.average_precision("bbox").items() if not np.isnan(ap)}
+    by_class = {label: ap for label, ap in evaluator.average_precision(iou_type).items() if not np.isnan(ap)}
     best_first = sorted(by_class.items(), key=lambda item: -item[1])
     bars: list[tuple[str, float | None]] = [(classes.name_of(label), ap) for label, ap in best_first]
     half = MOST_BARS // 2
     shown = bars if len(bars) <= MOST_BARS else [*bars[:half], (f".. {len(bars) - 2 * half} more", None), *bars[-half:]]
     figure = Figure(figsize=(9, max(3.6, 0.8 + 0.19 * len(shown))), layout="constrained")
     curves, ranking = figure.subplots(1, 2)
-    _draw_curves(curves, evaluator)
+    _draw_curves(curves, evaluator.coco_eval[iou_type])
     _draw_bars(ranking, shown)
+    if iou_type == "segm":
+        figure.suptitle("Masks")
     return figure
 
 
-def _draw_curves(axes: Axes, evaluator: CocoEvaluator) -> None:
-    coco_eval = evaluator.coco_eval["bbox"]
+def _draw_curves(axes: Axes, coco_eval: COCOeval) -> None:
     thresholds, recalls = coco_eval.params.iouThrs, coco_eval.params.recThrs
     precision = coco_eval.eval["precision"][:, :, :, 0, AT_100]  # [thresholds, recalls, classes]
     precision = precision[:, :, (precision > -1).any((0, 1))]

@@ -23,7 +23,7 @@ import hashlib
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -251,8 +251,8 @@ def picture(dataset: CocoDetection, index: int) -> Image.Image:
     stored = dataset.load_image(index)
     image = ImageOps.contain(to_pil_image(stored.pixels), CELL)
     objects = dataset.records.objects_of(index)
-    of_all = dataset.records.masks_of(index, *stored.size)
-    masks: Iterable[np.ndarray] = () if of_all is None else of_all[~objects.crowds]
+    codes = dataset.records.codes_of(index)
+    masks = [code for code, crowd in zip(codes, objects.crowds, strict=False) if not crowd]
     objects = objects.select(~objects.crowds)
     x, y, width, height = objects.boxes.T
     corners = np.stack([x, y, x + width, y + height], axis=1) * (image.width / stored.size[0])

@@ -19,12 +19,13 @@ if __name__ == "__main__":  # the imports below take seconds
     check_early("demo_pictures")
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torchvision.ops import batched_nms, box_convert
 
 from datasets import build_dataset
-from evaluation.mistakes import compare
+from evaluation.mistakes import compare, select_masks
 from evaluation.pictures import contact_sheet
 from scripts.detector import load_detector
 from scripts.plot_logs import plot_logs
@@ -53,7 +54,9 @@ def draw_predictions(run: Path, threshold: float) -> Path:
         scores, labels, boxes = (detections[key] for key in ("scores", "labels", "boxes"))
         best = batched_nms(boxes, scores, labels, iou_threshold=0.5)
         rows = torch.cat([labels[:, None], scores[:, None], box_convert(boxes, "xyxy", "xywh")], dim=1)[best]
-        comparison = compare(rows.double().numpy(), dataset.records.objects_of(index), threshold)
+        codes: Any = detections.get("codes", ())
+        masks = dataset.records.codes_of(index), select_masks(codes, best.tolist())
+        comparison = compare(rows.double().numpy(), dataset.records.objects_of(index), threshold, masks)
         pictures.append(comparison.draw(picture, dataset.classes, (SIDE, SIDE)))
     path = run / "predictions.png"
     largest = (max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))

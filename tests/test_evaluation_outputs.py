@@ -14,6 +14,7 @@ import main
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.classes import Classes
 from datasets.coco_eval import CocoEvaluator
+from evaluation.mistakes import worst_images
 from evaluation.report import MOST_BARS, precision_recall, write_report
 from tests.conftest import TINY
 from util.errors import InputError
@@ -52,10 +53,10 @@ def run(data, output, *more: object) -> None:
 
 
 def guesses(dataset, seed: int = 0) -> dict[int, dict[str, torch.Tensor]]:
-    """The objects of every image, shifted a little or a lot, in random order of confidence."""
+    """The objects of every image, shifted a little or a lot, in random order of confidence; masks fill the boxes."""
     rng = np.random.default_rng(seed)
     found = {}
-    for image_id in dataset.ids:
+    for image_id, (width, height) in zip(dataset.ids, dataset.records.sizes.tolist(), strict=True):
         objects = dataset.coco.imgToAnns[image_id] * 2
         boxes = np.array([entry["bbox"] for entry in objects]).reshape(-1, 4)
         boxes = boxes + rng.normal(0, 5, boxes.shape)
@@ -63,12 +64,15 @@ def guesses(dataset, seed: int = 0) -> dict[int, dict[str, torch.Tensor]]:
             "scores": torch.from_numpy(rng.random(len(boxes))).float(),
             "labels": torch.tensor([entry["category_id"] for entry in objects], dtype=torch.int64),
             "boxes": torch.from_numpy(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)).float(),
+            "masks": torch.zeros(len(boxes), height, width),
         }
+        for mask, (x1, y1, x2, y2) in zip(found[image_id]["masks"], found[image_id]["boxes"].int(), strict=True):
+            mask[y1.clamp(0) : y2.clamp(0), x1.clamp(0) : x2.clamp(0)] = 1
     return found
 
 
-def evaluate(dataset, found) -> CocoEvaluator:
-    evaluator = CocoEvaluator(get_coco_api_from_dataset(dataset), ["bbox"])
+def evaluate(dataset, found, kinds=("bbox",)) -> CocoEvaluator:
+    evaluator = CocoEvaluator(get_coco_api_from_dataset(dataset), kinds)
     evaluator.update(found)
     evaluator.synchronize_between_processes()
     evaluator.accumulate()
@@ -90,6 +94,50 @@ def test_pycocotools_finds_the_printed_ap_in_the_file(data, dataset, tmp_path):
     found = json.loads((tmp_path / "detections.json").read_text())
     names = {(entry["category_id"], entry["category_name"]) for entry in found}
     assert names == {(IDS[1], "circle"), (IDS[2], "square"), (IDS[3], "triangle")}
+
+
+def test_masks_in_the_report(data, parse, tmp_path, capsys):
+    """Masks and boxes differ by the corners, so their AP differs; pycocotools takes areas of boxes if there are any."""
+    dataset = build_dataset("val", parse(*TINY, "--coco_path", data, "--masks"))
+    evaluator = evaluate(dataset, guesses(dataset), ("bbox", "segm"))
+    write_report(evaluator, dataset, dataset.classes, tmp_path)
+    files = {"detections.json", "precision_recall.png", "precision_recall_masks.png", "eval.pth", "eval_masks.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"worst"}
+    assert "wrote detections.json, precision_recall.png, precision_recall_masks.png and" in capsys.readouterr().out
+    ours = evaluator.coco_eval["segm"].stats.tolist()
+    assert 0.1 < ours[0] < 0.9
+    assert ours[0] != evaluator.coco_eval["bbox"].stats[0]
+
+    found = json.loads((tmp_path / "detections.json").read_text())
+    truth = COCO(data / "annotations" / "instances_val2017.json")
+    masks_only = [{key: value for key, value in result.items() if key != "bbox"} for result in found]
+    again = COCOeval(truth, truth.loadRes(masks_only), "segm")
+    again.evaluate()
+    again.accumulate()
+    again.summarize()
+    assert again.stats.tolist() == pytest.approx(ours, abs=1e-4)
+
+    saved = torch.load(tmp_path / "eval_masks.pth", weights_only=True)["precision"]
+    assert torch.equal(saved, torch.from_numpy(evaluator.coco_eval["segm"].eval["precision"]))
+    figure = precision_recall(evaluator, dataset.classes, "segm")
+    assert f"AP {ours[0]:.3f}" in figure.legends[0].get_texts()[2].get_text()
+
+
+def test_an_image_with_right_boxes_and_wrong_masks_is_among_the_worst(data, parse):
+    dataset = build_dataset("val", parse(*TINY, "--coco_path", data, "--masks"))
+    position = int(dataset.objects_per_image().argmax())
+    found = {}
+    for index, (image_id, (width, height)) in enumerate(zip(dataset.ids, dataset.records.sizes.tolist(), strict=True)):
+        objects, masks = dataset.records.objects_of(index), dataset.records.masks_of(index, width, height)
+        found[image_id] = {
+            "scores": torch.ones(len(masks)),
+            "labels": torch.from_numpy(objects.labels),
+            "boxes": torch.from_numpy(objects.boxes + np.pad(objects.boxes[:, :2], ((0, 0), (2, 0)))),
+            "masks": torch.from_numpy(1 - masks if index == position else masks),
+        }
+    ((worst, comparison),) = worst_images(evaluate(dataset, found, ("bbox", "segm")), dataset, 16)
+    assert worst == position
+    assert comparison.mistakes == 2 * len(comparison.missed) > 0
 
 
 def test_through_the_command_line(data, tmp_path, capsys):

@@ -17,7 +17,7 @@ import main
 from datasets import build_dataset
 from datasets.segmentations import Segmentations, pack, runs
 from datasets.transforms import make_coco_transforms
-from evaluation.pictures import annotate
+from evaluation.pictures import annotate, colour_of
 from scripts import predict
 from scripts.benchmarking.masks import WithAllMasks
 from scripts.prediction.gallery import image_entry
@@ -26,6 +26,8 @@ from tests.small import build_small
 from tests.two_processes import images_and_targets
 from util.box_ops import masks_to_boxes
 from util.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 HEIGHT, WIDTH = 40, 60
 SQUARE = [10.2, 5.5, 30.7, 5.5, 30.7, 25.3, 10.2, 25.3]
@@ -301,9 +303,13 @@ def test_the_gallery_has_the_part_of_a_mask_in_its_box():
 
 
 def test_masks_tint_the_picture():
-    grey = Image.new("RGB", (20, 10), (100, 100, 100))
-    mask = np.zeros((10, 20), dtype=np.uint8)
-    mask[:, :5] = 1
-    drawn = np.asarray(annotate(grey, [[12, 2, 18, 8]], [1], [""], [mask]))
-    assert (drawn[:, :5] != 100).any(-1).all()
-    assert (drawn[5, 7:10] == 100).all()
+    """Also a picture of another size than the masks; the first mask is on top."""
+    grey = Image.new("RGB", (40, 20), (100, 100, 100))
+    masks = np.zeros((10, 20, 2), dtype=np.uint8, order="F")
+    masks[:, :5, 0] = masks[:, :10, 1] = 1
+    drawn = np.asarray(annotate(grey, [[24, 4, 36, 16]] * 2, [1, 2], ["", ""], mask_api.encode(masks)))
+    colours = [np.array(colour_of(label)) for label in (1, 2)]
+    below = (100 + colours[1]) / 2
+    assert np.allclose(drawn[5:15, 2:8], (below + colours[0]) / 2, atol=3)
+    assert np.allclose(drawn[5:15, 12:18], below, atol=3)
+    assert (drawn[5:15, 22:23] == 100).all()

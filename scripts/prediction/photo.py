@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pycocotools import mask as mask_api
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -48,11 +47,11 @@ class Photo:
     detections: Detections = field(default_factory=dict)
 
     def annotated(self, threshold: float, classes: Classes) -> Image.Image:
-        """Return the image with the boxes that score `threshold` or more, with names and scores."""
+        """Return the image with the boxes and masks that score `threshold` or more, with names and scores."""
         shown = self.detections["scores"] >= threshold
         boxes, labels, scores = (self.detections[key][shown].tolist() for key in ("boxes", "labels", "scores"))
         codes = self.detections.get("codes", [])
-        masks = (mask_api.decode(code) for code, is_shown in zip(codes, shown.tolist(), strict=False) if is_shown)
+        masks = [code for code, is_shown in zip(codes, shown.tolist(), strict=False) if is_shown]
         image = to_pil_image(self.pixels)
         x, y = image.width / self.size[0], image.height / self.size[1]
         boxes = [(x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in boxes]
