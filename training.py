@@ -21,7 +21,7 @@ from models.detector import Detector
 from models.segmentation import DETRsegm
 from run.advice import lr_factor
 from run.average import MovingAverage
-from run.log_file import append_log, logged_aps, trim_log
+from run.log_file import ap_of, append_log, logged_aps, trim_log
 from run.optim import build_optimizer, build_schedule, restore_optimizer
 from run.progress import Progress
 from run.start import Start
@@ -218,7 +218,7 @@ class TrainingRun:
             with self.stop_request.at_once():
                 stats, evaluator = self.evaluate()
             entry = entry | {f"test_{name}": value for name, value in stats.items()}
-            self.save_if_best(epoch, stats["coco_eval_bbox"][0])
+            self.save_if_best(epoch, ap_of(entry))
         self.board.write_epoch(epoch + 1, entry, evaluator)
         if self.output_dir:
             trained = count_parameters(self.model)[1]
@@ -233,9 +233,9 @@ class TrainingRun:
             broadcast_state(average.model)  # statistics of norms on CPUs differ between the processes
         return self.evaluate_val(average.model)
 
-    def save_if_best(self, epoch: int, ap: float) -> None:
+    def save_if_best(self, epoch: int, ap: float | None) -> None:
         """Keep the model, or its average, for inference if no AP on val was as high; -1 means val without boxes."""
-        if ap < 0:
+        if ap is None or ap < 0:
             return
         if self.output_dir and ap > max(self.aps, default=-1):
             average = self.step.average

@@ -50,9 +50,18 @@ def logged_aps(path: str | Path) -> list[float]:
     return [ap for ap, _ in _evaluations(path) if ap >= 0]
 
 
+def ap_of(entry: dict[str, Any]) -> float | None:
+    """Return the AP on val by which epochs are compared, of masks if there are any, else of boxes; None without one.
+
+    That of boxes stays the same if only a mask head is trained.
+    """
+    key = "test_coco_eval_masks" if "test_coco_eval_masks" in entry else "test_coco_eval_bbox"
+    return number_in(entry, key, 0)
+
+
 def _evaluations(path: str | Path) -> list[tuple[float, int]]:
     """Return the AP on val and the epoch of each evaluation in a log file whose AP is finite."""
-    aps = [(number_in(entry, "test_coco_eval_bbox", 0), entry["epoch"]) for entry in read_log(path)]
+    aps = [(ap_of(entry), entry["epoch"]) for entry in read_log(path)]
     return [(ap, epoch) for ap, epoch in aps if ap is not None and math.isfinite(ap)]
 
 

@@ -25,7 +25,7 @@ def summary(flags: Flags, output_dir: Path) -> list[str]:
     model = output_dir / "checkpoint_best.pth" if ap >= 0 else latest
     lines = []
     if ap >= 0:
-        lines.append(f"best AP on val: {ap:.3f}, in epoch {epoch}: {model}")
+        lines.append(f"best {'mask ' * flags.masks}AP on val: {ap:.3f}, in epoch {epoch}: {model}")
     lines.append(f"last epoch: {latest}; log: {log}")
     if not flags.overfit:
         lines.append(

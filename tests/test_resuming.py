@@ -17,12 +17,12 @@ pytestmark = pytest.mark.usefixtures("narrow")
 def scores(monkeypatch):
     """Makes the evaluations find one AP after the other."""
 
-    def scores(*aps: float) -> None:
+    def scores(*aps: float, kind: str = "coco_eval_bbox") -> None:
         left = iter(aps)
 
         def evaluate(*args, original=main.evaluate, **kwargs):
             stats, evaluator = original(*args, **kwargs)
-            stats["coco_eval_bbox"][0] = next(left)
+            stats[kind][0] = next(left)
             return stats, evaluator
 
         monkeypatch.setattr(main, "evaluate", evaluate)
@@ -38,6 +38,20 @@ def test_the_first_of_the_highest_aps_is_the_best(aps, best, shapes, tmp_path, s
     train(shapes, tmp_path, "--epochs", len(aps), "--resume", "auto")
     checkpoint = torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["ap"]) == (best, aps[best])
+
+
+def test_with_masks_their_ap_decides(shapes, tmp_path, scores, capsys):
+    """That of boxes stays the same on a frozen detector. Also after an interruption, and for --patience."""
+    train(shapes, tmp_path / "boxes", "--epochs", 1)
+    flags = ("--masks", "--frozen_weights", tmp_path / "boxes" / "checkpoint.pth", "--patience", 2, "--resume", "auto")
+    scores(0.1, 0.2, 0.4, 0.3, 0.4, kind="coco_eval_masks")
+    for epochs in (2, 9):
+        train(shapes, tmp_path / "masks", "--epochs", epochs, *flags)
+    printed = capsys.readouterr().out
+    assert "without a better AP than 0.400" in printed
+    assert "best mask AP on val: 0.400, in epoch 2" in printed
+    checkpoint = torch.load(tmp_path / "masks" / "checkpoint_best.pth", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["ap"]) == (2, 0.4)
 
 
 def test_a_best_epoch_interrupted_before_its_line_in_the_log(shapes, tmp_path, scores, monkeypatch):
