@@ -18,6 +18,7 @@ from util.logger import MetricLogger, is_shown
 from util.text import printable
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L")
+COCO_GROUPS = {"coco_eval_bbox": "coco", "coco_eval_masks": "coco_masks"}  # the charts of the log's lists
 FLUSH_SECONDS = 10  # so that curves are almost live
 PARTS = {"train": "train_", "val": "test_"}  # TensorBoard's runs, and the prefix of their keys in the log
 
@@ -59,10 +60,11 @@ class TensorBoard:
             return
         for part, prefix in PARTS.items():
             values = {name.removeprefix(prefix): v for name, v in entry.items() if name.startswith(prefix)}
-            numbers = dict(zip(COCO_NUMBERS, values.pop("coco_eval_bbox", ()), strict=False))
-            known = {name: value for name, value in numbers.items() if value >= 0}  # -1: nothing to find
+            for key, group in COCO_GROUPS.items():
+                numbers = dict(zip(COCO_NUMBERS, values.pop(key, ()), strict=False))
+                known = {name: value for name, value in numbers.items() if value >= 0}  # -1: nothing to find
+                self._write(part, group, known, epochs)
             self._write(part, "epochs", {name: value for name, value in values.items() if is_shown(name)}, epochs)
-            self._write(part, "coco", known, epochs)
         for name, picture in self.draw(evaluator) if evaluator else ():
             with self._writing():
                 self.writers["val"].add_image(

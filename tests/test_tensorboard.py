@@ -40,9 +40,10 @@ def assert_as_logged(output) -> None:
     assert curve(train, "epochs/loss") == pytest.approx({n: line["train_loss"] for n, line in lines.items()})
     assert curve(train, "epochs/lr") == pytest.approx({n: line["train_lr"] for n, line in lines.items()})
     assert curve(val, "epochs/loss_ce") == pytest.approx({n: line["test_loss_ce"] for n, line in lines.items()})
-    for name, number in (("AP", 0), ("AP50", 1), ("AR_100", 8)):
-        expected = {n: line["test_coco_eval_bbox"][number] for n, line in lines.items()}
-        assert curve(val, f"coco/{name}") == pytest.approx(expected)
+    for group, key in (("coco", "test_coco_eval_bbox"), ("coco_masks", "test_coco_eval_masks")):
+        for name, number in (("AP", 0), ("AP50", 1), ("AR_100", 8)):
+            if expected := {n: line[key][number] for n, line in lines.items() if key in line}:
+                assert curve(val, f"{group}/{name}") == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,15 @@ def test_curves(whole):
     steps = curve(read(whole, "steps"), "steps/loss")
     assert list(steps) == STEPS
     assert max(steps.values()) > 1
+
+
+def test_curves_of_masks(shapes, tmp_path):
+    train(shapes, tmp_path, "--epochs", 1, "--masks")
+    assert_as_logged(tmp_path)
+    for run, group in (("train", "epochs"), ("val", "epochs"), ("steps", "steps")):
+        assert {f"{group}/loss_mask", f"{group}/loss_dice"} <= set(read(tmp_path, run).Tags()["scalars"])
+    val = read(tmp_path, "val")
+    assert "coco_masks/AR_100" in val.Tags()["scalars"]
 
 
 def test_pictures_of_the_same_images_after_every_evaluation(whole):
