@@ -108,7 +108,7 @@ def points(log: Log, key: str, index: int | None = None) -> tuple[list[int], lis
 
 
 def draw(logs: dict[str, Log]) -> Figure:
-    """Draw a page with the losses and AP of all runs, by name; for a single run also AP50."""
+    """Draw a page with the losses and AP of all runs, by name; for a single run also AP50, and both of masks."""
     single = len(logs) == 1
     figure = Figure(figsize=(9, 3.4 if single else 3.4 + 0.25 * -(-len(logs) // LEGEND_COLUMNS)), layout="constrained")
     loss, precision = figure.subplots(1, 2)
@@ -120,7 +120,11 @@ def draw(logs: dict[str, Log]) -> Figure:
         loss.plot(*points(log, "test_loss"), color=colours[name], **val)
         precision.plot(*points(log, "test_coco_eval_bbox", 0), color=colours[name], label="AP", **val)
         if single:
-            precision.plot(*points(log, "test_coco_eval_bbox", 1), color=COLOURS[1], label="AP50", **val)
+            more = {"AP50": ("test_coco_eval_bbox", 1)}
+            if any("test_coco_eval_masks" in entry for entry in log):
+                more |= {"mask AP": ("test_coco_eval_masks", 0), "mask AP50": ("test_coco_eval_masks", 1)}
+            for colour, (label, place) in zip(COLOURS[1:], more.items(), strict=False):
+                precision.plot(*points(log, *place), color=colour, label=label, **val)
     loss.set(xlabel="epoch", title="Loss", ylim=widened(*loss.get_ylim()))
     precision.set(xlabel="epoch", title="Average precision on val" if single else "AP on val")
     precision.set_ylim(0, max(precision.get_ylim()[1], MIN_AP_RANGE))

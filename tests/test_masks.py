@@ -18,7 +18,7 @@ from datasets import build_dataset
 from datasets.segmentations import Segmentations, pack, runs
 from datasets.transforms import make_coco_transforms
 from evaluation.pictures import annotate, colour_of
-from scripts import predict
+from scripts import demo_pictures, predict
 from scripts.benchmarking.masks import WithAllMasks
 from scripts.prediction.gallery import image_entry
 from tests.conftest import TINY, assert_same_end, log_lines
@@ -283,6 +283,8 @@ def test_prediction_writes_and_draws_masks(shapes, tmp_path, parse):
     assert results
     for result in results:
         assert mask_api.decode(result["segmentation"]).shape == picture.size[::-1]
+    demo_pictures.main(["--output_dir", str(tmp_path / "run"), "--threshold", "0"])
+    assert (tmp_path / "run" / "predictions.png").exists()
 
 
 def test_the_gallery_has_the_part_of_a_mask_in_its_box():

@@ -74,6 +74,17 @@ def test_a_single_run(tmp_path, drawn, capsys):
     assert drawn.figures[0].get_suptitle() == "my run"
 
 
+def test_a_run_with_masks(tmp_path, drawn):
+    masks = {"test_coco_eval_masks": [0.1, 0.2, *[0.0] * 10]}
+    lines = [json.dumps(entry | masks) + "\n" for entry in entries(2, 2)]
+    (tmp_path / "log.txt").write_text("".join(lines))
+    plot_logs.plot_logs([tmp_path], tmp_path / "curves")
+    curves = [values for (axes, *_), values in drawn().items() if axes != "Loss"]
+    assert curves[2:] == [[(1, 0.1), (2, 0.1)], [(1, 0.2), (2, 0.2)]]
+    names = [text.get_text() for text in drawn.figures[0].axes[1].get_legend().get_texts()]
+    assert names == ["AP", "AP50", "mask AP", "mask AP50"]
+
+
 def test_several_runs_of_different_lengths(tmp_path, drawn):
     long, live = write(tmp_path / "long", 4), write(tmp_path / "live", 2, 1, tail='{"epoch": 2, "train_l')
     paths = plot_logs.plot_logs([long, live, long], tmp_path / "both.svg")
