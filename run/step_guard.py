@@ -98,7 +98,7 @@ class StepGuard:
         """
         self.skipped += 1
         values = {name: value.item() for name, value in step.losses.items()}
-        shown = ("loss", "loss_ce", "loss_bbox", "loss_giou", "gradient norm")
+        shown = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice", "gradient norm")
         parts = ", ".join(f"{name} {values[name]:g}" for name in shown if name in values)
         ids = [int(target["image_id"]) for _, targets in step.batches for target in targets]
         where = f"process {get_rank()}: " if get_world_size() > 1 else ""

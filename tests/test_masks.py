@@ -14,10 +14,10 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 import main
+import training
 from datasets import build_dataset
 from datasets.segmentations import Segmentations, pack, runs
 from datasets.transforms import make_coco_transforms
-from evaluation.pictures import annotate, colour_of
 from scripts import demo_pictures, predict
 from scripts.benchmarking.masks import WithAllMasks
 from scripts.prediction.gallery import image_entry
@@ -177,6 +177,27 @@ def test_training_evaluation_and_resuming(shapes, tmp_path, parse):
     assert_same_end(tmp_path / "twice", tmp_path / "once")
 
 
+def test_a_head_that_is_interrupted_within_an_epoch_ends_the_same(shapes, tmp_path, parse, monkeypatch):
+    """On a frozen detector; the process ends after the second of the epoch's three steps."""
+    flags = (*TINY, "--coco_path", shapes, "--epochs", 1)
+    main.main(parse(*flags, "--output_dir", tmp_path / "boxes"))
+    flags += ("--masks", "--frozen_weights", tmp_path / "boxes" / "checkpoint.pth", "--ema_decay", 0.9)
+    flags += ("--accum_steps", 1, "--save_every", 1, "--resume", "auto", "--output_dir")
+    main.main(parse(*flags, tmp_path / "once"))
+
+    def interrupted(run, epoch, original=training.TrainingRun.after_step):
+        original(run, epoch)
+        if run.progress.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.TrainingRun, "after_step", interrupted)
+        main.main(parse(*flags, tmp_path / "twice"))
+    assert torch.load(tmp_path / "twice" / "checkpoint.pth", weights_only=True)["step"] == 2
+    main.main(parse(*flags, tmp_path / "twice"))
+    assert_same_end(tmp_path / "twice", tmp_path / "once")
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -302,16 +323,3 @@ def test_the_gallery_has_the_part_of_a_mask_in_its_box():
     alpha = np.asarray(picture.getchannel("A"))
     assert (alpha[:, :30] == 255).all() and not alpha[:, 30:].any()
     assert second[6] == ""  # nothing of the mask is in that box
-
-
-def test_masks_tint_the_picture():
-    """Also a picture of another size than the masks; the first mask is on top."""
-    grey = Image.new("RGB", (40, 20), (100, 100, 100))
-    masks = np.zeros((10, 20, 2), dtype=np.uint8, order="F")
-    masks[:, :5, 0] = masks[:, :10, 1] = 1
-    drawn = np.asarray(annotate(grey, [[24, 4, 36, 16]] * 2, [1, 2], ["", ""], mask_api.encode(masks)))
-    colours = [np.array(colour_of(label)) for label in (1, 2)]
-    below = (100 + colours[1]) / 2
-    assert np.allclose(drawn[5:15, 2:8], (below + colours[0]) / 2, atol=3)
-    assert np.allclose(drawn[5:15, 12:18], below, atol=3)
-    assert (drawn[5:15, 22:23] == 100).all()

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as mask_api
 
 from evaluation.pictures import annotate, colour_of, contact_sheet, place_texts, text_colour
 
@@ -61,6 +62,19 @@ def test_texts_of_one_place_lie_beside_each_other_and_the_first_on_top():
     assert first[:40].sum() > 200  # its text above,
     assert second[40:].sum() > 200  # the other's elsewhere
     assert not second[80, 90:101].any()
+
+
+def test_masks_tint_the_picture():
+    """Also a picture of another size than the masks; the first mask is on top."""
+    grey = Image.new("RGB", (40, 20), (100, 100, 100))
+    masks = np.zeros((10, 20, 2), dtype=np.uint8, order="F")
+    masks[:, :5, 0] = masks[:, :10, 1] = 1
+    drawn = np.asarray(annotate(grey, [[24, 4, 36, 16]] * 2, [1, 2], ["", ""], mask_api.encode(masks)))
+    colours = [np.array(colour_of(label)) for label in (1, 2)]
+    below = (100 + colours[1]) / 2
+    assert np.allclose(drawn[5:15, 2:8], (below + colours[0]) / 2, atol=3)
+    assert np.allclose(drawn[5:15, 12:18], below, atol=3)
+    assert (drawn[5:15, 22:23] == 100).all()
 
 
 sides = st.integers(1, 200)

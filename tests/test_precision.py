@@ -9,13 +9,15 @@ from models.postprocess import PostProcess
 from tests.small import build_small
 from util.nested_tensor import NestedTensor
 
-TARGETS = [{"labels": torch.tensor([1, 3]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.4, 0.1, 0.3]])}] * 2
+SIZES = [(64, 96), (80, 64)]
+OBJECTS = {"labels": torch.tensor([1, 3]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.4, 0.1, 0.3]])}
+TARGETS = [OBJECTS | {"masks": torch.ones(2, *size, dtype=torch.uint8)} for size in SIZES]
 
 
 @pytest.fixture
 def images() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in ((64, 96), (80, 64))]
+    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in SIZES]
 
 
 def autocast(dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
@@ -37,6 +39,20 @@ def test_predictions_under_autocast(images, dtype):
     assert not torch.equal(outputs["pred_boxes"], outputs["pred_boxes"].bfloat16().float())
 
 
+def test_masks_under_autocast(images):
+    """Also if they are computed after its end."""
+    model, _ = build_small("--masks")
+    queries = [torch.tensor([0, 3]), torch.tensor([5])]
+    with torch.no_grad():
+        expected = model(images)["masks"].of(queries)
+        with autocast():
+            masks = model(images)["masks"]
+        found = masks.of(queries)
+    assert found.dtype is torch.float32
+    assert_close(found, expected, atol=0.1 * expected.std().item(), rtol=0.1)
+    assert not torch.equal(found, expected)
+
+
 def test_points_and_positions_are_exact_under_autocast():
     model, _ = build_small()
     decoder, query_pos = model.transformer.decoder, model.query_embed.weight
@@ -52,8 +68,9 @@ def test_points_and_positions_are_exact_under_autocast():
     assert torch.equal(reference, expected)
 
 
-def test_a_training_step_under_autocast(images):
-    model, criterion = build_small()
+@pytest.mark.parametrize("more", [(), ("--masks",)])
+def test_a_training_step_under_autocast(more, images):
+    model, criterion = build_small(*more)
     model.train()
     for inside in (True, False):  # the criterion may be called within autocast, or behind it
         with autocast():
@@ -61,7 +78,7 @@ def test_a_training_step_under_autocast(images):
             losses = criterion(outputs, TARGETS) if inside else None
         losses = losses or criterion(outputs, TARGETS)
         assert all(value.dtype is torch.float32 for value in losses.values())
-        sum(losses[name] * weight for name, weight in criterion.weight_dict.items()).backward()
+        sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.dtype is torch.float32, name

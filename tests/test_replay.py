@@ -23,7 +23,8 @@ def batch(image_id: int, boxes: int = 2, size: float = 0.5):
     """A batch of one image; with an infinite size of its boxes, its losses are not finite."""
     image = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(image_id))
     target = {"boxes": torch.full((boxes, 4), size), "labels": torch.arange(boxes), "image_id": torch.tensor(image_id)}
-    return nested_tensor_from_tensor_list([image]), (target,)
+    masks = torch.ones(boxes, 64, 64, dtype=torch.uint8)
+    return nested_tensor_from_tensor_list([image]), (target | {"masks": masks},)
 
 
 @pytest.fixture
@@ -46,19 +47,33 @@ def fail(parse, tmp_path):
     return fail
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_a_step_of_several_batches_is_repeated_exactly(amp, fail, capsys):
+@pytest.mark.parametrize(
+    ("amp", "more"),
+    [("none", ()), ("bf16", ()), ("bf16", ("--masks",)), ("none", ("--masks", "--frozen_weights", "x"))],
+)
+def test_a_step_of_several_batches_is_repeated_exactly(amp, more, fail, capsys):
     """With dropout, after a step that has changed the weights."""
     batches = [batch(1), batch(2), batch(3, boxes=1), batch(4, boxes=3, size=math.nan)]
-    dump = fail(batches, "--accum_steps", 2, "--dropout", 0.3, "--amp", amp)
+    dump = fail(batches, "--accum_steps", 2, "--dropout", 0.3, "--amp", amp, *more)
     replay.main([str(dump), *CPU])
     printed = capsys.readouterr().out
     recorded = torch.load(dump, weights_only=True)["losses"]
     assert recorded["loss_ce"].isfinite()
-    assert f"  loss_ce {recorded['loss_ce']:g} (recorded: {recorded['loss_ce']:g})" in printed
-    assert "  gradient norm nan (recorded: nan)" in printed
+    for name in ("loss_ce", "gradient norm"):  # the latter is finite if boxes are frozen
+        assert f"  {name} {recorded[name]:g} (recorded: {recorded[name]:g})" in printed
     assert "all losses equal the recorded ones bit for bit" in printed
     assert "look at the targets" in printed
+
+
+def test_a_mask_head_that_fails_alone(fail, capsys):
+    def spoil(model):
+        model.mask_head.lay3.bias.data[0] = math.nan
+
+    replay.main([str(fail([batch(1)], "--masks", change=spoil)), *CPU])
+    printed = capsys.readouterr().out
+    assert "  loss_mask nan (recorded: nan)" in printed
+    assert "all losses equal the recorded ones bit for bit" in printed
+    assert "the first output that is not finite is that of mask_head.lay3" in printed
 
 
 def test_gradients_that_fail_alone(fail, capsys):

@@ -30,10 +30,10 @@ def device(request):
 
 
 @pytest.fixture
-def parts(parse, device):
+def parts(parse, device, request):
     """Return a small model with trained norms, its criterion, its optimizer and its flags."""
     torch.manual_seed(0)
-    args = parse(*TINY, "--num_classes", 4, "--device", device)
+    args = parse(*TINY, "--num_classes", 4, "--device", device, *getattr(request, "param", ()))
     model, criterion, _ = build_model(args)
     model.to(device)
     return model, criterion, build_optimizer(model, 1e-3, 1e-3, 1e-4), args
@@ -44,7 +44,7 @@ def batch(image_id: int, box: float = 0.5):
     generator = torch.Generator().manual_seed(image_id)
     image = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=generator)
     target = {"boxes": torch.full((1, 4), box), "labels": torch.tensor([2]), "image_id": torch.tensor([image_id])}
-    return nested_tensor_from_tensor_list([image]), (target,)
+    return nested_tensor_from_tensor_list([image]), (target | {"masks": torch.ones(1, 64, 64, dtype=torch.uint8)},)
 
 
 def train(parts, batches, epoch=0, progress=None, guard=None, scaler=None):
@@ -61,7 +61,11 @@ def everything(parts) -> list[torch.Tensor]:
     return copy.deepcopy([*model.state_dict().values(), *moments])
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("fused", "parts"),
+    [(True, ()), (False, ()), (True, ("--masks",)), (True, ("--masks", "--frozen_weights", "x"))],
+    indirect=["parts"],
+)
 def test_a_failing_step_changes_nothing(fused, parts):
     model, criterion, optimizer, args = parts
     if not fused:
@@ -104,6 +108,13 @@ def test_the_error_names_step_losses_and_images(parts, tmp_path):
         str(error.value),
     )
     assert not all(torch.equal(a, b) for a, b in zip(everything(parts), before, strict=True))  # step 0 was taken
+
+
+@pytest.mark.parametrize("parts", [("--masks",)], indirect=True)
+def test_the_error_names_losses_of_masks(parts):
+    parts[0].mask_head.out_lay.bias.data.fill_(math.nan)
+    with pytest.raises(InputError, match=r"loss nan, .* loss_giou [\d.]+, loss_mask nan, loss_dice nan, gradient norm"):
+        train(parts, [batch(1)])
 
 
 def test_a_gradient_alone_that_is_not_finite_is_found(parts):

@@ -23,16 +23,18 @@ IMAGES = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
 def make_targets(device: str = "cpu") -> list[dict[str, torch.Tensor]]:
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.4, 0.1, 0.3]], device=device)
     labels = torch.tensor([1, 3], device=device)
-    return [{"labels": labels[:n], "boxes": boxes[:n]} for n in (2, 0)]
+    masks = [torch.ones(n, *image.shape[1:], dtype=torch.uint8) for n, image in zip((2, 0), IMAGES, strict=True)]
+    return [{"labels": labels[: len(m)], "boxes": boxes[: len(m)], "masks": m.to(device)} for m in masks]
 
 
 def total_loss(model, criterion, samples, targets) -> torch.Tensor:
     losses = criterion(model(samples), targets)
-    return sum(losses[name] * weight for name, weight in criterion.weight_dict.items())
+    return sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
 
 
-def test_checkpointed_activations_give_the_same_gradients(parse):
-    args = parse(*FLAGS, "--dropout", 0.3)
+@pytest.mark.parametrize("more", [(), ("--masks",)])
+def test_checkpointed_activations_give_the_same_gradients(more, parse):
+    args = parse(*FLAGS, "--dropout", 0.3, *more)
     results = []
     for args.checkpoint_activations in (False, True):
         torch.manual_seed(0)
@@ -49,8 +51,9 @@ def test_checkpointed_activations_give_the_same_gradients(parse):
     copy.deepcopy(model)
 
 
-def test_the_host_reads_no_value_in_a_step():
-    model, criterion = build_small()
+@pytest.mark.parametrize("more", [(), ("--masks",)])
+def test_the_host_reads_no_value_in_a_step(more):
+    model, criterion = build_small(*more)
     model.train()
     with Recorder() as recorder:
         total_loss(model, criterion, IMAGES, make_targets()).backward()
@@ -58,8 +61,9 @@ def test_the_host_reads_no_value_in_a_step():
 
 
 @pytest.mark.gpu
-def test_the_host_waits_for_a_gpu_once_a_step():
-    model, criterion = build_small()
+@pytest.mark.parametrize("more", [(), ("--masks",)])
+def test_the_host_waits_for_a_gpu_once_a_step(more):
+    model, criterion = build_small(*more)
     model.train()
     model.cuda()
     samples, targets = [image.cuda() for image in IMAGES], make_targets("cuda")
@@ -119,12 +123,12 @@ def test_compiled_code_gives_the_same_outputs():
         assert_close(model(IMAGES), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("processes", "model"), [(1, "conditional_detr"), (1, "detr"), (2, "conditional_detr")])
-def test_accumulated_batches_are_one_large_batch(processes, model, parse, tmp_path, meeting):
+@pytest.mark.parametrize(("processes", "more"), [(1, ()), (1, ("--model", "detr")), (1, ("--masks",)), (2, ())])
+def test_accumulated_batches_are_one_large_batch(processes, more, parse, tmp_path, meeting):
     """Images of one size with different numbers of boxes, frozen norms, no dropout."""
     found = []
     for accum_steps in (1, 2):
-        args = parse(*FLAGS, "--model", model, "--dropout", 0, "--accum_steps", accum_steps, "--clip_max_norm", 0)
+        args = parse(*FLAGS, *more, "--dropout", 0, "--accum_steps", accum_steps, "--clip_max_norm", 0)
         output = tmp_path / str(accum_steps)
         output.mkdir()
         arguments = (processes, meeting(), args, output)
