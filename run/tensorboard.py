@@ -64,6 +64,8 @@ class TensorBoard:
                 numbers = dict(zip(COCO_NUMBERS, values.pop(key, ()), strict=False))
                 known = {name: value for name, value in numbers.items() if value >= 0}  # -1: nothing to find
                 self._write(part, group, known, epochs)
+            for key in [key for key, value in values.items() if isinstance(value, dict)]:  # of other evaluators
+                self._write(part, key, values.pop(key), epochs)
             self._write(part, "epochs", {name: value for name, value in values.items() if is_shown(name)}, epochs)
         for name, picture in self.draw(evaluator) if evaluator else ():
             with self._writing():

@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 import training
+from run.tensorboard import TensorBoard
 from tests.conftest import TINY, log_lines
 from tests.narrow import narrowed
 from util.errors import InputError
@@ -77,6 +78,13 @@ def test_curves_of_masks(shapes, tmp_path):
         assert {f"{group}/loss_mask", f"{group}/loss_dice"} <= set(read(tmp_path, run).Tags()["scalars"])
     val = read(tmp_path, "val")
     assert "coco_masks/AR_100" in val.Tags()["scalars"]
+
+
+def test_numbers_of_other_evaluators(tmp_path):
+    with TensorBoard(tmp_path / "tensorboard", lambda evaluator: ()) as board:
+        board.begin(0, 0)
+        board.write_epoch(1, {"test_loss": 2.0, "test_PQ_all": {"pq": 0.5, "n": 3}}, None)
+    assert set(read(tmp_path, "val").Tags()["scalars"]) == {"epochs/loss", "PQ_all/pq", "PQ_all/n"}
 
 
 def test_pictures_of_the_same_images_after_every_evaluation(whole):
