@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
-from evaluation.evaluators import build_evaluators
+from evaluation.evaluators import COCO_TYPES, Evaluator, coco_evaluator
+from evaluation.panoptic_quality import PanopticEvaluator
 from models.criterion import SetCriterion
-from models.postprocess import PostProcess
 from run.progress import Progress
 from run.step import Step, autocast, logged_losses
 from util.distributed import all_gather_plain
@@ -79,21 +79,23 @@ def take_steps(
 def evaluate(
     model: nn.Module,
     criterion: SetCriterion,
-    postprocessors: dict[str, PostProcess],
+    postprocessors: Mapping[str, Any],
     data_loader: SizedIterable,
-    base_ds: COCO,
+    base_ds: COCO | None,
     device: torch.device,
     output_dir: str | Path,
     amp: str = "none",
-) -> tuple[dict[str, Any], CocoEvaluator]:
+    panoptic: PanopticEvaluator | None = None,
+) -> tuple[dict[str, Any], CocoEvaluator | None]:
     """Measure losses and COCO's average precision; write the evaluator's arrays to `output_dir`/eval/latest.pth.
 
     Args:
-        base_ds: the ground truth, from `datasets.get_coco_api_from_dataset`.
+        base_ds: the ground truth, from `datasets.get_coco_api_from_dataset`; None: AP is not measured.
         output_dir: "" writes nothing.
         amp: the precision of the model's forward pass, none or a key of `AUTOCAST`.
+        panoptic: evaluator that measures panoptic quality as well.
 
-    Return the means of all losses and, as `coco_eval_bbox`, the 12 COCO numbers; and the evaluator.
+    Return the means of all losses and, as `coco_eval_bbox`, the 12 COCO numbers; and the evaluator of AP.
     """
     criterion.eval()
     logger = MetricLogger()
@@ -101,32 +103,34 @@ def evaluate(
     def measure(outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> None:
         logger.update(**logged_losses(criterion(outputs, targets), criterion.weight_dict))
 
-    evaluators = detect(model, postprocessors, data_loader, base_ds, device, amp, logger, measure)
+    coco = coco_evaluator(postprocessors, base_ds) if base_ds else None
+    evaluators = [evaluator for evaluator in (coco, panoptic) if evaluator]
+    needed = {kind: p for kind, p in postprocessors.items() if coco or kind not in COCO_TYPES}
+    detect(model, needed, data_loader, evaluators, device, amp, logger, measure)
     logger.synchronize_between_processes()
     stats: dict[str, Any] = logger.averages()
     for evaluator in evaluators:
         evaluator.accumulate()
         evaluator.summarize()
         stats |= evaluator.stats
-    coco_evaluator = evaluators[0]
-    if output_dir:
-        arrays = evaluation_as_plain_data(coco_evaluator.coco_eval["bbox"])
+    if output_dir and coco:
+        arrays = evaluation_as_plain_data(coco.coco_eval["bbox"])
         save_on_master(arrays, Path(output_dir) / "eval" / "latest.pth")
-    return stats, coco_evaluator
+    return stats, coco
 
 
 @torch.no_grad()
 def detect(
     model: nn.Module,
-    postprocessors: dict[str, PostProcess],
+    postprocessors: Mapping[str, Any],
     data_loader: SizedIterable,
-    base_ds: COCO,
+    evaluators: Sequence[Evaluator],
     device: torch.device,
     amp: str = "none",
     logger: MetricLogger | None = None,
     on_batch: Callable[[dict[str, Tensor], list[dict[str, Tensor]]], None] = lambda outputs, targets: None,
-) -> tuple[CocoEvaluator, ...]:
-    """Return evaluators with a model's detections in all images, from all processes, which are not scored yet.
+) -> None:
+    """Give evaluators a model's detections in all images, from all processes; they are not scored yet.
 
     Args:
         logger: shows the progress, and the values that `on_batch` adds.
@@ -136,7 +140,6 @@ def detect(
     """
     model.eval()
     logger = logger or MetricLogger()
-    evaluators = build_evaluators(postprocessors, base_ds, postprocessors["bbox"].num_detections)
     for samples, targets in logger.log_every(data_loader, PRINT_FREQ, "Test"):
         image_ids = [int(t["image_id"]) for t in targets]
         samples, targets = to_device(samples, targets, device)
@@ -152,7 +155,6 @@ def detect(
     report_skipped(data_loader)
     for evaluator in evaluators:
         evaluator.synchronize_between_processes()
-    return evaluators
 
 
 class InGroups:

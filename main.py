@@ -30,8 +30,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from datasets.build import CocoLoader
 from datasets.coco_eval import CocoEvaluator
 from datasets.odd_boxes import crowded_images
+from datasets.panoptic import PanopticDetection
 from engine import detect, evaluate
+from evaluation.evaluators import coco_evaluator
 from evaluation.mistakes import draw_examples
+from evaluation.panoptic_quality import PanopticEvaluator
+from evaluation.panoptic_report import write_panoptic_report
 from evaluation.report import write_report, write_test_results
 from flags.limits import check_device
 from flags.resolve import Flags, resolve
@@ -102,7 +106,7 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
     """Train or evaluate as described in `main`, in an output folder that no other run uses."""
     flags = start.flags
     data = load_data(start)
-    model, criterion, postprocessors = build_model(flags, data.num_classes)
+    model, criterion, postprocessors = build_model(flags, data.num_classes, data.all_classes.isthing)
     start.fill(model, data.classes)
     print_summary(flags, data, model)
     model.to(device)
@@ -112,25 +116,34 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
 
     dataset_val = data.val.dataset
     if flags.eval and flags.image_set == "test":
-        found, *_ = detect(parallel_model, postprocessors, data.val, dataset_val.ground_truth(), device, flags.amp)
+        found = coco_evaluator(postprocessors, dataset_val.ground_truth())
+        detect(parallel_model, postprocessors, data.val, [found], device, flags.amp)
         assert output_dir is not None  # as `check_args` makes sure
         write_test_results(found, data.all_classes, output_dir)
         return
     arrays_dir = "" if flags.eval else flags.output_dir  # eval/ belongs to training, which may use the folder, too
 
-    def evaluate_val(model: nn.Module) -> tuple[dict[str, Any], CocoEvaluator]:
-        base_ds = dataset_val.ground_truth()
-        return evaluate(model, criterion, postprocessors, data.val, base_ds, device, arrays_dir, flags.amp)
+    instances = data.instances
+    panoptic = None
+    if "panoptic" in postprocessors:
+        assert isinstance(dataset_val, PanopticDetection)
+        panoptic = PanopticEvaluator(dataset_val, output_dir and output_dir / "panoptic_eval")
+
+    def evaluate_val(model: nn.Module) -> tuple[dict[str, Any], CocoEvaluator | None]:
+        base_ds = instances and instances.ground_truth()
+        return evaluate(model, criterion, postprocessors, data.val, base_ds, device, arrays_dir, flags.amp, panoptic)
 
     if data.train is None:
         _, evaluator = evaluate_val(parallel_model)
-        if output_dir:
-            write_report(evaluator, dataset_val, data.all_classes, output_dir)
+        if output_dir and evaluator and instances:
+            write_report(evaluator, instances, data.all_classes, output_dir)
+        if output_dir and panoptic:
+            write_panoptic_report(panoptic, data.all_classes, output_dir)
         return
 
     print_training(start, data.train)
     board_dir = output_dir / "tensorboard" if output_dir and flags.tensorboard and is_main_process() else None
-    board = TensorBoard(board_dir, partial(draw_examples, dataset_val, data.all_classes))
+    board = TensorBoard(board_dir, partial(draw_examples, instances or dataset_val, data.all_classes))
     with stop_request.deferred(), board:
         TrainingRun(
             *(start, data.train, data.num_classes, model, parallel_model, criterion, device),

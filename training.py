@@ -21,7 +21,7 @@ from models.detector import Detector
 from models.segmentation import DETRsegm
 from run.advice import lr_factor
 from run.average import MovingAverage
-from run.log_file import ap_of, append_log, logged_aps, trim_log
+from run.log_file import Score, append_log, logged_scores, score_of, trim_log
 from run.optim import build_optimizer, build_schedule, restore_optimizer
 from run.progress import Progress
 from run.start import Start
@@ -65,7 +65,7 @@ class TrainingRun:
         parallel_model: nn.Module,
         criterion: SetCriterion,
         device: torch.device,
-        evaluate_val: Callable[[nn.Module], tuple[dict[str, Any], CocoEvaluator]],
+        evaluate_val: Callable[[nn.Module], tuple[dict[str, Any], CocoEvaluator | None]],
         output_dir: Path | None,
         stop_request: StopRequest,
         board: TensorBoard,
@@ -99,7 +99,7 @@ class TrainingRun:
             stop_request,
             average,
         )
-        self.aps: list[float] = []  # of the evaluations so far
+        self.scores: list[Score] = []  # of the evaluations so far
         self.progress = Progress()
         seed_everything(flags.seed + get_rank())  # the random numbers drawn before depend on the source of the weights
 
@@ -111,7 +111,8 @@ class TrainingRun:
             self.restore(start.resumed)
         if self.output_dir:
             trim_log(self.output_dir / "log.txt", start.epoch)
-            self.aps = all_gather_plain(logged_aps(self.output_dir / "log.txt"))[0]
+            scores = all_gather_plain(logged_scores(self.output_dir / "log.txt"))[0]
+            self.scores = [Score(*score) for score in scores]
         unlogged = start.unlogged is not None
         self.board.begin(start.epoch - unlogged, self.steps_done(start.epoch))
         if start.unlogged is not None:
@@ -218,13 +219,13 @@ class TrainingRun:
             with self.stop_request.at_once():
                 stats, evaluator = self.evaluate()
             entry = entry | {f"test_{name}": value for name, value in stats.items()}
-            self.save_if_best(epoch, ap_of(entry))
+            self.save_if_best(score_of(entry | {"epoch": epoch}))
         self.board.write_epoch(epoch + 1, entry, evaluator)
         if self.output_dir:
             trained = count_parameters(self.model)[1]
             append_log(self.output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": trained})
 
-    def evaluate(self) -> tuple[dict[str, Any], CocoEvaluator]:
+    def evaluate(self) -> tuple[dict[str, Any], CocoEvaluator | None]:
         """Return the results of the model on val; of its average, if there is one."""
         average = self.step.average
         if average is None:
@@ -233,24 +234,29 @@ class TrainingRun:
             broadcast_state(average.model)  # statistics of norms on CPUs differ between the processes
         return self.evaluate_val(average.model)
 
-    def save_if_best(self, epoch: int, ap: float | None) -> None:
-        """Keep the model, or its average, for inference if no AP on val was as high; -1 means val without boxes."""
-        if ap is None or ap < 0:
+    def save_if_best(self, score: Score | None) -> None:
+        """Keep the model, or its average, for inference if no score on val was as high; None: nothing was measured."""
+        if score is None:
             return
-        if self.output_dir and ap > max(self.aps, default=-1):
+        if self.output_dir and all(score.value > earlier.value for earlier in self.scores):
             average = self.step.average
             model = average.model if average else self.model
-            best = {"model": model.state_dict(), "epoch": epoch, "ap": ap, "args": self.stored_flags}
+            best = {"model": model.state_dict(), "epoch": score.epoch, "ap": score.value, "args": self.stored_flags}
             save_on_master(best | self.loader.dataset.classes.state_dict(), self.output_dir / "checkpoint_best.pth")
-        self.aps.append(ap)
+        self.scores.append(score)
 
     def out_of_patience(self) -> bool:
         """Return whether the last `--patience` evaluations were not better than an earlier one, and say so."""
-        patience, aps = self.flags.patience, self.aps
-        if not patience or not aps or len(aps) - 1 - aps.index(max(aps)) < patience:
+        patience, scores = self.flags.patience, self.scores
+        if not patience or not scores:
             return False
-        evaluations = counted(patience, "evaluation")
-        log(f"ended early: {evaluations} without a better AP than {max(aps):.3f} (--patience {patience})", "green")
+        best = max(scores, key=lambda score: score.value)  # the first of equal ones
+        if len(scores) - 1 - scores.index(best) < patience:
+            return False
+        result = f"{best.metric} than {best.value:.3f}"
+        log(
+            f"ended early: {counted(patience, 'evaluation')} without a better {result} (--patience {patience})", "green"
+        )
         return True
 
 

@@ -141,6 +141,7 @@ MODEL = {
     "args": flags,
     "class_names": table_of(label, text, most=100_000),
     "class_ids": table_of(label, either(text, integer(-(2**63))), most=100_000),
+    "class_isthing": table_of(label, integer(0, 1), most=100_000),
     "epoch": integer(-1, 10**6 - 1),
     "ap": real(),
 }

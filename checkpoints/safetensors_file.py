@@ -13,7 +13,12 @@ from util.command import need
 from util.errors import InputError, reason
 from util.files import check_is_file, replacing
 
-DESCRIPTIONS = ("args", "class_ids", "class_names")  # what a checkpoint for inference says about its model
+DESCRIPTIONS = (
+    "args",
+    "class_ids",
+    "class_names",
+    "class_isthing",
+)  # what a checkpoint for inference says about its model
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

@@ -16,13 +16,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from datasets.classes import Classes
 from datasets.coco import CocoDetection
-from datasets.layouts import find_split
+from datasets.layouts import find_images, find_panoptic, find_split
+from datasets.panoptic import PanopticDetection
 from datasets.samplers import EpochSampler, same_shape_batches
 from datasets.transforms import make_coco_transforms, resized_size
-from flags.resolve import Flags, resolve
+from flags.resolve import NUM_CLASSES, Flags, resolve
 from util.command import ignore_image_warnings
 from util.distributed import get_rank, get_world_size
 from util.errors import InputError
+from util.logger import log
 from util.nested_tensor import collate_fn
 from util.orphans import end_with
 from util.preemption import ignore_signals, kill_workers_at_exit
@@ -41,6 +43,9 @@ def build_dataset(
     `args.{split}_images` name others. "test" is COCO's test-dev, listed without annotations in
     `annotations/image_info_test-dev2017.json`.
 
+    With `args.dataset_file` "coco_panoptic", annotations are `annotations/panoptic_{split}2017.json` under
+    `args.coco_panoptic_path`, and the data set is a `PanopticDetection`.
+
     Args:
         image_set: the split.
         args: the flags.
@@ -48,36 +53,87 @@ def build_dataset(
         share: all processes call this together, and the first one reads the annotations for them.
 
     Raises:
-        InputError: if the data set is of another kind, files are missing or annotations are not usable.
+        InputError: if there is no such kind of data set, files are missing or annotations are not usable.
     """
     flags = resolve(args)
-    if flags.dataset_file != "coco":
-        raise InputError(f"--dataset_file {flags.dataset_file}: only coco is supported so far")
+    if flags.dataset_file not in NUM_CLASSES:
+        raise InputError(f"--dataset_file {flags.dataset_file}: choose one of {', '.join(NUM_CLASSES)}")
     overfit = flags.overfit
     split = "train" if overfit else image_set
-    images, annotations = (getattr(flags, f"{split}_{part}", None) for part in ("images", "annotations"))
-    if not (images and annotations):
-        other = getattr(args, f"{'val' if split == 'train' else 'train'}_annotations", None)
-        alone = bool(overfit or getattr(args, "eval", False) or other)
-        annotations, images = find_split(coco_folder(flags.coco_path, split), split, annotations, images, alone)
-    sizes = flags.min_size, flags.max_size
-    dataset = CocoDetection(
-        images,
-        annotations,
-        make_coco_transforms("val" if overfit else image_set, *sizes),
-        seed=flags.seed,
-        remove_difficult=flags.remove_difficult,
-        on_bad_image=flags.on_bad_image,
-        classes=classes,
-        labelled=split != "test",
-        max_megapixels=flags.max_megapixels,
-        share=share,
-        masks=flags.masks and split != "test",
-    )
+    settings = {
+        "transforms": make_coco_transforms("val" if overfit else image_set, flags.min_size, flags.max_size),
+        "seed": flags.seed,
+        "on_bad_image": flags.on_bad_image,
+        "classes": classes,
+        "max_megapixels": flags.max_megapixels,
+        "share": share,
+        "masks": flags.masks and split != "test",
+    }
+    dataset: CocoDetection
+    if flags.dataset_file == "coco_panoptic":
+        dataset = PanopticDetection(*panoptic_split(flags, split), **settings)
+    else:
+        annotations, images = instance_split(flags, split)
+        labelled, difficult = split != "test", flags.remove_difficult
+        dataset = CocoDetection(images, annotations, labelled=labelled, remove_difficult=difficult, **settings)
     if overfit:
         images_per_step = flags.batch_size * flags.accum_steps * get_world_size()
         dataset.keep_first(overfit, at_least=OVERFIT_STEPS * images_per_step if image_set == "train" else 0)
     return dataset
+
+
+def instance_split(flags: Flags, split: str) -> tuple[str | Path, str | Path]:
+    """Return the annotation file and the image folder of a split, from their flags or under `--coco_path`."""
+    images, annotations = getattr(flags, f"{split}_images", None), getattr(flags, f"{split}_annotations", None)
+    if images and annotations:
+        return annotations, images
+    other = getattr(flags, f"{'val' if split == 'train' else 'train'}_annotations", None)
+    alone = bool(flags.overfit or flags.eval or other)
+    return find_split(coco_folder(flags.coco_path, split), split, annotations, images, alone)
+
+
+def panoptic_split(flags: Flags, split: str) -> tuple[Path, Path, Path]:
+    """Return the image folder, the annotation file and the folder of PNG files of a split of panoptic data.
+
+    Raises:
+        InputError: for "test", which has no panoptic annotations, and if one of them is not found.
+    """
+    if split == "test":
+        raise InputError(
+            "--image_set test: test images have no panoptic annotations; drop --dataset_file coco_panoptic"
+        )
+    images, annotations = getattr(flags, f"{split}_images"), getattr(flags, f"{split}_annotations")
+    if not annotations and not flags.coco_panoptic_path:
+        raise InputError(
+            f"--dataset_file coco_panoptic: no {split} data: name the folder with annotations/ and the PNG files by "
+            f"--coco_panoptic_path, or the file by --{split}_annotations"
+        )
+    annotations, segments = find_panoptic(Path(flags.coco_panoptic_path or "."), split, annotations)
+    if not images:
+        images = find_images(Path(flags.coco_path or flags.coco_panoptic_path or "."), split, annotations)
+    return Path(images), annotations, segments
+
+
+def build_instances(dataset: CocoDetection, flags: Flags) -> CocoDetection | None:
+    """Return the data whose boxes and masks AP is measured with: a data set itself, or for panoptic data its instances.
+
+    These come from the same split's instance file under `--coco_path`; without such a file, there are none.
+    """
+    if not isinstance(dataset, PanopticDetection):
+        return dataset
+    path = Path(flags.coco_path or ".") / "annotations" / f"instances_{'train' if flags.overfit else 'val'}2017.json"
+    if not path.is_file():
+        log(f"AP of boxes and masks is not measured: there is no {path}")
+        return None
+    plain = resolve(
+        flags, dataset_file="coco", overfit=0, val_annotations=str(path), val_images=str(dataset.image_folder)
+    )
+    instances = build_dataset("val", plain, dataset.classes, share=True)
+    missing = sorted(set(dataset.ids) - set(instances.ids))
+    if missing:
+        log(f"AP of boxes and masks is not measured: {path} does not list image id {missing[0]}")
+        return None
+    return instances
 
 
 def coco_folder(path: str | None, image_set: str) -> Path:

@@ -8,28 +8,14 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from flags.resolve import COCO_NUM_CLASSES
+from datasets.coco_names import COCO_NAMES, COCO_STUFF
+from flags.resolve import NUM_CLASSES
 from util.errors import InputError
 from util.text import counted, printable
 
 ClassId = int | str
 
 MAX_KEPT_ID = 1_999  # the class head has a logit for every label up to the highest
-
-COCO_NAMES = {
-    **{1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck"},
-    **{9: "boat", 10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench"},
-    **{16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear"},
-    **{24: "zebra", 25: "giraffe", 27: "backpack", 28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase"},
-    **{34: "frisbee", 35: "skis", 36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat"},
-    **{40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle"},
-    **{46: "wine glass", 47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple"},
-    **{54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza", 60: "donut"},
-    **{61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed", 67: "dining table", 70: "toilet"},
-    **{72: "tv", 73: "laptop", 74: "mouse", 75: "remote", 76: "keyboard", 77: "cell phone", 78: "microwave"},
-    **{79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book", 85: "clock", 86: "vase"},
-    **{87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush"},
-}
 
 
 def is_kept(class_id: ClassId) -> bool:
@@ -47,12 +33,14 @@ class Classes:
     Attributes:
         ids: label to category id.
         names: label to name.
+        isthing: of panoptic data, whether each label is of things (objects that are counted) or of stuff; else empty.
         assumed: the names are a guess, those of COCO for a checkpoint that does not name its 91 classes.
         source: the file that they come from, for messages.
     """
 
     ids: dict[int, ClassId]
     names: dict[int, str]
+    isthing: dict[int, bool] = field(default_factory=dict, compare=False)
     assumed: bool = field(default=False, compare=False)
     source: str = field(default="the model or the training data", compare=False)
 
@@ -68,15 +56,21 @@ class Classes:
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any], num_classes: int) -> Classes:
         """Return the classes of a checkpoint's model; published ones, without names, have COCO's or numbers."""
-        unnamed = COCO_NAMES if num_classes == COCO_NUM_CLASSES else {i: str(i) for i in range(num_classes)}
-        names = checkpoint.get("class_names") or unnamed
+        of_coco = {NUM_CLASSES["coco"]: COCO_NAMES, NUM_CLASSES["coco_panoptic"]: COCO_NAMES | COCO_STUFF}
+        names = checkpoint.get("class_names") or of_coco.get(num_classes) or {i: str(i) for i in range(num_classes)}
+        isthing = checkpoint.get("class_isthing", {})
+        if not checkpoint.get("class_names") and num_classes == NUM_CLASSES["coco_panoptic"]:
+            isthing = {label: label in COCO_NAMES for label in names}
         names = {label: printable(name) for label, name in names.items()}
         ids = checkpoint.get("class_ids") or {label: label for label in names}
-        return cls(ids, names, assumed=not checkpoint.get("class_names"))
+        return cls(ids, names, isthing, assumed=not checkpoint.get("class_names"))
 
     def state_dict(self) -> dict[str, dict]:
         """Return what a checkpoint stores of them, as plain data."""
-        return {"class_ids": self.ids, "class_names": self.names}
+        tables: dict[str, dict] = {"class_ids": self.ids, "class_names": self.names}
+        if self.isthing:
+            tables["class_isthing"] = {label: int(isthing) for label, isthing in self.isthing.items()}
+        return tables
 
     @property
     def num_labels(self) -> int:
@@ -100,7 +94,7 @@ class Classes:
         """Return the classes of both, which share labels; of two classes with one id, only the other's keeps it."""
         taken = set(other.ids.values())
         ids = {label: class_id for label, class_id in self.ids.items() if class_id not in taken}
-        return Classes(ids | other.ids, self.names | other.names)
+        return Classes(ids | other.ids, self.names | other.names, self.isthing | other.isthing)
 
     def of_categories(self, categories: Iterable[dict[str, Any]], source: str = "the file") -> Classes:
         """Return the classes of another file's `categories` with the labels of these.
@@ -126,7 +120,7 @@ class Classes:
             if label is not None and class_id not in by_name and self._contradicts(label, class_id, name):
                 if self.assumed:  # by the published code, trained on other classes than COCO's
                     unnamed = {label: str(label) for label in self.ids}
-                    return Classes(self.ids, unnamed, True, self.source).of_categories(categories, source)
+                    return Classes(self.ids, unnamed, {}, True, self.source).of_categories(categories, source)
                 raise InputError(
                     f"{source}: category id {class_id} is {name!r}, but {self.names[label]!r} in {self.source}, "
                     "and names do not tell which class is meant: give each class one name"

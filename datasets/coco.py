@@ -167,28 +167,32 @@ class CocoDetection(Dataset):
         Raises:
             InputError: if the image is bad, or, with skipping, if all are.
         """
-        index, picture = self._load_from(range(len(self))[index])
+        index, picture, target = self._load_from(range(len(self))[index])
         image = picture.pixels
-        masks = self.records.masks_of(index, *picture.size)
-        target = make_target(int(self.records.ids[index]), self.records.objects_of(index), *picture.size, masks)
         if picture.decoded_size != picture.size:
             target = scale_target(target, picture.size, picture.decoded_size)
         rng = random.Random(f"{self.seed} {self._epoch.item()} {index}")
         image, target = self.transforms(image, target, rng)
         return image, normalize_boxes(target, width=image.shape[2], height=image.shape[1])
 
-    def _load_from(self, start: int) -> tuple[int, Picture]:
-        """Return the first usable image from index `start` on, after its index."""
+    def _load_from(self, start: int) -> tuple[int, Picture, Target]:
+        """Return the index of the first usable image from `start` on, the image, and its target."""
         for passed in range(len(self)):
             index = (start + passed) % len(self)
             try:
-                return index, self.load_image(index)
+                picture = self.load_image(index)
+                return index, picture, self.target_of(index, *picture.size)
             except InputError as error:
                 if self.on_bad_image == "error":
                     raise InputError(f"{error}; pass --on_bad_image skip to continue without such images") from error
                 self._skipped[index] = True
                 last = error
         raise InputError(f"none of {counted(len(self), 'image')} can be used; the last: {last}") from last
+
+    def target_of(self, index: int, width: int, height: int) -> Target:
+        """Return the training target of an image, with boxes as absolute xyxy clipped to the image."""
+        masks = self.records.masks_of(index, width, height)
+        return make_target(int(self.records.ids[index]), self.records.objects_of(index), width, height, masks)
 
     def load_image(self, index: int) -> Picture:
         """Read an image as stored (without its EXIF orientation: COCO's coordinates refer to the stored pixels).
@@ -263,7 +267,7 @@ class CocoDetection(Dataset):
         for index in with_boxes:
             try:
                 size = self.load_image(index).size
-                if len(make_target(0, self.records.objects_of(index), *size)["boxes"]):
+                if len(self.target_of(index, *size)["boxes"]):
                     return
                 problem = f"the boxes of {self.records.file_name(index)} are outside of it"
             except InputError as error:
@@ -281,7 +285,7 @@ class CocoDetection(Dataset):
             images=len(self),
             empty_images=len(self) - len(np.unique(self.records.image_of_object[kept])),
             boxes=int(kept.sum()),
-            crowds=int(objects.crowds.sum()),
+            crowds=int((objects.crowds & ~kept).sum()),
             dropped=int((~visible & ~objects.crowds).sum()),
             classes=len(np.unique(objects.labels[kept])),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -154,14 +155,19 @@ class CocoEvaluator:
             for category, p in zip(coco_eval.params.catIds, np.moveaxis(precision, 2, 0), strict=True)
         }
 
-    def class_table(self, iou_type: str, columns: int = 4) -> str:
+    def class_table(self, iou_type: str) -> str:
         """Return a table of AP by name for every class that has ground truth."""
         names = {entry["id"]: entry["name"] for entry in self.coco_gt.dataset["categories"]}
         scored = [(names[k], ap) for k, ap in self.average_precision(iou_type).items() if not np.isnan(ap)]
-        width = max((len(name) for name, _ in scored), default=0)
-        cells = [f"{name:<{width}} {ap:.3f}" for name, ap in scored]
-        lines = ["   ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
-        return "\n ".join(["AP by class:", *(lines or ["no class has ground truth"])])
+        return "\n ".join(["AP by class:", *columns_of(scored)])
+
+
+def columns_of(scored: Sequence[tuple[str, float]], columns: int = 4) -> list[str]:
+    """Return the lines of a table of classes, each with its score."""
+    width = max((len(name) for name, _ in scored), default=0)
+    cells = [f"{name:<{width}} {score:.3f}" for name, score in scored]
+    lines = ["   ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+    return lines or ["no class has ground truth"]
 
 
 def more_detections(coco_eval: COCOeval) -> str:

@@ -31,14 +31,39 @@ def find_split(
         InputError: if there is no such file or folder, or several; it names the flags and what was found instead.
     """
     file = Path(annotations) if annotations is not None else find_annotations(root, split, alone)
-    if images is not None:
-        return file, Path(images)
+    return file, Path(images) if images is not None else find_images(root, split, file)
+
+
+def find_images(root: Path, split: str, file: Path) -> Path:
+    """Return the image folder of a split, whose annotation file is `file`; raise InputError if there is none."""
     folders = list(map(ignoring_case, image_folders(root, split, file)))
     existing = (folder for folder in folders if folder.is_dir())
     folder = next(filter(holds_files, folders), None) or next(existing, None)
     if folder is None:
         advice = "; add test2017/" if split == "test" else f"; name it by --{split}_images"
         raise InputError(f"--coco_path {root}: no folder of the {split} images{advice}")
+    return folder
+
+
+def find_panoptic(root: Path, split: str, annotations: str | None) -> tuple[Path, Path]:
+    """Return the panoptic annotation file of a split and the folder of its PNG files.
+
+    The file is `annotations/panoptic_{split}2017.json` or has one of the split's other names. Its PNG files are in the
+    folder with its name, next to it or in `root`.
+
+    Raises:
+        InputError: if there is no such file or folder.
+    """
+    names = [f"panoptic_{split}2017", *(f"panoptic_{name}" for name in ALIASES[split])]
+    places = [root / "annotations" / f"{name}.json{end}" for name in names for end in ("", ".gz")]
+    file = Path(annotations) if annotations else next(filter(Path.is_file, places), None)
+    if file is None:
+        raise InputError(f"--coco_panoptic_path {root}: no {places[0].relative_to(root)}; {describe_json(root)}")
+    name = file.name.split(".")[0]
+    folders = [file.parent / name, file.parent.parent / name, root / name]
+    folder = next(filter(Path.is_dir, folders), None)
+    if folder is None:
+        raise InputError(f"{file}: no folder {name} with its PNG files, next to it or in {file.parent.parent}")
     return file, folder
 
 

@@ -8,7 +8,6 @@ would grow throughout the epoch.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +50,38 @@ class Objects(NamedTuple):
         return Objects(*(column[rows] for column in self))
 
 
+class Names(NamedTuple):
+    """N names of files in one array.
+
+    text: uint8, their bytes one after the other.
+    starts: [N + 1] int64, where each begins.
+    """
+
+    text: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def from_texts(cls, names: Iterable[str]) -> Names:
+        """Return these names."""
+        encoded = [name.encode() for name in names]
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([0, *map(len, encoded)]))
+
+    def at(self, position: int) -> str:
+        """Return one of the names."""
+        return self.text[slice(*self.starts[position : position + 2])].tobytes().decode()
+
+
+class Segments(NamedTuple):
+    """The segments of panoptic data, whose pixels are in PNG files.
+
+    ids: [N] int64, the value of each segment's pixels.
+    files: the PNG files of the M images, as the annotations name them.
+    """
+
+    ids: np.ndarray
+    files: Names
+
+
 class Records:
     """The M images of an annotation file in the order of their ids.
 
@@ -60,9 +91,10 @@ class Records:
         objects: the objects of all images, image by image.
         image_of_object: [N] int64, the positions of their images.
         segmentations: those of the objects, or None.
+        segments: of panoptic data, else None.
 
     Args:
-        images, annotations: checked entries of an annotation file.
+        images, annotations: checked entries of an annotation file; the images of panoptic data have a `segments_file`.
         label_of: the labels of the classes.
         segmentations: those of the annotations, in the same order.
     """
@@ -83,34 +115,49 @@ class Records:
         self.objects = Objects.from_annotations(annotations, label_of).select(order)
         self.image_of_object = positions[order]
         self.segmentations = segmentations and segmentations.select(order)
-        self._set_names([entry["file_name"].encode() for entry in images])
+        self.segments: Segments | None = None
+        if images and "segments_file" in images[0]:  # panoptic data
+            ids = np.array([entry["id"] for entry in annotations], dtype=np.int64)
+            self.segments = Segments(ids[order], Names.from_texts(entry["segments_file"] for entry in images))
+        self.rename([entry["file_name"] for entry in images])
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return all that these records hold, for `from_arrays`."""
-        names = np.frombuffer(self._names, dtype=np.uint8)
         own = {"ids": self.ids, "sizes": self.sizes, "image_of_object": self.image_of_object}
-        masks = (
-            {f"masks_{name}": part for name, part in self.segmentations._asdict().items()} if self.segmentations else {}
-        )
-        return own | self.objects._asdict() | {"names": names, "name_starts": self._name_starts} | masks
+        parts: dict[str, Any] = {"objects": self.objects, "names": self._names}
+        if self.segmentations:
+            parts["masks"] = self.segmentations
+        if self.segments:
+            own["segment_ids"] = self.segments.ids
+            parts["segment_files"] = self.segments.files
+        return own | {f"{part}.{name}": a for part, arrays in parts.items() for name, a in arrays._asdict().items()}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Records:
         """Return the records that `to_arrays` was called on."""
+
+        def part(kind: Any, name: str) -> Any:
+            return kind(*(arrays[f"{name}.{field}"] for field in kind._fields))
+
         records = cls([], [], {})
-        records.ids, records.sizes, records.image_of_object = (
-            arrays[name] for name in ("ids", "sizes", "image_of_object")
-        )
-        records.objects = Objects(*(arrays[name] for name in Objects._fields))
-        if "masks_contents" in arrays:
-            records.segmentations = Segmentations(*(arrays[f"masks_{name}"] for name in Segmentations._fields))
-        text, starts = arrays["names"].tobytes(), arrays["name_starts"].tolist()
-        records._set_names([text[start:end] for start, end in itertools.pairwise(starts)])
+        records.ids, records.sizes = arrays["ids"], arrays["sizes"]
+        records.image_of_object = arrays["image_of_object"]
+        records.objects = part(Objects, "objects")
+        if "masks.contents" in arrays:
+            records.segmentations = part(Segmentations, "masks")
+        if "segment_ids" in arrays:
+            records.segments = Segments(arrays["segment_ids"], part(Names, "segment_files"))
+        records._set_names(part(Names, "names"))
         return records
 
     def rename(self, names: Sequence[str]) -> None:
         """Give each image's file another name."""
-        self._set_names([name.encode() for name in names])
+        self._set_names(Names.from_texts(names))
+
+    def rename_segment_files(self, names: Sequence[str]) -> None:
+        """Give the PNG file of each image of panoptic data another name."""
+        assert self.segments is not None
+        self.segments = self.segments._replace(files=Names.from_texts(names))
 
     def select(self, positions: Sequence[int]) -> Records:
         """Return the records of the images at some positions, which may be repeated, in that order."""
@@ -120,21 +167,23 @@ class Records:
         all_rows = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
         selected.objects = self.objects.select(all_rows)
         selected.segmentations = self.segmentations and self.segmentations.select(all_rows)
+        if self.segments:
+            files = Names.from_texts(self.segments.files.at(i) for i in positions)
+            selected.segments = Segments(self.segments.ids[all_rows], files)
         selected.image_of_object = np.repeat(np.arange(len(positions)), list(map(len, rows)))
-        selected._set_names([self.file_name(i).encode() for i in positions])
+        selected.rename([self.file_name(i) for i in positions])
         return selected
 
-    def _set_names(self, names: list[bytes]) -> None:
-        self._names = b"".join(names)
-        self._name_starts = np.cumsum([0, *map(len, names)])
-        self._first_objects = np.searchsorted(self.image_of_object, np.arange(len(names) + 1))
+    def _set_names(self, names: Names) -> None:
+        self._names = names
+        self._first_objects = np.searchsorted(self.image_of_object, np.arange(len(self) + 1))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def file_name(self, index: int) -> str:
         """Return the file of an image, as the annotations name it."""
-        return self._names[slice(*self._name_starts[index : index + 2])].decode()
+        return self._names.at(index)
 
     def index(self, categories: Sequence[dict[str, Any]]) -> COCO:
         """Return pycocotools' index over the boxes and, if there are some, masks; `categories` are those of COCO."""
@@ -165,6 +214,11 @@ class Records:
             return []
         width, height = self.sizes[index].tolist()
         return [self.segmentations.code_of(i, height, width) for i in range(*self._first_objects[index : index + 2])]
+
+    def segment_ids_of(self, index: int) -> np.ndarray:
+        """Return the ids of the segments of one image of panoptic data."""
+        assert self.segments is not None
+        return self.segments.ids[slice(*self._first_objects[index : index + 2])]
 
     def masks_of(self, index: int, width: int, height: int) -> np.ndarray | None:
         """Return the masks [N, height, width] of the objects of one image, uint8; None without segmentations."""

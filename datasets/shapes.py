@@ -1,6 +1,6 @@
 """A generated data set in COCO format: coloured shapes on varied backgrounds, for the demo and the tests.
 
-    python -m datasets.shapes --output DIR [--train 2400] [--val 200]
+    python -m datasets.shapes --output DIR [--train 2400] [--val 200] [--masks] [--panoptic]
 
 Scenes hold zero to three circles, squares and triangles of varied size, colour and tilt, which may overlap. Every
 scene depends on (seed, split, number) alone, so that the same call makes the same files.
@@ -20,8 +20,9 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from flags.limits import check_numbers, check_texts
@@ -29,6 +30,7 @@ from util.command import Parser, run_command
 from util.errors import InputError
 
 CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
+BACKGROUNDS = ("plain", "gradient", "stripes", "noise")  # the stuff of panoptic data, category ids 4, 5, 6, 7
 HUES = (0.0, 0.33, 0.62)  # around red, green and blue: shape and colour tell the class: quick to learn
 HUE_SPREAD = 0.1
 MAX_OBJECTS = 3
@@ -40,38 +42,91 @@ SUPERSAMPLING = 3  # shapes are drawn larger and scaled down, for smooth edges
 Point = tuple[float, float]
 
 
-def write_dataset(output: str | Path, num_train: int = 2400, num_val: int = 200, seed: int = 0) -> None:
-    """Write `images/{train,val}2017/` and `annotations/instances_{train,val}2017.json` under `output`."""
+class Scene(NamedTuple):
+    """An image, the category id and the outline of each of its objects, and the kind of its background."""
+
+    image: Image.Image
+    objects: list[tuple[int, list[Point]]]
+    background: str
+
+
+def write_dataset(
+    output: str | Path,
+    num_train: int = 2400,
+    num_val: int = 200,
+    seed: int = 0,
+    masks: bool = True,
+    panoptic: bool = False,
+) -> None:
+    """Write `images/{train,val}2017/` and `annotations/instances_{train,val}2017.json` under `output`.
+
+    Args:
+        masks: write the objects' outlines as segmentations.
+        panoptic: also write `annotations/panoptic_{train,val}2017.json` and `panoptic_{train,val}2017/`.
+    """
     for split, number in (("train", num_train), ("val", num_val)):
-        write_split(Path(output), split, number, seed)
+        write_split(Path(output), split, number, seed, masks, panoptic)
 
 
-def write_split(root: Path, split: str, number: int, seed: int) -> None:
+def write_split(root: Path, split: str, number: int, seed: int, masks: bool, panoptic: bool) -> None:
     """Write one split: `number` JPEG images and their annotations with boxes, areas and polygons."""
     folder = root / "images" / f"{split}2017"
     folder.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    segmented: list[dict[str, Any]] = []
     for image_id in range(1, number + 1):
-        image, objects = draw_scene(random.Random(f"{seed} {split} {image_id}"))
+        scene = draw_scene(random.Random(f"{seed} {split} {image_id}"))
         name = f"{image_id:06}.jpg"
-        image.save(folder / name, quality=92)
-        images.append({"id": image_id, "file_name": name, "width": image.width, "height": image.height})
-        for category, polygon in objects:
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
-                | polygon_fields(polygon)
-            )
-    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
-    path = root / "annotations" / f"instances_{split}2017.json"
+        scene.image.save(folder / name, quality=92)
+        images.append({"id": image_id, "file_name": name, "width": scene.image.width, "height": scene.image.height})
+        for category, polygon in scene.objects:
+            entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
+            annotations.append(entry | polygon_fields(polygon, masks))
+        if panoptic:
+            segmented.append({"image_id": image_id} | write_segments(root / f"panoptic_{split}2017", image_id, scene))
+    things: list[dict[str, Any]] = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
+    write_json(root, f"instances_{split}2017", images, annotations, things)
+    if panoptic:
+        stuff = [{"id": i, "name": name, "isthing": 0} for i, name in enumerate(BACKGROUNDS, start=len(CLASSES) + 1)]
+        categories = [entry | {"isthing": 1} for entry in things] + stuff
+        write_json(root, f"panoptic_{split}2017", images, segmented, categories)
+
+
+def write_json(root: Path, name: str, images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
+    """Write an annotation file in COCO's format."""
+    path = root / "annotations" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
 
 
-def draw_scene(rng: random.Random) -> tuple[Image.Image, list[tuple[int, list[Point]]]]:
-    """Return an image of 96 to 128 pixels per side, and the (category id, outline) of its objects."""
+def write_segments(folder: Path, image_id: int, scene: Scene) -> dict[str, Any]:
+    """Write the PNG file of a scene's segments, and return their description in COCO's panoptic format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stuff = len(CLASSES) + 1 + BACKGROUNDS.index(scene.background)
+    categories = [stuff, *(category for category, _ in scene.objects)]
+    ids = [1000 * category + number for number, category in enumerate(categories)]
+    id_map = Image.new("I", scene.image.size, ids[0])
+    draw = ImageDraw.Draw(id_map)
+    for segment_id, (_, outline) in zip(ids[1:], scene.objects, strict=True):
+        draw.polygon(outline, fill=segment_id)
+    pixels = np.asarray(id_map)
+    name = f"{image_id:06}.png"
+    colours = np.stack([pixels % 256, pixels // 256 % 256, pixels // 65536], axis=-1)
+    Image.fromarray(colours.astype(np.uint8)).save(folder / name)
+    segments = []
+    for segment_id, category in zip(ids, categories, strict=True):
+        rows, columns = np.nonzero(pixels == segment_id)
+        left, top = int(columns.min()), int(rows.min())
+        box = [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1]
+        segments.append({"id": segment_id, "category_id": category, "iscrowd": 0, "bbox": box, "area": len(rows)})
+    return {"file_name": name, "segments_info": segments}
+
+
+def draw_scene(rng: random.Random) -> Scene:
+    """Return a scene of 96 to 128 pixels per side."""
     width, height = rng.randint(96, 128), rng.randint(96, 128)
-    image = background(rng, width * SUPERSAMPLING, height * SUPERSAMPLING)
+    kind, image = background(rng, width * SUPERSAMPLING, height * SUPERSAMPLING)
     draw = ImageDraw.Draw(image)
     objects: list[tuple[int, list[Point]]] = []
     for _ in range(0 if rng.random() < EMPTY else rng.randint(1, MAX_OBJECTS)):
@@ -82,15 +137,15 @@ def draw_scene(rng: random.Random) -> tuple[Image.Image, list[tuple[int, list[Po
             colour = to_rgb(hue, rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0))
             draw.polygon([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in outline], fill=colour)
             objects.append((category, outline))
-    return image.resize((width, height), Image.Resampling.BOX), objects
+    return Scene(image.resize((width, height), Image.Resampling.BOX), objects, kind)
 
 
-def background(rng: random.Random, width: int, height: int) -> Image.Image:
-    """Return a muted background: plain, a gradient, stripes, or blurred noise."""
+def background(rng: random.Random, width: int, height: int) -> tuple[str, Image.Image]:
+    """Return a muted background: plain, a gradient, stripes, or blurred noise; after its kind."""
     first, second = (to_rgb(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.1, 0.9)) for _ in range(2))
-    kind = rng.choice(("plain", "gradient", "stripes", "noise"))
+    kind = rng.choice(BACKGROUNDS)
     if kind == "plain":
-        return Image.new("RGB", (width, height), first)
+        return kind, Image.new("RGB", (width, height), first)
     if kind == "gradient":
         mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((width, height))
     elif kind == "stripes":
@@ -101,7 +156,8 @@ def background(rng: random.Random, width: int, height: int) -> Image.Image:
     else:
         coarse = Image.frombytes("L", (16, 16), rng.randbytes(256))
         mask = coarse.resize((width, height), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(SUPERSAMPLING))
-    return Image.composite(Image.new("RGB", (width, height), first), Image.new("RGB", (width, height), second), mask)
+    ground, figure = (Image.new("RGB", (width, height), colour) for colour in (first, second))
+    return kind, Image.composite(ground, figure, mask)
 
 
 def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[Point]:
@@ -138,16 +194,13 @@ def overlap(a: list[Point], b: list[Point]) -> float:
     return max(width, 0) * max(height, 0) / smaller
 
 
-def polygon_fields(outline: list[Point]) -> dict:
-    """Return COCO's `bbox`, `area` and `segmentation` of an outline."""
+def polygon_fields(outline: list[Point], mask: bool = True) -> dict[str, Any]:
+    """Return COCO's `bbox`, `area` and, if its mask is wanted, `segmentation` of an outline."""
     left, top, right, bottom = bounds(outline)
     edges = zip(outline, [*outline[1:], outline[0]], strict=True)
     area = abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in edges)) / 2
-    return {
-        "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
-        "area": round(area, 2),
-        "segmentation": [[coordinate for point in outline for coordinate in point]],
-    }
+    fields = {"bbox": [left, top, round(right - left, 2), round(bottom - top, 2)], "area": round(area, 2)}
+    return fields | ({"segmentation": [[coordinate for point in outline for coordinate in point]]} if mask else {})
 
 
 def get_parser() -> Parser:
@@ -160,6 +213,8 @@ def get_parser() -> Parser:
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--train", default=2400, type=int, help="training images")
     parser.add_argument("--val", default=200, type=int, help="validation images")
+    parser.add_argument("--masks", action="store_true", help="write segmentations of the objects")
+    parser.add_argument("--panoptic", action="store_true", help="write panoptic annotations, backgrounds as stuff")
     parser.add_argument("--seed", default=0, type=int, help="seed of the scenes")
     return parser
 
@@ -170,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_numbers(args)
     check_texts({"--output": args.output})
     try:
-        write_dataset(args.output, args.train, args.val, args.seed)
+        write_dataset(args.output, args.train, args.val, args.seed, args.masks or args.panoptic, args.panoptic)
     except OSError as error:
         raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from error
 

@@ -18,6 +18,8 @@ from datasets.records import Records
 from util.distributed import broadcast_bytes, is_main_process
 from util.errors import InputError
 
+CLASS_TABLES = ("ids", "names", "isthing")  # of `Classes`, by label: JSON would turn the labels into texts
+
 
 @dataclass
 class Contents:
@@ -47,7 +49,7 @@ def pack(contents: Contents) -> bytes:
     """Return contents as the bytes of a file of NumPy arrays, without pickled objects."""
     classes = asdict(contents.classes)
     plain = {
-        "classes": classes | {"ids": list(classes["ids"].items()), "names": list(classes["names"].items())},
+        "classes": classes | {table: list(classes[table].items()) for table in CLASS_TABLES},
         "image_ids": list(contents.image_ids.items()),
         "notes": contents.notes,
     }
@@ -68,5 +70,5 @@ def unpack(message: bytes) -> Contents:
     if "error" in plain:
         raise InputError(plain["error"])
     classes = plain["classes"]
-    classes |= {"ids": dict(classes["ids"]), "names": dict(classes["names"])}
+    classes |= {table: dict(classes[table]) for table in CLASS_TABLES}
     return Contents(Records.from_arrays(arrays), Classes(**classes), dict(plain["image_ids"]), plain["notes"])

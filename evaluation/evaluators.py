@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from pycocotools.coco import COCO
@@ -30,6 +30,7 @@ class Evaluator(Protocol):
     def stats(self) -> dict[str, Any]: ...
 
 
-def build_evaluators(kinds: Iterable[str], base_ds: COCO, max_detections: int) -> tuple[CocoEvaluator, ...]:
-    """Return the evaluators for the results of these kinds of postprocessors, that of boxes first."""
-    return (CocoEvaluator(base_ds, [kind for kind in kinds if kind in COCO_TYPES], max_detections),)
+def coco_evaluator(postprocessors: Mapping[str, Any], base_ds: COCO) -> CocoEvaluator:
+    """Return the evaluator of the boxes and masks that postprocessors return; `base_ds` is the ground truth."""
+    kinds = [kind for kind in postprocessors if kind in COCO_TYPES]
+    return CocoEvaluator(base_ds, kinds, postprocessors["bbox"].num_detections)

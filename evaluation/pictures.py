@@ -43,23 +43,33 @@ def annotate(
     """
     image = tinted(image, masks, [colour_of(label) for label in labels])
     draw = ImageDraw.Draw(image)
-    size = max(MIN_TEXT, round(TEXT_SCALE * (image.width * image.height) ** 0.5))
     limits = np.array([image.width, image.height] * 2) - 1
     inside = np.clip(np.reshape(boxes, (-1, 4)), 0, limits).tolist()
-    fonts = [_font_for(text, size, image.width) for text in texts]
+    for box, label in reversed(list(zip(inside, labels, strict=True))):
+        draw.rectangle(box, outline=colour_of(label), width=max(1, round(_text_size(image.size) / 6)))
+    draw_texts(draw, image.size, inside, labels, texts)
+    return image
+
+
+def draw_texts(
+    draw: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    texts: Sequence[str],
+) -> None:
+    """Write a text at each box (xyxy) of an image of `size`, on the colour of its label, where there is room for it."""
+    fonts = [_font_for(text, _text_size(size), size[0]) for text in texts]
     extents = [
         (math.ceil(font.getlength(text)) + 2 * _padding(font), sum(font.getmetrics()))
         for text, font in zip(texts, fonts, strict=True)
     ]
-    places = place_texts(extents, inside, image.size)
-    for box, label in reversed(list(zip(inside, labels, strict=True))):
-        draw.rectangle(box, outline=colour_of(label), width=max(1, round(size / 6)))
+    places = place_texts(extents, boxes, size)
     for place, text, font, label in zip(places, texts, fonts, labels, strict=True):
         if place:
             left, top, right, bottom = place
             draw.rectangle((left, top, right - 1, bottom - 1), fill=colour_of(label))
             draw.text((left + _padding(font), top), text, text_colour(colour_of(label)), font)
-    return image
 
 
 def tinted(image: Image.Image, masks: Sequence[dict[str, Any]], colours: Sequence[Colour]) -> Image.Image:
@@ -139,6 +149,11 @@ def _places_at(box: Sequence[float], extent: tuple[int, int], size: tuple[int, i
     corners = np.round([(x, y) for x in columns for y in rows])
     corners = np.clip(corners, 0, np.maximum(np.subtract(size, extent), 0)).astype(int)
     return np.concatenate([corners, corners + extent], axis=1)
+
+
+def _text_size(size: tuple[int, int]) -> int:
+    """Return the height of letters in an image of `size`, in pixels."""
+    return max(MIN_TEXT, round(TEXT_SCALE * (size[0] * size[1]) ** 0.5))
 
 
 def _font_for(text: str, size: int, width: int) -> ImageFont.FreeTypeFont:

@@ -22,6 +22,8 @@ from util.files import replacing, save_on_master
 from util.logger import log
 from util.text import counted
 
+Bar = tuple[str, float | None]  # the name and the score of a class; None: no bar
+
 WORST = 16  # images
 MOST_BARS = 30  # one per class; of more classes, the best and worst are shown
 LONGEST_NAME = 24  # characters next to a bar
@@ -90,13 +92,11 @@ def precision_recall(evaluator: CocoEvaluator, classes: Classes, iou_type: str =
     """Return a figure of precision over recall, averaged over classes, next to AP per class, the highest first."""
     by_class = {label: ap for label, ap in evaluator.average_precision(iou_type).items() if not np.isnan(ap)}
     best_first = sorted(by_class.items(), key=lambda item: -item[1])
-    bars: list[tuple[str, float | None]] = [(classes.name_of(label), ap) for label, ap in best_first]
-    half = MOST_BARS // 2
-    shown = bars if len(bars) <= MOST_BARS else [*bars[:half], (f".. {len(bars) - 2 * half} more", None), *bars[-half:]]
+    shown = shown_bars([(classes.name_of(label), ap) for label, ap in best_first])
     figure = Figure(figsize=(9, max(3.6, 0.8 + 0.19 * len(shown))), layout="constrained")
     curves, ranking = figure.subplots(1, 2)
     _draw_curves(curves, evaluator.coco_eval[iou_type])
-    _draw_bars(ranking, shown)
+    draw_bars(ranking, shown, "AP")
     if iou_type == "segm":
         figure.suptitle("Masks")
     return figure
@@ -117,11 +117,20 @@ def _draw_curves(axes: Axes, coco_eval: COCOeval) -> None:
     axes.figure.legend(loc="outside lower left", ncols=3, fontsize=9, frameon=False)
 
 
-def _draw_bars(axes: Axes, bars: list[tuple[str, float | None]]) -> None:
+def shown_bars(bars: list[Bar]) -> list[Bar]:
+    """Return the bars of a ranking that there is room for: all, or the first and the last ones."""
+    half = MOST_BARS // 2
+    if len(bars) <= MOST_BARS:
+        return bars
+    return [*bars[:half], (f".. {len(bars) - 2 * half} more", None), *bars[-half:]]
+
+
+def draw_bars(axes: Axes, bars: list[Bar], metric: str) -> None:
+    """Draw a bar per class, from top to bottom."""
     names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 2]}.." for name, _ in bars]
     drawn = axes.barh(range(len(bars)), [ap or 0 for _, ap in bars])
     axes.bar_label(drawn, ["" if ap is None else f"{ap:.3f}" for _, ap in bars], padding=3, fontsize=8)
     axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
-    axes.set(xlim=(0, 1.12), xlabel="AP", title="AP by class")
+    axes.set(xlim=(0, 1.12), xlabel=metric, title=f"{metric} by class")
     axes.margins(y=0.02)
     axes.invert_yaxis()

@@ -86,6 +86,7 @@ LIMITS: dict[str, Number] = {
     "local_rank": Number(int, 0, 10**6),
     # only of the tools
     "threshold": SHARE,
+    "panoptic_threshold": SHARE,
     "every": Number(int, 1, *COUNT),
     "top": Number(int, 1, 100, "the page has a block for each"),
     "queries": Number(int, 0, 9_999),

@@ -144,12 +144,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eos_coef", default=0.1, type=float, help="DETR's cross-entropy: weight of 'no object'")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_file", default="coco", help="kind of data set: coco")
+    add("--dataset_file", default="coco", help="kind of data set: coco, or coco_panoptic")
     add("--coco_path", default=None, help="folder with annotations/ and images/")
     for split in ("train", "val"):
         add(f"--{split}_images", default=None, help=f"folder of the {split} images, instead of that under --coco_path")
         add(f"--{split}_annotations", default=None, help=f"COCO JSON file of the {split} images; replaces the default")
-    add("--coco_panoptic_path", default=None, help="not supported yet")
+    add("--coco_panoptic_path", default=None, help="folder with panoptic annotations/ and PNG files")
     add("--remove_difficult", action="store_true", help="leave out annotations marked 'difficult'")
     add(
         "--on_bad_image",
@@ -211,8 +211,10 @@ def check_args(args: argparse.Namespace) -> None:
 
     Only flags are checked, neither files nor the machine, so that it is fast.
     """
-    if args.coco_panoptic_path is not None:
-        raise InputError("--coco_panoptic_path: panoptic data is not supported yet; drop the flag")
+    if args.coco_panoptic_path is not None and args.dataset_file != "coco_panoptic":
+        raise InputError(
+            "--coco_panoptic_path: panoptic data needs --dataset_file coco_panoptic; add it, or drop the flag"
+        )
     if args.frozen_weights is not None and not args.masks:
         raise InputError("--frozen_weights names the detector under a mask head: add --masks, or drop the flag")
     if args.frozen_weights is not None and args.finetune:

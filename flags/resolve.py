@@ -9,7 +9,7 @@ from typing import Any
 from flags.parser import DEFAULTS, get_args_parser
 from util.errors import InputError
 
-COCO_NUM_CLASSES = 91  # ids run to 90
+NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # by --dataset_file, as published; COCO's ids run to 90 and to 200
 
 # The flags that decide what a model computes; a checkpoint fits only a model with the same values.
 MODEL_FLAGS = (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flags.limits import check_model, check_numbers
-from flags.resolve import COCO_NUM_CLASSES, MODEL_FLAGS, resolve
+from flags.resolve import MODEL_FLAGS, NUM_CLASSES, resolve
 from models.backbone import Backbone, Joiner
 from models.classification import FocalSigmoid, SoftmaxWithNoObject
 from models.conditional_detr import build_conditional_detr
@@ -27,7 +27,7 @@ MODEL_NAMES = {"conditional_detr": "Conditional DETR", "detr": "DETR"}  # as in 
 
 
 def build_model(
-    args: argparse.Namespace, num_classes: int | None = None
+    args: argparse.Namespace, num_classes: int | None = None, isthing: Mapping[int, bool] | None = None
 ) -> tuple[Detector | DETRsegm, SetCriterion, dict[str, Any]]:
     """Return the randomly initialised model, its criterion and its postprocessors, from the flags of `main.py`.
 
@@ -36,7 +36,9 @@ def build_model(
 
     Args:
         args: the flags.
-        num_classes: the number of classes that the model distinguishes; by default `--num_classes`, else COCO's 91.
+        num_classes: the number of classes that the model distinguishes; by default `--num_classes`, else COCO's 91, or
+            250 for panoptic data.
+        isthing: for panoptic data, whether each label is of things; by default, those up to 90 are.
 
     Raises:
         InputError: if a flag is not supported or contradicts another.
@@ -54,7 +56,7 @@ def build_model(
     )
     detector = MODELS[flags.model](
         Joiner(backbone, build_position_encoding(flags)),
-        num_classes=num_classes or flags.num_classes or COCO_NUM_CLASSES,
+        num_classes=num_classes or flags.num_classes or NUM_CLASSES.get(flags.dataset_file, NUM_CLASSES["coco"]),
         num_queries=flags.num_queries,
         dim=flags.hidden_dim,
         num_heads=flags.nheads,
@@ -80,9 +82,9 @@ def build_model(
         model = DETRsegm(detector, flags.nheads, freeze_detr=flags.frozen_weights is not None)
         terms.append(MaskLoss(flags.mask_loss_coef, flags.dice_loss_coef))
         postprocessors["segm"] = PostProcessSegm()
-    if flags.dataset_file == "coco_panoptic":
-        threshold = PANOPTIC_THRESHOLDS[flags.model]
-        postprocessors["panoptic"] = PostProcessPanoptic(threshold=threshold, classification=classification)
+        if flags.dataset_file == "coco_panoptic":
+            threshold = PANOPTIC_THRESHOLDS[flags.model]
+            postprocessors["panoptic"] = PostProcessPanoptic(isthing, threshold, classification)
     criterion = SetCriterion(
         matcher, terms, num_layers=flags.dec_layers if flags.aux_loss else 1, num_groups=flags.group_detr
     )

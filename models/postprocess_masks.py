@@ -5,6 +5,7 @@ Shapes: B images, Q queries, K logits, N detections per image; masks are compute
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.io import encode_png
 
 from models.classification import Classification, SoftmaxWithNoObject
 from models.not_scriptable import NotScriptable
@@ -94,8 +94,9 @@ class PostProcessPanoptic(NotScriptable, nn.Module):
     """Postprocessor that assigns each pixel to one segment (DETR, section 4.4 and its `PostProcessPanoptic`).
 
     Args:
-        is_thing_map: by category id, whether it is a thing, whose objects are separate segments; others are stuff,
-            which has one segment per class. By default, ids up to 90 are things.
+        is_thing_map: by category id, whether it is a thing, whose objects are separate segments, or stuff, which has
+            one segment per class. Ids that it lacks stand for no class and are not predicted. By default, ids up to 90
+            are things and all others are stuff.
         threshold: of the scores of queries that become segments.
         classification: defines the scores of logits.
     """
@@ -108,6 +109,7 @@ class PostProcessPanoptic(NotScriptable, nn.Module):
     ) -> None:
         super().__init__()
         self.is_thing: Callable[[int], bool] = is_thing_map.__getitem__ if is_thing_map else LAST_THING.__ge__
+        self.is_class: Callable[[int], bool] = is_thing_map.__contains__ if is_thing_map else lambda _: True
         self.threshold = threshold
         self.classification = classification or SoftmaxWithNoObject()
 
@@ -134,6 +136,7 @@ class PostProcessPanoptic(NotScriptable, nn.Module):
         results = []
         for image, (size, target) in enumerate(zip(processed, targets, strict=True)):
             queries = (scores[image] > self.threshold).nonzero()[:, 0]
+            queries = queries[[self.is_class(label) for label in labels[image, queries].tolist()]]
             parts = [
                 F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
                 for logits in logits_in_parts(outputs, image, queries)
@@ -158,8 +161,24 @@ class PostProcessPanoptic(NotScriptable, nn.Module):
             {"id": i, "isthing": self.is_thing(category), "category_id": category, "area": area}
             for i, (category, area) in enumerate(zip(classes, areas, strict=True))
         ]
-        rgb = torch.stack([ids % 256, ids // 256 % 256, ids // 65536]).to(torch.uint8)
-        return {"ids": ids, "segments_info": segments, "png_string": encode_png(rgb).numpy().tobytes()}
+        return {"ids": ids, "segments_info": segments, "png_string": png_of_ids(ids)}
+
+    def extend(
+        self, detections: list[dict[str, Any]], outputs: dict[str, Any], targets: list[dict[str, Tensor]]
+    ) -> list[dict[str, Any]]:
+        """Return the detections of earlier postprocessors, each with its image's result as `panoptic`."""
+        in_batch, original = ([target[key].tolist() for target in targets] for key in ("size", "orig_size"))
+        results = self(outputs, in_batch, original)
+        return [found | {"panoptic": result} for found, result in zip(detections, results, strict=True)]
+
+
+def png_of_ids(ids: Tensor) -> bytes:
+    """Return segment ids [H, W] as a PNG file in COCO's format: R + 256 G + 65536 B."""
+    ids = ids.long()
+    rgb = torch.stack([ids % 256, ids // 256 % 256, ids // 65536], dim=-1).to(torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(rgb.cpu().numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 def logits_in_parts(outputs: dict[str, Any], image: int, queries: Tensor) -> Iterator[Tensor]:

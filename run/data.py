@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from checkpoints.checkpoint import classes_of
 from datasets import build_dataset, build_loader
-from datasets.build import CocoLoader
+from datasets.build import CocoLoader, build_instances
 from datasets.classes import Classes
 from datasets.coco import CocoDetection
-from flags.resolve import Flags
+from flags.resolve import NUM_CLASSES, Flags
 from run.start import Start
 from util.distributed import get_world_size
 from util.errors import InputError
@@ -24,12 +24,14 @@ class Data:
     Attributes:
         train: None if the run only evaluates.
         val: the split for evaluation.
+        instances: the data whose boxes and masks AP is measured with; None for panoptic data without an instance file.
         classes: those of the model: the checkpoint's, else those of the first data set.
         num_classes: the size of the class head.
     """
 
     train: CocoLoader | None
     val: CocoLoader
+    instances: CocoDetection | None
     classes: Classes
     num_classes: int
 
@@ -56,11 +58,13 @@ def load_data(start: Start) -> Data:
     train = None if flags.eval else build_dataset("train", flags, known, share=True)
     val = build_dataset(flags.image_set, flags, known or (train and train.classes), share=True)
     classes = known or (train or val).classes
-    num_classes = start.num_classes(needed=classes.num_labels)
+    default = NUM_CLASSES["coco_panoptic"] if flags.dataset_file == "coco_panoptic" else 0
+    num_classes = start.num_classes(needed=max(classes.num_labels, default))
     for dataset in filter(None, (train, val)):
         dataset.check_classes(num_classes)
     loader_train = build_loader(train, flags, train=True) if train else None
-    data = Data(loader_train, build_loader(val, flags, train=False), classes, num_classes)
+    instances = build_instances(val, flags)
+    data = Data(loader_train, build_loader(val, flags, train=False), instances, classes, num_classes)
     if data.train is not None:
         check_trains(flags, data.train)
     return data

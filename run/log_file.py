@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from util.distributed import is_main_process
 from util.errors import InputError, reason
@@ -18,6 +18,12 @@ from util.files import check_folder, replacing, special_file
 from util.logger import warn
 from util.text import counted
 
+# The metrics by which models are compared, the first one that an entry has: names, and their places in the log.
+SCORES: dict[str, tuple[str, int | str]] = {
+    "PQ": ("test_PQ_all", "pq"),
+    "mask AP": ("test_coco_eval_masks", 0),
+    "AP": ("test_coco_eval_bbox", 0),
+}
 LONGEST_LINE = 2**20  # bytes; an epoch takes a few thousand
 
 
@@ -29,40 +35,41 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return [entry for _, entry in _lines(Path(path)) if entry]
 
 
-def number_in(entry: dict[str, Any], key: str, index: int | None = None) -> float | None:
-    """Return the number that an entry has under a key, or at an index of the list there; None if it has none."""
+def number_in(entry: dict[str, Any], key: str, index: int | str | None = None) -> float | None:
+    """Return the number that an entry has under a key, or in the list or the dict there; None if it has none."""
     value = entry.get(key)
-    if index is not None:
+    if isinstance(index, int):
         value = value[index] if isinstance(value, list) and len(value) > index else None
+    elif index is not None:
+        value = value.get(index) if isinstance(value, dict) else None
     return value if isinstance(value, float) or (type(value) is int and abs(value) < 2**63) else None
 
 
-def best_epoch(path: str | Path) -> tuple[float, int | None]:
-    """Return the highest AP on val in a log file, the first of equal ones, and its epoch.
+class Score(NamedTuple):
+    """Result of an evaluation on val, by which models are compared: a metric of `SCORES`, its value and the epoch."""
 
-    They are minus infinity and None if nothing was evaluated.
-    """
-    return max(_evaluations(path), key=lambda found: found[0], default=(-math.inf, None))
-
-
-def logged_aps(path: str | Path) -> list[float]:
-    """Return the AP on val of each evaluation in a log file; those of val without boxes are left out."""
-    return [ap for ap, _ in _evaluations(path) if ap >= 0]
+    metric: str
+    value: float
+    epoch: int
 
 
-def ap_of(entry: dict[str, Any]) -> float | None:
-    """Return the AP on val by which epochs are compared, of masks if there are any, else of boxes; None without one.
+def score_of(entry: dict[str, Any]) -> Score | None:
+    """Return the score in the entry of an epoch; None without an evaluation, or if there was nothing to find (-1)."""
+    for metric, place in SCORES.items():
+        value = number_in(entry, *place)
+        if value is not None:
+            return Score(metric, value, entry["epoch"]) if math.isfinite(value) and value >= 0 else None
+    return None
 
-    That of boxes stays the same if only a mask head is trained.
-    """
-    key = "test_coco_eval_masks" if "test_coco_eval_masks" in entry else "test_coco_eval_bbox"
-    return number_in(entry, key, 0)
+
+def logged_scores(path: str | Path) -> list[Score]:
+    """Return the scores in a log file, in order."""
+    return [score for score in map(score_of, read_log(path)) if score]
 
 
-def _evaluations(path: str | Path) -> list[tuple[float, int]]:
-    """Return the AP on val and the epoch of each evaluation in a log file whose AP is finite."""
-    aps = [(ap_of(entry), entry["epoch"]) for entry in read_log(path)]
-    return [(ap, epoch) for ap, epoch in aps if ap is not None and math.isfinite(ap)]
+def best_score(path: str | Path) -> Score | None:
+    """Return the highest score in a log file, the first of equal ones; None if there is none."""
+    return max(logged_scores(path), key=lambda score: score.value, default=None)
 
 
 def append_log(path: str | Path, entry: dict[str, Any]) -> None:

@@ -6,10 +6,20 @@ import shlex
 from pathlib import Path
 
 from flags.resolve import Flags, defaults
-from run.log_file import best_epoch
+from run.log_file import best_score
 
 EVALUATION_FLAGS = (
-    *("coco_path", "val_images", "val_annotations", "remove_difficult", "on_bad_image", "max_megapixels", "device"),
+    *(
+        "dataset_file",
+        "coco_path",
+        "coco_panoptic_path",
+        "val_images",
+        "val_annotations",
+        "remove_difficult",
+        "on_bad_image",
+        "max_megapixels",
+        "device",
+    ),
 )
 
 
@@ -21,11 +31,11 @@ def summary(flags: Flags, output_dir: Path) -> list[str]:
         output_dir: the folder of its files.
     """
     latest, log = output_dir / "checkpoint.pth", output_dir / "log.txt"
-    ap, epoch = best_epoch(log)
-    model = output_dir / "checkpoint_best.pth" if ap >= 0 else latest
+    best = best_score(log)
+    model = output_dir / "checkpoint_best.pth" if best else latest
     lines = []
-    if ap >= 0:
-        lines.append(f"best {'mask ' * flags.masks}AP on val: {ap:.3f}, in epoch {epoch}: {model}")
+    if best:
+        lines.append(f"best {best.metric} on val: {best.value:.3f}, in epoch {best.epoch}: {model}")
     lines.append(f"last epoch: {latest}; log: {log}")
     if not flags.overfit:
         lines.append(

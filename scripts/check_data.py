@@ -35,9 +35,11 @@ from tqdm import tqdm
 
 from datasets import build_dataset
 from datasets.coco import CocoDetection
-from datasets.images import summarize_notes
+from datasets.images import Picture, summarize_notes
 from datasets.odd_boxes import crowded_images
+from datasets.panoptic import PanopticDetection
 from datasets.transforms import resized_size
+from evaluation.panoptic_pictures import draw_segments
 from evaluation.pictures import CELL, annotate, contact_sheet
 from flags.resolve import Flags, resolve
 from util.command import run_command
@@ -109,15 +111,24 @@ def look_through(name: str, dataset: CocoDetection) -> Split:
         name = dataset.records.file_name(index)
         try:
             picture = dataset.load_image(index)
+            notes = [*picture.notes, *unlearnable(dataset, index, picture)]
         except InputError as error:
             return (0, 0), None, str(error), (name, [])
         digest = hashlib.sha256((dataset.image_folder / name).read_bytes()).digest()
-        return picture.size, digest, "", (name, picture.notes)
+        return picture.size, digest, "", (name, notes)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         read_all = tqdm(pool.map(read, range(len(dataset))), f"reading {name}", len(dataset), leave=False, disable=None)
         sizes, digests, problems, notes = zip(*read_all, strict=True)
     return Split(name, dataset, np.array(sizes), list(digests), list(filter(None, problems)), list(notes))
+
+
+def unlearnable(dataset: CocoDetection, index: int, picture: Picture) -> Iterator[str]:
+    """Yield a note on an image of panoptic data that lists segments of which nothing is learned."""
+    if isinstance(dataset, PanopticDetection):
+        listed, learned = dataset.records.objects_of(index).labels, dataset.target_of(index, *picture.size)["labels"]
+        if missing := len(listed) - len(learned):
+            yield f"{counted(missing, 'segment')} without pixels, or with a single row or column of them, left out"
 
 
 def describe(split: Split, args: Flags) -> Iterator[str]:
@@ -249,6 +260,10 @@ def write_page(split: Split, folder: Path) -> Path:
 def picture(dataset: CocoDetection, index: int) -> Image.Image:
     """Return an image with its targets, at the size of a cell of the page."""
     stored = dataset.load_image(index)
+    if isinstance(dataset, PanopticDetection):
+        return draw_segments(
+            ImageOps.contain(to_pil_image(stored.pixels), CELL), *dataset.segments_of(index), dataset.classes
+        )
     image = ImageOps.contain(to_pil_image(stored.pixels), CELL)
     objects = dataset.records.objects_of(index)
     codes = dataset.records.codes_of(index)

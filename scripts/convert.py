@@ -29,7 +29,7 @@ from util.logger import log
 from util.text import counted
 
 SUFFIXES = {"transformers": "", "safetensors": ".safetensors", "checkpoint": ".pth"}
-FOR_INFERENCE = ("model", "args", "class_ids", "class_names")
+FOR_INFERENCE = ("model", "args", "class_ids", "class_names", "class_isthing")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

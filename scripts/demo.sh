@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "$0")/venv.sh" requirements.txt
 out=output/demo
 rm -rf "$out"
-python -m datasets.shapes --output "$out/data"
+python -m datasets.shapes --masks --output "$out/data"
 # A small model on small images, all of it trained from random weights: minutes on two CPU cores. What such short trainings
 # gain from is in docs/log.md: a linear schedule, an average of the weights, images that all fill the same square, more
 # weight on the classes, and gradients that are not clipped as the recipe for COCO does.

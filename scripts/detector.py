@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from flags.limits import check_device
 from flags.resolve import Flags, resolve
 from models import build_model, detector
 from models.postprocess import PostProcess, check_detections
-from models.postprocess_masks import PostProcessSegm
+from models.postprocess_masks import PostProcessPanoptic, PostProcessSegm
 from models.segmentation import DETRsegm
 from util.errors import InputError, reason
 
@@ -43,6 +44,7 @@ class Detector:
     model: detector.Detector | DETRsegm
     postprocess: PostProcess
     postprocess_masks: PostProcessSegm | None
+    postprocess_panoptic: PostProcessPanoptic | None
     classes: Classes
     args: Flags
 
@@ -59,6 +61,7 @@ class Detector:
         """Return the detections in uint8 images [3, h, w] of any sizes: like `PostProcess`, in pixels, on the CPU.
 
         Those of a model with masks also have `codes`: COCO's run-length codes of the N masks, in the images' sizes.
+        Those of a panoptic model also have `panoptic`, a result of `PostProcessPanoptic`.
         """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         return self.detect([self.resize(image) for image in images], sizes)
@@ -69,10 +72,14 @@ class Detector:
         outputs = self.model([image.to(self.device) for image in resized])
         of_images = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
         codes = self.codes(outputs, of_images, resized, sizes)
+        panoptic: Iterable[dict[str, Any]] = repeat({})
+        if self.postprocess_panoptic:
+            in_batch = [image.shape[1:] for image in resized]
+            panoptic = ({"panoptic": result} for result in self.postprocess_panoptic(outputs, in_batch, sizes))
         of_images = [{name: value.cpu() for name, value in image.items()} for image in of_images]
         for detections in of_images:
             check_detections(detections)
-        return [found | more for found, more in zip(of_images, codes, strict=True)]
+        return [found | masks | more for found, masks, more in zip(of_images, codes, panoptic, strict=False)]
 
     def codes(
         self,
@@ -120,7 +127,9 @@ def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.
     check_finite(checkpoint["model"], source)
     args = resolve(argparse.Namespace(**checkpoint["args"]), aux_loss=False)
     check_stored_flags(args, source)
-    model, _, postprocessors = build_model(args, num_classes_of(checkpoint, source))
-    load_model_weights(model, checkpoint, source)
     classes = classes_of(checkpoint, source)
-    return Detector(model.to(device).eval(), postprocessors["bbox"], postprocessors.get("segm"), classes, args)
+    args = resolve(args, dataset_file="coco_panoptic" if classes.isthing else "coco")
+    model, _, postprocessors = build_model(args, num_classes_of(checkpoint, source), classes.isthing)
+    load_model_weights(model, checkpoint, source)
+    masks, panoptic = postprocessors.get("segm"), postprocessors.get("panoptic")
+    return Detector(model.to(device).eval(), postprocessors["bbox"], masks, panoptic, classes, args)

@@ -179,6 +179,7 @@ def predict() -> Parser:
     add("--checkpoint", required=True, help=CHECKPOINT)
     add("--output", required=True, type=Path, metavar="DIR", help="folder for what is found")
     add("--threshold", default=0.3, type=float, help="lowest score in pictures, and at first in the gallery")
+    add("--panoptic_threshold", default=None, type=float, help="lowest score of a segment; unset: that of the model")
     add("--annotations", default=None, metavar="FILE", help="COCO JSON file that gives image ids; images as stored")
     add("--every", default=1, type=int, metavar="N", help="of videos, take every N-th frame")
     add("--min_size", default=None, type=int, help="short side for the model; unset: that of its training")

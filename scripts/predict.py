@@ -8,6 +8,7 @@ INPUT: image and video files, folders (with all below them), patterns such as 'p
   with run-length codes of the masks if the model has some;
   `image_id` is the file's name or, with --annotations, its id in a COCO file; that of a video's frame is
   `clip.mp4#000123`, counted from 0, with its `time` in seconds;
+- of a panoptic model, `panoptic/` and `panoptic.json`, the segments of images in COCO's format; `pictures/` shows them;
 - `pictures/`: every image at full size with the boxes, masks, names and scores above --threshold; videos as mp4 with
   their frame times, without sound;
 - `index.html`, a gallery with a slider for the score, and its images in `images/`, at most 1280 pixels long;
@@ -41,7 +42,6 @@ from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
@@ -50,6 +50,7 @@ from datasets.images import image_size, read_image, summarize_notes
 from datasets.samplers import same_shape_batches
 from datasets.transforms import resized_size
 from evaluation.coco_results import coco_results, write_coco_results
+from evaluation.panoptic_results import png_and_segments, write_panoptic_results
 from flags.limits import check_sizes
 from flags.resolve import IMAGE_SIZES, resolve
 from scripts.detector import Detector, load_detector
@@ -59,6 +60,7 @@ from scripts.prediction.photo import GALLERY_SIDE, MAX_JPEG_SIDE, Detections, Ph
 from scripts.prediction.video import Frame, VideoReader, write_video
 from util.command import run_command
 from util.errors import InputError
+from util.files import replacing
 from util.logger import log, warn
 from util.text import counted
 
@@ -132,6 +134,7 @@ class Prediction:
             for photo, image in chain([first], drawn):
                 assert photo.frame is not None  # it comes from a video
                 write(image, *photo.frame)
+                photo.detections.pop("panoptic", None)  # the pixels of all frames would fill the memory
                 self.detections[source].append((photo.image_id, photo.detections, photo.frame[0]))
                 bar.update()
         self.entries[source] = video_entry(str(source), path.relative_to(self.args.output))
@@ -145,6 +148,11 @@ class Prediction:
                 found, codes = zip(*columns, strict=True), detections.get("codes", ())
                 for result in coco_results(image_id, found, self.detector.classes, codes=codes):
                     yield result if time is None else result | {"time": round(float(time), 6)}
+
+    def segmented(self, sources: Iterable[Source]) -> list[dict[str, Any]]:
+        """Return the panoptic annotations of all images, in the order of the sources; none if the model has none."""
+        found = (detections for source in sources for _, detections, _ in self.detections.get(source, ()))
+        return [detections["panoptic"] for detections in found if "panoptic" in detections]
 
     def summary(self) -> str:
         """Return a line with the number of boxes that are drawn or, if there are none, the highest score."""
@@ -217,10 +225,17 @@ class Prediction:
             MAX_JPEG_SIDE,
         )
         save(to_pil_image(photo.pixels), self.args.output / "images" / name, GALLERY_SIDE)
+        if "panoptic" in photo.detections:
+            photo.detections["panoptic"] = self._write_segments(photo)
         return photo, image_entry(str(photo.source), Path("images", name), photo.size, photo.detections)
 
-    def _annotated(self, photo: Photo) -> Image.Image:
-        return photo.annotated(self.args.threshold, self.detector.classes)
+    def _write_segments(self, photo: Photo) -> dict[str, Any]:
+        """Write the PNG file of an image's segments, and return their entry in COCO's format."""
+        png, segments = png_and_segments(photo.detections["panoptic"])
+        name = file_name(photo.source, ".png")
+        with replacing(self.args.output / "panoptic" / name) as file:
+            file.write(png)
+        return {"image_id": photo.image_id, "file_name": name, "segments_info": segments}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = {flag: value for flag in IMAGE_SIZES if (value := getattr(args, flag))}
     detector.args = resolve(detector.args, **sizes)
     check_sizes(detector.args)
+    if detector.postprocess_panoptic and args.panoptic_threshold is not None:
+        detector.postprocess_panoptic.threshold = args.panoptic_threshold
     detector.postprocess.num_detections = args.max_detections or detector.postprocess.num_detections
 
     with ThreadPoolExecutor(args.num_workers or 1) as pool:
@@ -252,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not prediction.detections:
         raise InputError(f"none of {counted(len(sources), 'input')} could be read")
     write_coco_results(args.output / "detections.json", prediction.coco_results(sources))
+    if segmented := prediction.segmented(sources):
+        write_panoptic_results(args.output / "panoptic.json", segmented, detector.classes)
     entries = [prediction.entries[source] for source in sources if source in prediction.entries]
     write_gallery(args.output / "index.html", entries, detector.classes, args.threshold)
     for line in summarize_notes(prediction.notes):

@@ -10,7 +10,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export OMP_NUM_THREADS=1
 
-"$python" -m datasets.shapes --output "$work/data" --train 14 --val 7 >/dev/null
+"$python" -m datasets.shapes --output "$work/data" --train 14 --val 7 --masks >/dev/null
 "$python" - "$work/resnet18.pth" <<'END'
 import sys, torch, torchvision
 torch.manual_seed(0)

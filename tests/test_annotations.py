@@ -250,8 +250,8 @@ def test_a_batch_has_to_be_filled_in_training(load, parse):
 
 
 def test_other_data_sets_are_refused(parse):
-    with pytest.raises(InputError, match="--dataset_file coco_panoptic"):
-        build_dataset("val", parse("--dataset_file", "coco_panoptic"))
+    with pytest.raises(InputError, match="--dataset_file lvis: choose one of coco, coco_panoptic"):
+        build_dataset("val", parse("--dataset_file", "lvis"))
 
 
 def test_a_file_that_is_no_text(tmp_path):

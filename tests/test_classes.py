@@ -5,10 +5,11 @@ import json
 import pytest
 from PIL import Image
 
-from datasets.classes import COCO_NAMES, Classes
+from datasets.classes import Classes
 from datasets.coco import CocoDetection
+from datasets.coco_names import COCO_NAMES
 from datasets.transforms import make_coco_transforms
-from flags.resolve import COCO_NUM_CLASSES
+from flags.resolve import NUM_CLASSES
 from util.errors import InputError
 
 
@@ -105,7 +106,7 @@ def test_ids_decide_where_several_classes_share_a_name():
 
 def test_checkpoints_that_do_not_name_their_classes():
     """91 classes are taken for COCO's, unless the data says otherwise: the published code always has 91."""
-    coco = Classes.from_checkpoint({}, COCO_NUM_CLASSES)
+    coco = Classes.from_checkpoint({}, NUM_CLASSES["coco"])
     assert coco.of_categories(named(car=7)).ids == {3: 7}
     cells = coco.of_categories(named(WBC=1, RBC=2))
     assert cells.ids == {1: 1, 2: 2}
@@ -114,7 +115,7 @@ def test_checkpoints_that_do_not_name_their_classes():
 
 
 def test_classes_of_checkpoints():
-    coco = Classes.from_checkpoint({}, COCO_NUM_CLASSES)
+    coco = Classes.from_checkpoint({}, NUM_CLASSES["coco"])
     assert coco.names == COCO_NAMES
     assert len(COCO_NAMES) == 80
     assert coco.ids == {label: label for label in COCO_NAMES}

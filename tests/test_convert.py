@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from checkpoints.checkpoint import load_checkpoint
-from datasets.classes import COCO_NAMES
+from datasets.coco_names import COCO_NAMES
 from main import get_args_parser
 from main import main as run
 from scripts.convert import main

@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 import main
-from datasets.classes import COCO_NAMES, Classes
+from datasets.classes import Classes
+from datasets.coco_names import COCO_NAMES
 from models import build_model
 from run.advice import advice, lr_factor
 from run.finetune import start_from

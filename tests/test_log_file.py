@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from run.log_file import append_log, best_epoch, logged_aps, read_log, trim_log
+from run.log_file import append_log, best_score, logged_scores, read_log, trim_log
 from scripts.plot_logs import plot_logs
 from util.errors import InputError
 
@@ -53,7 +53,7 @@ def test_lines_that_are_no_entries(line, tmp_path, capsys):
     log = tmp_path / "log.txt"
     write(log, line)
     assert read_log(log) == GOOD
-    assert best_epoch(log)[0] == max(logged_aps(log)) == 0.2
+    assert best_score(log).value == max(score.value for score in logged_scores(log)) == 0.2
     trim_log(log, 3)
     assert capsys.readouterr().out == f"warning: {log}: dropped 1 line without the numbers of an epoch\n"
     assert [json.loads(line) for line in log.read_text().splitlines()] == GOOD
@@ -66,7 +66,7 @@ def test_entries_with_odd_values(values, tmp_path, capsys):
     log = tmp_path / "log.txt"
     write(log, json.dumps({"epoch": 7} | values).encode())
     assert [entry["epoch"] for entry in read_log(log)] == [0, 7, 1, 2]
-    assert best_epoch(log)[0] == max(logged_aps(log)) == 0.2
+    assert best_score(log).value == max(score.value for score in logged_scores(log)) == 0.2
     with np.errstate(all="raise"):
         plot_logs([tmp_path], tmp_path / "curves")
     trim_log(log, 3)

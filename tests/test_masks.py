@@ -136,7 +136,6 @@ def test_finetuning_in_both_directions(shapes, tmp_path, parse, capsys):
     [
         (("--frozen_weights", "x.pth"), "add --masks"),
         (("--masks", "--frozen_weights", "x.pth", "--finetune", "y.pth"), "drop one"),
-        (("--coco_panoptic_path", "x"), "not supported yet"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, parse):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from datasets.classes import Classes
+from evaluation.panoptic_pictures import draw_segments
 from evaluation.pictures import annotate
 from scripts.prediction.inputs import Source
 from util.errors import InputError, reason
@@ -47,7 +48,13 @@ class Photo:
     detections: Detections = field(default_factory=dict)
 
     def annotated(self, threshold: float, classes: Classes) -> Image.Image:
-        """Return the image with the boxes and masks that score `threshold` or more, with names and scores."""
+        """Return the image with the boxes and masks that score `threshold` or more, with names and scores.
+
+        That of a panoptic model is drawn with its segments instead.
+        """
+        if panoptic := self.detections.get("panoptic"):
+            segments = [(entry["id"], entry["category_id"]) for entry in panoptic["segments_info"]]
+            return draw_segments(to_pil_image(self.pixels), panoptic["ids"].numpy(), segments, classes)
         shown = self.detections["scores"] >= threshold
         boxes, labels, scores = (self.detections[key][shown].tolist() for key in ("boxes", "labels", "scores"))
         codes = self.detections.get("codes", [])
