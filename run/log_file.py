@@ -131,6 +131,8 @@ def _without_nan(value: Any) -> Any:
     """Return a value of an entry with null for numbers that JSON lacks: NaN and infinity."""
     if isinstance(value, list):
         return list(map(_without_nan, value))
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -21,6 +21,7 @@ from datasets.panoptic_file import load_panoptic
 from datasets.shapes import write_dataset
 from evaluation.panoptic_quality import PanopticEvaluator
 from models.postprocess_masks import PostProcessPanoptic, png_of_ids
+from run.log_file import append_log
 from scripts import check_data, predict
 from tests.conftest import TINY, assert_same_end, log_lines
 from tests.forked import run_on_several
@@ -298,6 +299,11 @@ def test_two_processes_gather_their_results(tmp_path, parse, meeting):
     run_on_several(score_a_part, (2, meeting(), parse(), tmp_path, predictions), 2)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"2-{rank}.json").read_text()) == evaluator.stats
+
+
+def test_quality_that_is_not_a_number_is_null_in_the_log(tmp_path):
+    append_log(tmp_path / "log.txt", {"epoch": 0, "test_PQ_all": {"pq": float("nan"), "n": 0}})
+    assert log_lines(tmp_path) == [{"epoch": 0, "test_PQ_all": {"pq": None, "n": 0}}]
 
 
 def test_without_hotcoco_a_line_says_what_to_install(two, monkeypatch):

@@ -48,7 +48,7 @@ def test_with_masks_their_ap_decides(shapes, tmp_path, scores, capsys):
     for epochs in (2, 9):
         train(shapes, tmp_path / "masks", "--epochs", epochs, *flags)
     printed = capsys.readouterr().out
-    assert "without a better AP than 0.400" in printed
+    assert "without a better mask AP than 0.400" in printed
     assert "best mask AP on val: 0.400, in epoch 2" in printed
     checkpoint = torch.load(tmp_path / "masks" / "checkpoint_best.pth", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["ap"]) == (2, 0.4)
