@@ -1,11 +1,12 @@
-"""Measure the speed of the models, compared with this machine's limits and with Hugging Face `transformers`.
+"""Measure the speed of the models, compared with this machine's limits and with other software that is installed.
 
 Usage:
     python -m scripts.benchmark                       # everything, for the R50 model
     python -m scripts.benchmark --parts counts        # parameters and multiply-adds of all models, in seconds
     python -m scripts.benchmark --variants r50 r50dc5 r101 r101dc5 --parts inference --json speed.json
 
-Competitors take turns, and medians are shown, because machines are noisy. Weights and images are random.
+Competitors take turns, and medians are shown, because machines are noisy: Hugging Face `transformers` (R50), and on
+CPUs the models' ONNX files in ONNX Runtime and OpenVINO. Weights and images are random.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -39,8 +41,17 @@ from run.kernels import compile_model, keep_freed_memory, use_fast_kernels
 from scripts.benchmarking.data import measure_data, measure_evaluator
 from scripts.benchmarking.masks import measure_masks
 from scripts.benchmarking.model import PRECISIONS, PUBLISHED, TrainingStep, build, inference, random_images
-from scripts.benchmarking.peer import PeerRun, inference_of_peer, peer_runs, training_of_peer
+from scripts.benchmarking.onnx_peers import inference_of_runtime
+from scripts.benchmarking.peer import (
+    PACKAGES,
+    PeerRun,
+    inference_of_transformers,
+    installed_version,
+    peer_runs,
+    training_of_transformers,
+)
 from scripts.benchmarking.timing import alternate, peak_mib
+from scripts.onnx_runtimes import TITLES
 from util.command import run_command
 
 
@@ -54,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep_freed_memory()
 
     machine = describe_machine(device, flags.amp)
+    if not flags.no_peer:
+        machine["others"] = {peer: installed_version(peer) or "not installed" for peer in PACKAGES}
     print(json.dumps(machine, indent=1), flush=True)
     report: dict[str, Any] = {"machine": machine}
     for part in flags.parts:
@@ -133,7 +146,7 @@ def peak(run: Callable[[], Any], device: torch.device) -> float | None:
 
 
 def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure the latency of one image by precision, in turns with `transformers`."""
+    """Measure the latency of one image by precision, in turns with other software."""
     device = torch.device(flags.device)
     models = {"": build(variant, device, "--no_aux_loss")[0].eval()}
     gflop = count_gflop(variant, flags.size)
@@ -148,8 +161,12 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
     if "bf16" in flags.amp:  # weights that the forward passes do not have to convert
         converted = build(variant, device, "--no_aux_loss")[0].eval().bfloat16()
         runs["bf16", ", weights in bfloat16"] = inference(converted, image, "none")
-    with peer_runs(variant, inference_of_peer, flags) as peers:
-        runs |= {(amp, " transformers"): run for amp, run in peers.items()}
+    makers = {"transformers": inference_of_transformers}
+    makers |= {runtime: partial(inference_of_runtime, runtime, variant) for runtime in TITLES}
+    with ExitStack() as processes:
+        for peer, make in makers.items():
+            theirs = processes.enter_context(peer_runs(peer, variant, make, flags))
+            runs |= {(amp, f" {TITLES.get(peer, peer)}"): run for amp, run in theirs.items()}
         return [
             {
                 "model": variant + kind,
@@ -170,7 +187,7 @@ def measure_training(variant: str, flags: argparse.Namespace, _machine: dict[str
     device = torch.device(flags.device)
     rows = []
     for batch_size in flags.batch_sizes:
-        with peer_runs(variant, training_of_peer, flags, batch_size) as peers:
+        with peer_runs("transformers", variant, training_of_transformers, flags, batch_size) as peers:
             for amp in flags.amp:
                 rows += measure_step(variant, flags, batch_size, amp, peers.get(amp), device)
     return rows

@@ -1,6 +1,7 @@
-"""Write a model as ONNX, if ONNX Runtime computes the same outputs from it as PyTorch.
+"""Write a model as ONNX, if ONNX Runtime, or other software that is asked for, computes the same outputs as PyTorch.
 
     python -m scripts.export_onnx --checkpoint CKPT|conditional_detr_resnet50 --output model.onnx [--postprocess]
+        [--check_with onnxruntime openvino]
 
 The file takes uint8 images, which it normalises itself, and their padding mask; batch, height and width are free. It
 holds the names and ids of the classes and the size of images that the model expects. `scripts/onnx_example.py` runs it.
@@ -35,6 +36,7 @@ from models.folded_norms import FoldedBody, FoldedConv2d, norm_terms
 from models.postprocess import PostProcess
 from models.segmentation import DETRsegm
 from scripts.detector import Detector, load_detector
+from scripts.onnx_runtimes import LOADERS, TITLES, Compute
 from util.command import need, run_command
 from util.errors import InputError
 from util.files import replacing
@@ -187,22 +189,27 @@ def describe(model: Any, exported: ExportedModel, detector: Detector) -> None:
         model.metadata_props.add(key=key, value=json.dumps(fact, ensure_ascii=False))
 
 
-def check(session: Any, exported: ExportedModel) -> None:
-    """Compare an `InferenceSession`'s outputs with PyTorch's; print a line for each batch size and image size.
+def check(compute: Compute, title: str, exported: ExportedModel) -> None:
+    """Compare a runtime's outputs with PyTorch's; print a line for each batch size and image size.
 
-    Raise InputError for a difference beyond `TOLERANCE`.
+    Args:
+        compute: the runtime's function of the file.
+        title: the runtime's name.
+
+    Raises:
+        InputError: for a difference beyond `TOLERANCE`.
     """
-    print(f"largest differences between ONNX Runtime and PyTorch (tolerance: {TOLERANCE:g})")
+    print(f"largest differences between {title} and PyTorch (tolerance: {TOLERANCE:g})")
     for batch_size in BATCH_SIZES:
         for height, width in SIZES:
             inputs = example_inputs(batch_size, height, width, seed=height)[: len(exported.inputs)]
             feed = {name: tensor.numpy() for name, tensor in zip(exported.inputs, inputs, strict=True)}
-            found = dict(zip(exported.outputs, map(torch.from_numpy, session.run(exported.outputs, feed)), strict=True))
+            found = {name: torch.from_numpy(array) for name, array in compute(feed).items()}
             differences = dict(compare(exported, found, inputs))
             texts = [f"{name} {difference:.1e}" for name, difference in differences.items()]
             print(f"  {batch_size} × {height}×{width}: {', '.join(texts)}")
             if not all(difference <= TOLERANCE for difference in differences.values()):
-                raise InputError("the outputs of ONNX Runtime and PyTorch differ too much; no file was written")
+                raise InputError(f"the outputs of {title} and PyTorch differ too much; no file was written")
 
 
 @torch.no_grad()
@@ -231,14 +238,16 @@ def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     flags = parse_flags("export_onnx", argv)
-    onnx, onnxruntime = (need(name, "onnx onnxruntime", "export to ONNX") for name in ("onnx", "onnxruntime"))
+    packages = "onnx", *flags.check_with
+    onnx, *_ = (need(name, " ".join(packages), "export to ONNX") for name in packages)
     detector = load_detector(flags.checkpoint)
     detector.postprocess.num_detections = flags.max_detections or detector.postprocess.num_detections
     exported = ExportedModel(detector.model, detector.postprocess if flags.postprocess else None).eval()
     model = onnx.load_from_string(export(exported))
     describe(model, exported, detector)
     contents = model.SerializeToString()
-    check(onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"]), exported)
+    for runtime in flags.check_with:
+        check(LOADERS[runtime](contents), TITLES[runtime], exported)
     with replacing(flags.output) as file:
         file.write(contents)
     print(f"wrote {flags.output} ({len(contents) / 1e6:.0f} MB)")

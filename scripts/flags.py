@@ -17,6 +17,7 @@ from util.errors import InputError
 
 VARIANTS = tuple(f"{model}{name}" for model in ("", "detr_") for name in ("r50", "r50dc5", "r101", "r101dc5"))
 PARTS = ("counts", "inference", "training", "masks", "data", "evaluator")  # of the benchmark
+RUNTIMES = ("onnxruntime", "openvino")  # of ONNX files
 FORMATS = ("transformers", "safetensors", "checkpoint")
 CHECKPOINT = "a checkpoint, a URL or a hub entry's name"
 MAX_DETECTIONS = "maximum number of detections per image; unset: that of its training"
@@ -74,7 +75,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def benchmark() -> Parser:
     """Return the flags of `scripts.benchmark`."""
-    parser = parser_of("benchmark", "Measure the speed of the models, next to Hugging Face transformers.")
+    parser = parser_of("benchmark", "Measure the speed of the models, next to other software that is installed.")
     add = parser.add_argument
     add("--parts", nargs="+", default=[*PARTS], choices=PARTS, help="what to measure")
     add("--variants", nargs="+", default=["r50"], choices=VARIANTS, help="models to measure")
@@ -84,7 +85,7 @@ def benchmark() -> Parser:
     add("--group_detr", nargs="+", type=int, default=[1], help="groups of queries in a training step (Group DETR)")
     add("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16", "fp16"), help="precisions")
     add("--compile", action="store_true", help="also measure compiled models")
-    add("--no_peer", action="store_true", help="without transformers")
+    add("--no_peer", action="store_true", help="without transformers, ONNX Runtime and OpenVINO")
     add("--repeats", type=int, default=5, help="measurements, whose median is reported")
     add("--json", help="file for the numbers")
     return parser
@@ -140,6 +141,13 @@ def export_onnx() -> Parser:
     parser.add_argument("--output", default="model.onnx", type=Path, help="file to write")
     parser.add_argument("--postprocess", action="store_true", help="add scores, labels and boxes in pixels to it")
     parser.add_argument("--max_detections", default=None, type=int, help=MAX_DETECTIONS)
+    parser.add_argument(
+        "--check_with",
+        nargs="+",
+        default=[RUNTIMES[0]],
+        choices=RUNTIMES,
+        help="software whose outputs are compared with PyTorch's before the file is written",
+    )
     return parser
 
 

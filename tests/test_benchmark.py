@@ -4,30 +4,45 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scripts import benchmark
-from scripts.benchmarking import data, peer
+from scripts.benchmarking import data, model, onnx_peers, peer
+from tests.small import FLAGS
 from util.errors import InputError
+
+OTHERS = "r50 transformers", "r50 ONNX Runtime", "r50 OpenVINO"
+
+
+@contextmanager
+def no_work(*_args) -> Iterator[peer.Runs]:
+    """Stand in for the runs of a competitor."""
+    yield {"none": lambda: None}
 
 
 @pytest.mark.parametrize("part", benchmark.PARTS)
 def test_a_small_run(part, tmp_path, monkeypatch, capsys):
     report = tmp_path / "report.json"
-    flags = (
-        f"--parts {part} --device cpu --size 64 64 --repeats 1 --amp none --no_peer --json {report} --group_detr 1 2"
-    )
+    flags = f"--parts {part} --device cpu --size 64 64 --repeats 1 --amp none --json {report} --group_detr 1 2"
+    monkeypatch.setattr(benchmark, "peer_runs", no_work)
     monkeypatch.setattr(sys, "argv", ["benchmark", *flags.split()])
     benchmark.main()
     written = json.loads(report.read_text())
     assert written["machine"]["matmul GFLOP/s"]["float32"] > 0
+    assert written["machine"]["others"].keys() == {"transformers", "onnxruntime", "openvino"}
     row, *others = written[part]
     assert row["model"] == "r50"
     assert [other["model"] for other in others] == [
-        *{"inference": ["r50, attention weights in full"], "training": ["r50, 2 groups"], "masks": ["r50"] * 3}[part]
+        *{
+            "inference": ["r50, attention weights in full", *OTHERS],
+            "training": ["r50, 2 groups", "r50 transformers"],
+            "masks": ["r50"] * 3,
+        }[part]
     ]
     assert row["ms"] > 0
     printed = capsys.readouterr().out
@@ -68,23 +83,49 @@ def make_runs(flags: argparse.Namespace, file: Path) -> peer.Runs:
 
 
 def test_the_competitor_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(peer, "find_spec", lambda name: name)
-    flags = argparse.Namespace(no_peer=False, device="cpu", amp=["none", "bf16"])
+    monkeypatch.setattr(peer, "installed_version", lambda name: "1.0")
+    flags = argparse.Namespace(no_peer=False, device="cpu", amp=["none", "bf16", "fp16"])
     written = tmp_path / "pid"
-    with peer.peer_runs("r50", make_runs, flags, written) as runs:
+    with peer.peer_runs("openvino", "r101", make_runs, flags, written) as runs:
+        assert list(runs) == ["none", "bf16"]
         runs["none"]()
         assert int(written.read_text()) != os.getpid()
         assert runs["none"].peak_mib() is None
-        with pytest.raises(InputError, match="--no_peer"):
+        with pytest.raises(InputError, match="process of openvino has ended; pass --no_peer"):
             runs["bf16"]()
-    for flags.no_peer, variant in ((True, "r50"), (False, "r101")):
-        with peer.peer_runs(variant, make_runs, flags) as runs:
-            assert runs == {}
 
 
-@pytest.mark.parametrize("make", ["inference_of_peer", "training_of_peer"])
+@pytest.mark.parametrize(
+    ("name", "variant", "changed", "installed"),
+    [
+        ("transformers", "r101", {}, True),
+        ("transformers", "r50", {"no_peer": True}, True),
+        ("transformers", "r50", {}, False),
+        ("openvino", "r50", {"device": "cuda"}, True),
+        ("onnxruntime", "r50", {}, False),
+    ],
+)
+def test_competitors_that_do_not_take_part(name, variant, changed, installed, monkeypatch):
+    monkeypatch.setitem(peer.PACKAGES, name, ("torch",) if installed else ("torch", "not-a-package"))
+    flags = argparse.Namespace(**{"no_peer": False, "device": "cpu", "amp": ["none"]} | changed)
+    with peer.peer_runs(name, variant, make_runs, flags) as runs:
+        assert runs == {}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_runtimes_of_onnx_compute_what_is_measured(runtime, monkeypatch):
+    pytest.importorskip("onnx")
+    pytest.importorskip(runtime)
+    monkeypatch.setitem(model.VARIANTS, "small", tuple(map(str, FLAGS)))
+    flags = argparse.Namespace(size=(64, 96), amp=["none", "bf16", "fp16"])
+    runs = onnx_peers.inference_of_runtime(runtime, "small", flags)
+    assert set(runs) == ({"none", "bf16"} if "bf16" in onnx_peers.precisions(runtime) else {"none"})
+    assert runs["none"]()["pred_logits"].shape == (1, 7, 91)
+
+
+@pytest.mark.parametrize("make", ["inference_of_transformers", "training_of_transformers"])
 def test_transformers_computes_what_is_measured(make):
     pytest.importorskip("transformers")
     flags = argparse.Namespace(device="cpu", size=(64, 64), amp=["none"])
-    batch = {"training_of_peer": [1]}.get(make, [])
+    batch = {"training_of_transformers": [1]}.get(make, [])
     getattr(peer, make)(flags, *batch)["none"]()

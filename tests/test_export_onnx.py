@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from models import build_model
 from models.postprocess import PostProcess
 from scripts import export_onnx
 from scripts.detector import load_detector
+from scripts.onnx_runtimes import load_onnxruntime
 from tests.conftest import ROOT
 from tests.reference import reference_weights
 from tests.small import FLAGS
@@ -194,11 +196,32 @@ def test_differences_leave_no_file(checkpoint, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("library", ["onnx", "onnxruntime"])
-def test_a_missing_library_is_named(library, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("library", "flags", "packages"),
+    [
+        ("onnx", (), "onnx onnxruntime"),
+        ("onnxruntime", (), "onnx onnxruntime"),
+        ("openvino", ("--check_with", "openvino"), "onnx openvino"),
+    ],
+)
+def test_a_missing_library_is_named(library, flags, packages, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(InputError, match="pip install onnx onnxruntime"):
-        export_onnx.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.onnx")])
+    with pytest.raises(InputError, match=f"pip install {packages} "):
+        export_onnx.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.onnx"), *flags])
+
+
+def test_every_runtime_that_is_named_checks_the_file(checkpoint, tmp_path, monkeypatch, capsys):
+    def load_wrong(contents):
+        compute = load_onnxruntime(contents)
+        return lambda inputs: {name: array + 0.01 for name, array in compute(inputs).items()}
+
+    monkeypatch.setitem(sys.modules, "openvino", ModuleType("openvino"))
+    monkeypatch.setitem(export_onnx.LOADERS, "openvino", load_wrong)
+    command = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.onnx"), "--check_with"]
+    with pytest.raises(InputError, match="the outputs of OpenVINO and PyTorch differ too much; no file was written"):
+        export_onnx.main([*command, "onnxruntime", "openvino"])
+    assert re.findall("between (.*) and", capsys.readouterr().out) == ["ONNX Runtime", "OpenVINO"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes(checkpoint, tmp_path):

@@ -1,6 +1,6 @@
-"""The benchmark's competitor: Hugging Face `transformers`, in a separate process.
+"""The benchmark's competitors, each in a process of its own, and Hugging Face `transformers`, one of them.
 
-In its own process, it does not reuse memory that this code has allocated, nor the other way round.
+In its own process, a competitor does not reuse memory that this code has allocated, nor the other way round.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,7 +24,12 @@ from scripts.benchmarking.model import NUM_CLASSES, inference, random_batch, ran
 from scripts.benchmarking.timing import peak_mib, synchronize
 from util.errors import InputError
 
-Runs = dict[str, Callable[[], None]]  # by --amp
+Runs = dict[str, Callable[[], Any]]  # by --amp
+PACKAGES = {
+    "transformers": ("transformers",),
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+}  # that a competitor needs, itself last
 
 
 @dataclass
@@ -32,6 +37,7 @@ class PeerRun:
     """Run in the other process, at the other end of `pipe`."""
 
     pipe: Connection
+    peer: str
     amp: str
 
     def __call__(self) -> None:
@@ -42,20 +48,43 @@ class PeerRun:
         return self.ask("peak")
 
     def ask(self, request: str) -> Any:
-        try:
+        with naming(self.peer):
             self.pipe.send((request, self.amp))
             return self.pipe.recv()
-        except (EOFError, OSError) as error:
-            raise InputError("the process of transformers has ended; pass --no_peer to measure without it") from error
 
 
 @contextmanager
-def peer_runs(variant: str, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any) -> Iterator[Runs]:
+def naming(peer: str) -> Iterator[None]:
+    """Name the competitor whose process has ended in an InputError."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise InputError(f"the process of {peer} has ended; pass --no_peer to measure without others") from error
+
+
+def installed_version(peer: str) -> str | None:
+    """Return the version of a competitor; None if it, or what it needs, is not installed."""
+    try:
+        return [version(package) for package in PACKAGES[peer]][-1]
+    except PackageNotFoundError:
+        return None
+
+
+def takes_part(peer: str, variant: str, flags: argparse.Namespace) -> bool:
+    """Return whether a competitor is asked for, installed, has the variant, and is measured on this device."""
+    fits = variant == "r50" if peer == "transformers" else flags.device == "cpu"
+    return fits and not flags.no_peer and installed_version(peer) is not None
+
+
+@contextmanager
+def peer_runs(
+    peer: str, variant: str, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any
+) -> Iterator[Runs]:
     """Yield the runs that `make(flags, *args)` returns in another process, which exists within the block.
 
-    There are none with `--no_peer`, or if transformers is not installed or has no such variant.
+    There are none if the competitor does not take part.
     """
-    if flags.no_peer or variant != "r50" or find_spec("transformers") is None:
+    if not takes_part(peer, variant, flags):
         yield {}
         return
     context = get_context("spawn")
@@ -64,17 +93,20 @@ def peer_runs(variant: str, make: Callable[..., Runs], flags: argparse.Namespace
     process.start()
     theirs.close()
     try:
-        yield {amp: PeerRun(pipe, amp) for amp in flags.amp}
+        with naming(peer):
+            precisions = pipe.recv()
+        yield {amp: PeerRun(pipe, peer, amp) for amp in precisions}
     finally:
         process.terminate()
         process.join()
 
 
 def serve(pipe: Connection, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any) -> None:
-    """Run what the other process is asked for, until it is ended."""
+    """Send the precisions of the runs, then run what the other process asks for, until this one is ended."""
     device = torch.device(flags.device)
     use_fast_kernels(device)  # TF32 for both
     runs = make(flags, *args)
+    pipe.send(list(runs))
     while True:
         request, amp = pipe.recv()
         if request == "peak":
@@ -85,19 +117,19 @@ def serve(pipe: Connection, make: Callable[..., Runs], flags: argparse.Namespace
             pipe.send(None)
 
 
-def inference_of_peer(flags: argparse.Namespace) -> Runs:
+def inference_of_transformers(flags: argparse.Namespace) -> Runs:
     """Return forward passes of one image."""
-    model = build_peer(flags.device).eval()
+    model = build_transformers(flags.device).eval()
     image = random_images(1, flags.size, torch.device(flags.device)) / 255
     return {amp: inference(model, image, amp) for amp in flags.amp}
 
 
-def training_of_peer(flags: argparse.Namespace, batch_size: int) -> Runs:
+def training_of_transformers(flags: argparse.Namespace, batch_size: int) -> Runs:
     """Return training steps on a batch."""
-    return {amp: PeerStep(batch_size, amp, flags) for amp in flags.amp}
+    return {amp: TransformersStep(batch_size, amp, flags) for amp in flags.amp}
 
 
-def build_peer(device: str) -> nn.Module:
+def build_transformers(device: str) -> nn.Module:
     """Return the R50 model of `transformers`, doing the same work."""
     from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
 
@@ -118,13 +150,13 @@ def build_peer(device: str) -> nn.Module:
     return model.to(device)
 
 
-class PeerStep:
+class TransformersStep:
     """The recipe's step on a batch of random images, with the model and losses of `transformers`."""
 
     def __init__(self, batch_size: int, amp: str, flags: argparse.Namespace) -> None:
         self.device = torch.device(flags.device)
         self.amp = amp
-        self.model = build_peer(flags.device).train()
+        self.model = build_transformers(flags.device).train()
         self.optimizer = build_optimizer(self.model, 1e-4, 1e-5, 1e-4)
         self.samples, self.targets = random_batch(batch_size, flags.size, self.device)
 

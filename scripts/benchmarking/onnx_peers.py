@@ -1,0 +1,30 @@
+"""The benchmark's competitors for inference on CPUs: this code's models as ONNX files, in ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import numpy as np
+import torch
+
+from scripts.benchmarking.model import build, random_images
+from scripts.benchmarking.peer import Runs
+from scripts.export_onnx import ExportedModel, export
+from scripts.onnx_runtimes import LOADERS, precisions
+
+PRECISIONS = {"none": "f32", "bf16": "bf16"}  # by --amp; CPUs have no other
+
+
+def inference_of_runtime(runtime: str, variant: str, flags: argparse.Namespace) -> Runs:
+    """Return forward passes of one image with as many threads as PyTorch has, in the precisions that there are."""
+    cpu = torch.device("cpu")
+    model, _ = build(variant, cpu, "--no_aux_loss")
+    contents = export(ExportedModel(model, None).eval())
+    inputs = {"images": random_images(1, flags.size, cpu).numpy(), "padding_mask": np.zeros((1, *flags.size), bool)}
+    supported = precisions(runtime)
+    return {
+        amp: partial(LOADERS[runtime](contents, PRECISIONS[amp], torch.get_num_threads()), inputs)
+        for amp in flags.amp
+        if PRECISIONS.get(amp) in supported
+    }
