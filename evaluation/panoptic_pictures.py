@@ -6,12 +6,14 @@ from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy.ndimage import distance_transform_edt
 
 from datasets.classes import Classes
 from evaluation.pictures import colour_of, draw_texts
 
 TINT = 0.6  # opacity of segments
 BORDER = (255, 255, 255)
+MIDDLE_SIDE = 200  # pixels, of the masks in which middles are looked for, since this takes time
 
 
 def draw_segments(
@@ -52,7 +54,8 @@ def borders(ids: np.ndarray) -> np.ndarray:
 
 
 def middle_of(mask: np.ndarray) -> tuple[int, int]:
-    """Return the (x, y) of a pixel in the middle of a mask [H, W]: of its row with the most pixels, the median one."""
-    row = int(mask.sum(1).argmax())
-    columns = np.flatnonzero(mask[row])
-    return int(columns[len(columns) // 2]), row
+    """Return the (x, y) of a pixel in the middle of a mask [H, W]: one that is far from its border."""
+    step = max(1, max(mask.shape) // MIDDLE_SIDE)
+    distances = distance_transform_edt(np.pad(mask[::step, ::step], 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(distances.argmax(), distances.shape)
+    return int(column) * step, int(row) * step
