@@ -121,9 +121,10 @@ def build_instances(dataset: CocoDetection, flags: Flags) -> CocoDetection | Non
     """
     if not isinstance(dataset, PanopticDetection):
         return dataset
-    path = Path(flags.coco_path or ".") / "annotations" / f"instances_{'train' if flags.overfit else 'val'}2017.json"
-    if not path.is_file():
-        log(f"AP of boxes and masks is not measured: there is no {path}")
+    name = f"annotations/instances_{'train' if flags.overfit else 'val'}2017.json"
+    path = Path(flags.coco_path or "", name)
+    if not flags.coco_path or not path.is_file():
+        log(f"AP of boxes and masks is not measured: --coco_path {flags.coco_path or '(not given)'} has no {name}")
         return None
     plain = resolve(
         flags, dataset_file="coco", overfit=0, val_annotations=str(path), val_images=str(dataset.image_folder)

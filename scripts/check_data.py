@@ -142,7 +142,7 @@ def describe(split: Split, args: Flags) -> Iterator[str]:
         f"{counted((counts == 0).sum(), 'image')} without any"
     )
     _, _, width, height = records.objects.boxes.T
-    flat, crowds = (width <= 0) | (height <= 0), records.objects.crowds
+    flat, crowds = (width <= 0) | (height <= 0), records.objects.crowds & ~targets
     left_out = {
         ("crowd region",): crowds,
         ("box without width or height", "boxes without width or height"): ~visible & flat & ~crowds,
