@@ -23,14 +23,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageStat
 
 from flags.limits import check_numbers, check_texts
 from util.command import Parser, run_command
 from util.errors import InputError
 
 CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
-BACKGROUNDS = ("plain", "gradient", "stripes", "noise")  # the stuff of panoptic data, category ids 4, 5, 6, 7
+STUFF = ("dark", "light")  # backgrounds of panoptic data, category ids 4, 5
+MEAN_LUMA = 115  # of 255; backgrounds below are dark
 HUES = (0.0, 0.33, 0.62)  # around red, green and blue: shape and colour tell the class: quick to learn
 HUE_SPREAD = 0.1
 MAX_OBJECTS = 3
@@ -43,7 +44,7 @@ Point = tuple[float, float]
 
 
 class Scene(NamedTuple):
-    """An image, the category id and the outline of each of its objects, and the kind of its background."""
+    """An image, the category id and the outline of each of its objects, and its background, one of `STUFF`."""
 
     image: Image.Image
     objects: list[tuple[int, list[Point]]]
@@ -88,7 +89,7 @@ def write_split(root: Path, split: str, number: int, seed: int, masks: bool, pan
     things: list[dict[str, Any]] = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
     write_json(root, f"instances_{split}2017", images, annotations, things)
     if panoptic:
-        stuff = [{"id": i, "name": name, "isthing": 0} for i, name in enumerate(BACKGROUNDS, start=len(CLASSES) + 1)]
+        stuff = [{"id": i, "name": name, "isthing": 0} for i, name in enumerate(STUFF, start=len(CLASSES) + 1)]
         categories = [entry | {"isthing": 1} for entry in things] + stuff
         write_json(root, f"panoptic_{split}2017", images, segmented, categories)
 
@@ -103,7 +104,7 @@ def write_json(root: Path, name: str, images: list[dict], annotations: list[dict
 def write_segments(folder: Path, image_id: int, scene: Scene) -> dict[str, Any]:
     """Write the PNG file of a scene's segments, and return their description in COCO's panoptic format."""
     folder.mkdir(parents=True, exist_ok=True)
-    stuff = len(CLASSES) + 1 + BACKGROUNDS.index(scene.background)
+    stuff = len(CLASSES) + 1 + STUFF.index(scene.background)
     categories = [stuff, *(category for category, _ in scene.objects)]
     ids = [1000 * category + number for number, category in enumerate(categories)]
     id_map = Image.new("I", scene.image.size, ids[0])
@@ -126,7 +127,8 @@ def write_segments(folder: Path, image_id: int, scene: Scene) -> dict[str, Any]:
 def draw_scene(rng: random.Random) -> Scene:
     """Return a scene of 96 to 128 pixels per side."""
     width, height = rng.randint(96, 128), rng.randint(96, 128)
-    kind, image = background(rng, width * SUPERSAMPLING, height * SUPERSAMPLING)
+    image = background(rng, width * SUPERSAMPLING, height * SUPERSAMPLING)
+    stuff = STUFF[ImageStat.Stat(image.convert("L")).mean[0] >= MEAN_LUMA]
     draw = ImageDraw.Draw(image)
     objects: list[tuple[int, list[Point]]] = []
     for _ in range(0 if rng.random() < EMPTY else rng.randint(1, MAX_OBJECTS)):
@@ -137,15 +139,15 @@ def draw_scene(rng: random.Random) -> Scene:
             colour = to_rgb(hue, rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0))
             draw.polygon([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in outline], fill=colour)
             objects.append((category, outline))
-    return Scene(image.resize((width, height), Image.Resampling.BOX), objects, kind)
+    return Scene(image.resize((width, height), Image.Resampling.BOX), objects, stuff)
 
 
-def background(rng: random.Random, width: int, height: int) -> tuple[str, Image.Image]:
-    """Return a muted background: plain, a gradient, stripes, or blurred noise; after its kind."""
+def background(rng: random.Random, width: int, height: int) -> Image.Image:
+    """Return a muted background: plain, a gradient, stripes, or blurred noise."""
     first, second = (to_rgb(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.1, 0.9)) for _ in range(2))
-    kind = rng.choice(BACKGROUNDS)
+    kind = rng.choice(("plain", "gradient", "stripes", "noise"))
     if kind == "plain":
-        return kind, Image.new("RGB", (width, height), first)
+        return Image.new("RGB", (width, height), first)
     if kind == "gradient":
         mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((width, height))
     elif kind == "stripes":
@@ -156,8 +158,7 @@ def background(rng: random.Random, width: int, height: int) -> tuple[str, Image.
     else:
         coarse = Image.frombytes("L", (16, 16), rng.randbytes(256))
         mask = coarse.resize((width, height), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(SUPERSAMPLING))
-    ground, figure = (Image.new("RGB", (width, height), colour) for colour in (first, second))
-    return kind, Image.composite(ground, figure, mask)
+    return Image.composite(Image.new("RGB", (width, height), first), Image.new("RGB", (width, height), second), mask)
 
 
 def place_shape(rng: random.Random, name: str, width: int, height: int) -> list[Point]:
