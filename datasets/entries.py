@@ -11,6 +11,7 @@ from typing import Any
 
 from pycocotools import mask
 
+from datasets.run_lengths import compressed
 from util.errors import InputError
 from util.text import counted
 
@@ -18,7 +19,6 @@ MAX_PIXELS = 10**9  # of a coordinate or side: no image is so large, and sums an
 SMALLEST_SHARE = 0.01  # of its box that an object without a segmentation fills: less suggests another unit
 MISSPELT_ISCROWD = frozenset({"is_crowd", "isCrowd", "IsCrowd", "is-crowd"})
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # break a line or cannot be printed
-RUN_LENGTHS = re.compile("([P-o]{0,5}[0-O])+")  # pycocotools' text: numbers of up to six digits, the last one marked
 
 
 class Checker:
@@ -161,19 +161,11 @@ def _box_of_polygons(polygons: list[Any]) -> list[float] | None:
 
 
 def _box_of_runs(segmentation: dict[str, Any]) -> list[float] | None:
-    """Return the box around a mask's `counts`, a list of numbers or pycocotools' text, which its C code trusts."""
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, list) or len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
+    """Return the box around the mask of run-length codes, None if it is empty."""
+    if not (code := compressed(segmentation)):
         return None
-    height, width = size
-    if height * width >= 2**32:  # its C code counts pixels in 32 bits
-        return None
-    if isinstance(counts, list) and all(is_int(n) and n >= 0 for n in counts) and sum(counts) == height * width:
-        segmentation = mask.frPyObjects({"size": size, "counts": counts}, height, width)
-    elif not isinstance(counts, str) or not RUN_LENGTHS.fullmatch(counts):
-        return None
-    x, y, w, h = mask.toBbox({"size": size, "counts": segmentation["counts"]}).tolist()
-    return [x, y, w, h] if w > 0 and h > 0 and x + w <= width and y + h <= height else None
+    x, y, w, h = mask.toBbox(code).tolist()
+    return [x, y, w, h] if w > 0 and h > 0 else None
 
 
 def as_int(value: Any) -> Any:

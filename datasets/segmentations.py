@@ -13,7 +13,8 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from datasets.annotations import Annotations
-from datasets.entries import MAX_PIXELS, RUN_LENGTHS, is_int, is_number
+from datasets.entries import MAX_PIXELS, is_number
+from datasets.run_lengths import compressed
 from util.errors import InputError
 from util.text import counted
 
@@ -73,7 +74,8 @@ class Segmentations(NamedTuple):
 def pack(segmentation: Any) -> tuple[bytes, tuple[int, int]]:
     """Return the bytes of a segmentation and the size (height, width) that it is for; b"" if it is not usable."""
     if isinstance(segmentation, dict):
-        return _pack_runs(segmentation)
+        code = compressed(segmentation)
+        return (code["counts"], tuple(code["size"])) if code else (b"", (0, 0))
     if not isinstance(segmentation, list):
         return b"", (0, 0)
     polygons = [np.array(polygon, dtype=np.float64) for polygon in segmentation if is_polygon(polygon)]
@@ -99,42 +101,6 @@ def is_polygon(polygon: Any) -> bool:
         and len(polygon) % 2 == 0
         and all(is_number(value, MAX_PIXELS) for value in polygon)
     )
-
-
-def _pack_runs(segmentation: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
-    """Return pycocotools' text of run-length codes and their size; b"" if they do not decode."""
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, list) or len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
-        return b"", (0, 0)
-    pixels = size[0] * size[1]
-    if pixels >= 2**32:  # pycocotools counts pixels in 32 bits
-        return b"", (0, 0)
-    if isinstance(counts, list) and all(is_int(n) and n >= 0 for n in counts) and sum(counts) == pixels:
-        counts = mask_api.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode()
-    elif not isinstance(counts, str) or not RUN_LENGTHS.fullmatch(counts) or sum(runs(counts)) != pixels:
-        return b"", (0, 0)
-    return counts.encode(), (size[0], size[1])
-
-
-def runs(counts: str) -> list[int]:
-    """Return the lengths of the runs in pycocotools' text, of which those from the third on are differences.
-
-    Each number is written in groups of five bits, the lowest first; a sixth bit marks that more follow, and the fifth
-    of the last group is the sign.
-    """
-    lengths: list[int] = []
-    value = shift = 0
-    for character in counts.encode():
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-        value = shift = 0
-    return lengths if all(length >= 0 for length in lengths) else [-1]
 
 
 def with_masks(loaded: Annotations, path: Path) -> Segmentations:

@@ -131,6 +131,7 @@ def test_boxes_of_run_length_codes(counts, load):
     [
         {"size": [30, 40], "counts": [1200]},  # nothing
         {"size": [30, 40], "counts": [125, 2, 28]},  # less than the image
+        {"size": [30, 40], "counts": mask.encode(np.ones((2, 2), np.uint8, "F"))["counts"].decode()},
         {"size": [30, 40], "counts": [-1, 1201]},
         {"size": [0, 0], "counts": "0"},
         {"size": [30, 40], "counts": "oooo"},  # a number without an end

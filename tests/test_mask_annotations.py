@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 
 from datasets import build_dataset
-from datasets.segmentations import Segmentations, pack, runs
+from datasets.run_lengths import runs
+from datasets.segmentations import Segmentations, pack
 from datasets.transforms import make_coco_transforms
 from util.box_ops import masks_to_boxes
 from util.errors import InputError
