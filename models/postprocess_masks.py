@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from models.not_scriptable import NotScriptable
 LAST_THING = 90  # the highest category id of COCO's things
 MOST_QUERIES = 32  # whose masks are computed together, which bounds the memory
 SMALLEST = 4  # pixels; segments up to this size are removed
+
+T = TypeVar("T")
 
 
 class PostProcessSegm(NotScriptable, nn.Module):
@@ -51,36 +53,43 @@ class PostProcessSegm(NotScriptable, nn.Module):
             orig_target_sizes: [B, 2], (height, width) of the images, for which masks are returned.
             max_target_sizes: [B, 2], (height, width) of the images in the batch, without padding.
         """
-        padded = tuple(max_target_sizes.max(0).values.tolist())
-        sizes = zip(orig_target_sizes.tolist(), max_target_sizes.tolist(), strict=True)
-        for image, (result, (original, size)) in enumerate(zip(results, sizes, strict=True)):
-            queries, detection = result["queries"].unique(return_inverse=True)
-            none = queries.new_zeros(0, 1, *original, dtype=torch.uint8)
-            masks = torch.cat([none, *self.in_parts(outputs, image, queries, padded, size, original)])
-            result["masks"] = masks[detection]
+        original, in_batch = orig_target_sizes.tolist(), max_target_sizes.tolist()
+        of_images = self.of_detections(results, outputs, original, in_batch, list)
+        for result, size, masks in zip(results, original, of_images, strict=True):
+            none = result["queries"].new_zeros(0, 1, *size, dtype=torch.uint8)
+            result["masks"] = torch.stack(masks) if masks else none
         return results
 
-    def in_parts(
+    def of_detections(
         self,
+        results: Sequence[dict[str, Tensor]],
         outputs: dict[str, Any],
-        image: int,
-        queries: Tensor,
-        padded: tuple[int, int],
-        size: tuple[int, int],
-        original: tuple[int, int],
-    ) -> Iterator[Tensor]:
-        """Yield the masks of an image's queries, [at most `MOST_QUERIES`, 1, height, width] each.
+        original: Sequence[Sequence[int]],
+        in_batch: Sequence[Sequence[int]],
+        convert: Callable[[Tensor], Iterable[T]],
+    ) -> Iterator[list[T]]:
+        """Yield a list for each image: the converted masks of its N detections. Each query is computed once.
+
+        Args:
+            results, outputs: see `forward`.
+            original, in_batch: (height, width) of the images, and of the resized ones in the batch.
+            convert: converts masks [at most `MOST_QUERIES`, 1, height, width], of which no more are in memory.
+        """
+        padded = [max(sides) for sides in zip(*in_batch, strict=True)]
+        for image, (result, *sizes) in enumerate(zip(results, in_batch, original, strict=True)):
+            queries, detection = result["queries"].unique(return_inverse=True)
+            parts = logits_in_parts(outputs, image, queries)
+            masks = [mask for logits in parts for mask in convert(self.binary(logits, padded, *sizes))]
+            yield [masks[i] for i in detection.tolist()]
+
+    def binary(self, logits: Tensor, padded: Sequence[int], size: Sequence[int], original: Sequence[int]) -> Tensor:
+        """Return masks [N, 1, *original] of 0 and 1 for mask logits [N, H / 4, W / 4] of an image.
 
         padded, size and original are the (height, width) of the batch, of the image in it, and of the image itself.
         """
-        for logits in logits_in_parts(outputs, image, queries):
-            masks = self.binary(logits, padded)[..., : size[0], : size[1]]
-            yield F.interpolate(masks, size=original, mode="nearest")
-
-    def binary(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return masks [N, 1, *size] of 0 and 1 for mask logits [N, H / 4, W / 4]."""
-        logits = F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)
-        return (logits.sigmoid() > self.threshold).to(torch.uint8)
+        logits = F.interpolate(logits[:, None], size=padded, mode="bilinear", align_corners=False)
+        masks = (logits[..., : size[0], : size[1]].sigmoid() > self.threshold).to(torch.uint8)
+        return F.interpolate(masks, size=original, mode="nearest")
 
     def extend(
         self, detections: list[dict[str, Any]], outputs: dict[str, Any], targets: list[dict[str, Tensor]]

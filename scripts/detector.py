@@ -88,21 +88,12 @@ class Detector:
         resized: Sequence[Tensor],
         sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, Any]]:
-        """Return {"codes": the N codes} for each image, {} for a model without masks.
-
-        Few masks at a time are in memory.
-        """
+        """Return {"codes": the N codes} for each image, {} for a model without masks."""
         if self.postprocess_masks is None:
             return [{} for _ in of_images]
-        in_batch = [(image.shape[1], image.shape[2]) for image in resized]
-        padded = max(height for height, _ in in_batch), max(width for _, width in in_batch)
-        results = []
-        for i, (found, size, original) in enumerate(zip(of_images, in_batch, sizes, strict=True)):
-            queries, detection = found["queries"].unique(return_inverse=True)
-            parts = self.postprocess_masks.in_parts(outputs, i, queries, padded, size, original)
-            of_queries = [code for part in parts for code in encode_masks(part)]
-            results.append({"codes": [of_queries[query] for query in detection.tolist()]})
-        return results
+        in_batch = [image.shape[1:] for image in resized]
+        codes = self.postprocess_masks.of_detections(of_images, outputs, sizes, in_batch, encode_masks)
+        return [{"codes": of_image} for of_image in codes]
 
 
 def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
