@@ -18,8 +18,8 @@ def test_the_code_of_the_documentation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plt.switch_backend("agg")
     Image.new("RGB", (96, 64), "red").save("photo.jpg")
-    load, draw = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attention_hooks.md").read_text(), re.S)
-    load = load.replace("/path/to/this/folder", str(ROOT)).replace("pretrained=True", "pretrained=False")
+    load, draw = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attention_maps.md").read_text(), re.S)
+    load = load.replace('"."', repr(str(ROOT))).replace("pretrained=True", "pretrained=False")
     names = {}
     exec(load.replace("[800]", "[64]") + draw, names)
     assert names["dec_attn_weights"][0].shape == (1, 300, 2 * 3)
