@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on several nodes of a SLURM cluster, one task a GPU, and goes on by itself after preemption and time limits:
+# Train on several nodes of a SLURM cluster, one task per GPU; the job resumes by itself after preemption and time limits:
 #   COCO_PATH=/path/to/coco sbatch --nodes=2 scripts/slurm_train.sh [flags of main.py]
 # OUTPUT_DIR has to be on a file system that all nodes see. What sbatch is given on its command line counts.
 #SBATCH --job-name=conditional-detr

@@ -1,4 +1,4 @@
-"""What the tests share: a generated data set, small models and the command line."""
+"""Fixtures and helpers of all tests: a generated data set, small models and the command line."""
 
 import argparse
 import json

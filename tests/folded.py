@@ -28,7 +28,7 @@ def make_body() -> nn.Module:
 
 
 def unfolded(body: nn.Module, image: Tensor = IMAGE) -> Tensor:
-    """What torchvision's own modules make of a body's weights."""
+    """Return the features that torchvision's own modules compute with a body's weights."""
     resnet = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d).to(body.conv1.weight.dtype)
     resnet.load_state_dict(body.state_dict(), strict=False)
     resnet.avgpool = resnet.fc = nn.Identity()

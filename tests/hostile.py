@@ -1,4 +1,4 @@
-"""What a checkpoint from a stranger may hold in the place of what it should: values, and where they may be."""
+"""Hostile checkpoints: values that a file may hold instead of the expected ones, and their places."""
 
 from __future__ import annotations
 

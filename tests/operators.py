@@ -1,4 +1,4 @@
-"""What PyTorch is asked to compute."""
+"""Records of the operators that PyTorch is asked to compute."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The weights, images and targets behind the figures of tests/data: a function of names, shapes and seeds alone."""
+"""The weights, images and targets of the figures in tests/data, which depend on names, shapes and seeds alone."""
 
 import json
 import re

@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 def write(path: Path, data: bytes) -> None:
-    """Makes a file anew: file systems wait for the disk where one is overwritten, thousands of times here."""
+    """Write a new file: file systems wait for the disk if one is overwritten, thousands of times here."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
 
@@ -226,7 +226,7 @@ def test_the_line_names_the_mistake(kind, changes, message, folder):
 
 
 def test_mistakes_that_do_no_harm(folder):
-    """What only other tasks read is not looked at."""
+    """Entries that only other tasks need are ignored."""
     data = with_entry("annotations", segmentation={"counts": "no code", "size": 3}, ignore=[], keypoints=None)
     data["categories"][0] |= {"name": 7, "supercategory": []}
     data["info"] = 1

@@ -58,7 +58,7 @@ def score(coco, iou_type: str, batches: list[dict]) -> CocoEvaluator:
 
 
 def assert_as_pycocotools(evaluator: CocoEvaluator, iou_type: str) -> None:
-    """Everything that pycocotools leaves behind, from the same detections."""
+    """All results of pycocotools, from the same detections."""
     ours = evaluator.coco_eval[iou_type]
     reference = COCOeval(copy.deepcopy(evaluator.coco_gt), copy.deepcopy(ours.cocoDt), iou_type)
     reference.params = copy.deepcopy(ours.params)

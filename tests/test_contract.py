@@ -127,7 +127,7 @@ def test_signatures():
 
 
 def test_the_three_kinds_of_samples_agree(parse):
-    """A NestedTensor, a list of images, one tensor; and uint8 beside normalised floats."""
+    """A NestedTensor, a list of images, one tensor; uint8 and normalised floats."""
     model, criterion, postprocessors = build_model(
         parse("--backbone", "resnet18", "--enc_layers", 1, "--dec_layers", 2)
     )

@@ -102,7 +102,7 @@ def test_to_transformers_and_back(flags, tmp_path):
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
 def test_from_a_folder_of_the_hub(weights, tmp_path):
-    """Names and fields of version 4, which transformers still reads and, but for the fields, writes."""
+    """Names and fields of version 4, which transformers still reads and, except for the fields, writes."""
     pytest.importorskip("timm")
     theirs = transformers.ConditionalDetrForObjectDetection(transformers.ConditionalDetrConfig(**HUB_CONFIG)).eval()
     theirs.load_state_dict(reference_weights(theirs.state_dict()))

@@ -72,7 +72,7 @@ def assert_trained_together(printed: str, output) -> None:
 
 
 def test_two_nodes_of_slurm(shapes, tmp_path, start, meeting):
-    """What srun sets for two tasks, but for the address, which tests/test_launcher.py derives from it."""
+    """The variables that srun sets for two tasks, except for the address, which tests/test_launcher.py derives."""
     job = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NODELIST": "localhost", **meeting()}
     command = (ROOT / "main.py", *flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2))
     tasks = [start(*command, SLURM_PROCID=rank, SLURM_LOCALID=0, **job) for rank in range(2)]
@@ -277,7 +277,7 @@ def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes
 
 
 def test_torchrun_is_asked_to_end(shapes, tmp_path, start, narrow, run_main, run_on_two):
-    """Its processes finish their step and write a checkpoint before it would kill them; fewer can go on."""
+    """Its processes finish their step and write a checkpoint before it would kill them; fewer can continue."""
     ended = tmp_path / "ended"
     sigterm = int(signal.SIGTERM)
     run = killed_run(shapes, ended, 2, "1: before step 3", start, KILLED_SIGNAL=sigterm)

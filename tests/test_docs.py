@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs name exists: links, flags, files, functions; commands are run elsewhere."""
+"""Links, flags, files and functions that README, CONTRIBUTING and docs name exist; commands are run elsewhere."""
 
 import re
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its folder, for people and for other tools."""
+"""Files that an evaluation leaves in its folder, for people and for other tools."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a model is called with, in a program of its own: wrong inputs are one line; copies and empty models work."""
+"""Models in other programs: wrong inputs are errors of one line; copies and empty models work."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""A run that is interrupted at any moment and goes on ends like one that never was: every bit, and every line."""
+"""A run that is interrupted at any moment and resumed ends like one that never was: every bit, and every line."""
 
 import random
 import signal

@@ -1,4 +1,4 @@
-"""Where --coco_path finds the files of a data set."""
+"""Layouts of data sets that --coco_path finds."""
 
 import gzip
 import json

@@ -54,7 +54,7 @@ def test_what_a_run_leaves(trained):
 
 
 def test_the_best_checkpoint(shapes, trained, tmp_path, run_main):
-    """For inference: it evaluates to the AP that the log names, and is the start of a new run, not a place to go on."""
+    """For inference: it evaluates to the AP that the log names, and starts a new run, but does not resume one."""
     best = torch.load(trained / "checkpoint_best.pth", weights_only=True)
     assert set(best) == {"model", "epoch", "ap", "args", "class_ids", "class_names"}
     aps = [line["test_coco_eval_bbox"][0] for line in log_lines(trained)]

@@ -83,7 +83,7 @@ def test_outputs_that_are_not_finite(broken, photo, shapes, tmp_path, parse):
 
 
 def test_the_log_stays_json(tmp_path):
-    """A loss on val may overflow in half precision; training goes on."""
+    """A loss on val may overflow in half precision; training continues."""
     append_log(tmp_path / "log.txt", {"epoch": 0, "test_loss": math.nan, "test_coco_eval_bbox": [0.1, -math.inf]})
     (line,) = (tmp_path / "log.txt").read_text().splitlines()
     json.loads(line, parse_constant=pytest.fail)
@@ -91,7 +91,7 @@ def test_the_log_stays_json(tmp_path):
 
 
 def test_an_epoch_whose_steps_are_all_skipped_ends_the_run(broken, shapes, tmp_path, parse):
-    """With --skip_nonfinite, such a run would otherwise go on for all its epochs, and end like any other."""
+    """With --skip_nonfinite, such a run would otherwise continue for all its epochs, and end like any other."""
     flags = ("--resume", broken(math.nan), "--output_dir", tmp_path / "out", "--epochs", 3, "--skip_nonfinite", 99)
     with pytest.raises(InputError, match="all steps of epoch 0 were skipped, because none was finite: lower --lr"):
         main.main(parse(*TINY, "--coco_path", shapes, *flags))

@@ -149,7 +149,7 @@ def test_who_waits(env, restarted, monkeypatch):
 
 
 def test_processes_end_with_their_launcher(shapes, tmp_path, start, monkeypatch):
-    """Both ranks and what loads their data; the run goes on in the same folder at once."""
+    """Both ranks and their data-loading workers; the run continues in the same folder at once."""
     monkeypatch.undo()  # a fresh Python has no narrow model
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py")
     more = ("--batch_size", 2, "--save_every", 1, "--num_workers", 1)

@@ -11,7 +11,7 @@ from evaluation.pictures import annotate, colour_of, contact_sheet, place_texts,
 
 
 def shown(picture: Image.Image, label: int) -> np.ndarray:
-    """Where a picture has the colour of a label, [H, W]."""
+    """Return the pixels of a picture that have the colour of a label, [H, W]."""
     return (np.asarray(picture) == colour_of(label)).all(2)
 
 

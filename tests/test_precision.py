@@ -72,7 +72,7 @@ def test_points_and_positions_are_exact_under_autocast():
 def test_a_training_step_under_autocast(more, images):
     model, criterion = build_small(*more)
     model.train()
-    for inside in (True, False):  # the criterion may be called within autocast, or behind it
+    for inside in (True, False):  # the criterion may be called within autocast, or after it
         with autocast():
             outputs = model(images)
             losses = criterion(outputs, TARGETS) if inside else None

@@ -48,7 +48,7 @@ def test_a_folder(run_predict, photos, tmp_path, scored_checkpoint):
 
 @pytest.mark.parametrize("most_bytes", [gallery.MOST_BYTES, 0])
 def test_the_gallery(most_bytes, run_predict, photos, tmp_path, monkeypatch):
-    """With images within the page, and beside it."""
+    """With images within the page, and next to it."""
     monkeypatch.setattr(gallery, "MOST_BYTES", most_bytes)
     _, results, _ = run_predict(photos, "--threshold", 0.6)
     data = page_data(tmp_path / "out")

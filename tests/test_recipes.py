@@ -1,4 +1,4 @@
-"""The recipes: one shell script a model, run by torchrun."""
+"""The recipes: one shell script per model, run by torchrun."""
 
 import os
 import subprocess

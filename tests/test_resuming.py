@@ -32,7 +32,7 @@ def scores(monkeypatch):
 
 @pytest.mark.parametrize(("aps", "best"), [((0.1, 0.3, 0.3, 0.2), 1), ((-1, 0.0), 1)])
 def test_the_first_of_the_highest_aps_is_the_best(aps, best, shapes, tmp_path, scores):
-    """As COCO has it, -1 is the AP of data without ground truth. The run goes on once in the middle."""
+    """As COCO has it, -1 is the AP of data without ground truth. The run is resumed once in the middle."""
     scores(*aps)
     train(shapes, tmp_path, "--epochs", len(aps) - 1)
     train(shapes, tmp_path, "--epochs", len(aps), "--resume", "auto")

@@ -108,7 +108,7 @@ def test_a_run_that_goes_on_from_an_earlier_epoch(shapes, whole, tmp_path):
 
 @pytest.mark.parametrize("before", ["append_log", "save_on_master"])
 def test_an_epoch_that_was_interrupted_is_drawn_once(before, shapes, whole, tmp_path, monkeypatch):
-    """Behind the curves and before the log's line, or within the second epoch before its checkpoint."""
+    """After the curves and before the log's line, or within the second epoch before its checkpoint."""
     original, calls = getattr(training, before), []
 
     def interrupted(*args, **kwargs):

@@ -151,7 +151,7 @@ def test_missing_and_wrong_times(stamped, expected, tmp_path, monkeypatch):
 
 
 def test_a_broken_tail(tmp_path):
-    """What can be read is yielded first, with its times."""
+    """Frames that can be read are yielded first, with their times."""
     source = record(tmp_path / "a.mkv", range(0, 8000, 40), codec="mpeg4")
     source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
     seen = []

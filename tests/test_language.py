@@ -1,0 +1,49 @@
+"""The language of all files, and the check itself."""
+
+import pytest
+
+from scripts.language import PATHS, ROOT, main, problems
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_is_left_to_improve(path):
+    assert list(problems(ROOT / path)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "better"),
+    [
+        ("The run goes{}on.", "continue or resume"),
+        ("It went{}on.", "continue or resume"),
+        ("all but{}for one", "except"),
+        ("2 images a{}step", "per"),
+    ],
+)
+@pytest.mark.parametrize("gap", [" ", "\n"])
+def test_words_to_avoid(line, better, gap, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n" + line.format(gap))
+    (problem,) = problems(page)
+    assert problem.startswith(f"{page}:3: ")
+    assert problem.endswith(f": write {better}")
+
+
+def test_other_words(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text('Besides, an image and a step; "go on" is only mentioned.')
+    assert list(problems(page)) == []
+
+
+def test_docstrings_comments_and_messages(tmp_path, capsys):
+    code = tmp_path / "code.py"
+    code.write_text('"""What it does."""\nx = f"{1} be{0}side"  # an{0}ew\n'.replace("{0}", ""))
+    assert main([str(code)]) == 1
+    assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "2"]
+    code.write_text('"""Return what it does."""\n')
+    assert main([str(code)]) == 0
+
+
+def test_headings(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("Where it is.\n\n## Where it is\n")
+    assert [problem.split(":")[1] for problem in problems(page)] == ["3"]
