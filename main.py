@@ -127,7 +127,7 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
     panoptic = None
     if "panoptic" in postprocessors:
         assert isinstance(dataset_val, PanopticDetection)
-        panoptic = PanopticEvaluator(dataset_val, output_dir and output_dir / "panoptic_eval")
+        panoptic = PanopticEvaluator(dataset_val, output_dir and output_dir / "panoptic_eval", data.all_classes)
 
     def evaluate_val(model: nn.Module) -> tuple[dict[str, Any], CocoEvaluator | None]:
         base_ds = instances and instances.ground_truth()
@@ -138,7 +138,7 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
         if output_dir and evaluator and instances:
             write_report(evaluator, instances, data.all_classes, output_dir)
         if output_dir and panoptic:
-            write_panoptic_report(panoptic, data.all_classes, output_dir)
+            write_panoptic_report(panoptic, output_dir)
         return
 
     print_training(start, data.train)

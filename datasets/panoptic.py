@@ -124,12 +124,11 @@ class PanopticDetection(CocoDetection):
         labels = self.records.objects_of(index).labels.tolist()
         return self.id_map(index)[0], list(zip(self.records.segment_ids_of(index).tolist(), labels, strict=True))
 
-    def truth(self, image_ids: Collection[int]) -> dict[str, Any]:
-        """Return the contents of a panoptic file of some images, with labels as category ids."""
+    def truth(self, image_ids: Collection[int], classes: Classes) -> dict[str, Any]:
+        """Return the contents of a panoptic file of some images and all classes, with labels as category ids."""
         annotations = []
-        for index, image_id in enumerate(self.ids):
-            if image_id not in image_ids:
-                continue
+        ids, positions = np.unique(self.records.ids, return_index=True)
+        for index in positions[np.isin(ids, list(image_ids))].tolist():
             objects = self.records.objects_of(index)
             columns = (self.records.segment_ids_of(index), objects.labels, objects.crowds)
             segments = [
@@ -137,10 +136,11 @@ class PanopticDetection(CocoDetection):
                 for segment, label, crowd in zip(*(column.tolist() for column in columns), strict=True)
             ]
             name = self.segments.files.at(index)
+            image_id = int(self.records.ids[index])
             annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
         categories = [
-            {"id": label, "name": name, "isthing": int(self.classes.isthing[label])}
-            for label, name in self.classes.names.items()
+            {"id": label, "name": classes.name_of(label), "isthing": int(isthing)}
+            for label, isthing in classes.isthing.items()
         ]
         return {"annotations": annotations, "categories": categories}
 

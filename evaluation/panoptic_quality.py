@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from datasets.classes import Classes
 from datasets.coco_eval import columns_of
 from datasets.panoptic import PanopticDetection
 from evaluation.panoptic_results import png_and_segments, write_panoptic_results
@@ -30,6 +31,7 @@ class PanopticEvaluator:
     Args:
         dataset: the ground truth; its PNG files are read again to score.
         folder: receives a PNG file per image and `predictions.json`, in COCO's format; None: they are not kept.
+        classes: those of the model and of the data; by default, those of the data.
 
     Attributes:
         predictions: by image id, the PNG file and the segments, whose category ids are labels.
@@ -40,10 +42,11 @@ class PanopticEvaluator:
         InputError: if hotcoco is not installed.
     """
 
-    def __init__(self, dataset: PanopticDetection, folder: Path | None) -> None:
+    def __init__(self, dataset: PanopticDetection, folder: Path | None, classes: Classes | None = None) -> None:
         self.hotcoco = need("hotcoco.panoptic", "hotcoco", "panoptic quality")
         self.dataset = dataset
         self.folder = folder
+        self.classes = classes or dataset.classes
         self.predictions: dict[int, tuple[bytes, list[dict[str, Any]]]] = {}
         self.results: dict[str, Any] = {}
 
@@ -73,7 +76,7 @@ class PanopticEvaluator:
 
     def _score(self, folder: Path) -> dict[str, Any]:
         """Write the predictions and return hotcoco's results, which reads the PNG files."""
-        truth = self.dataset.truth(self.predictions.keys())
+        truth = self.dataset.truth(self.predictions.keys(), self.classes)
         predicted = [self.entry_of(image_id) for image_id in sorted(self.predictions)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ class PanopticEvaluator:
         except OSError as error:
             raise InputError(f"{folder}: cannot be written ({reason(error)})") from error
         if self.folder:
-            write_panoptic_results(folder / "predictions.json", predicted, self.dataset.classes)
+            write_panoptic_results(folder / "predictions.json", predicted, self.classes)
         results = self._compare(truth, predicted, folder)
         per_class = {str(label): values for label, values in results["per_class"].items()}
         return {group: results[group] for group in GROUPS} | {"per_class": per_class}
@@ -97,7 +100,7 @@ class PanopticEvaluator:
     def quality_of_image(self, image_id: int) -> float | None:
         """Return the PQ of an image alone, after `accumulate` with a folder; None if it has no segments."""
         assert self.folder is not None
-        results = self._compare(self.dataset.truth({image_id}), [self.entry_of(image_id)], self.folder)
+        results = self._compare(self.dataset.truth({image_id}, self.classes), [self.entry_of(image_id)], self.folder)
         return results["All"]["pq"] if results["All"]["n"] else None
 
     def entry_of(self, image_id: int) -> dict[str, Any]:
@@ -115,7 +118,7 @@ class PanopticEvaluator:
             values = self.stats[key]
             numbers = "  ".join(f"{name.upper()} {values[name]:.3f}" for name in ("pq", "sq", "rq"))
             log(f" {group:<6}  {numbers}  {counted(int(values['n']), 'class')}")
-        scored = [(self.dataset.classes.name_of(label), pq) for label, pq in self.quality_by_class().items()]
+        scored = [(self.classes.name_of(label), pq) for label, pq in self.quality_by_class().items()]
         log("\n ".join(["PQ by class:", *columns_of(scored)]))
 
     @property

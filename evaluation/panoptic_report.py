@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from datasets.classes import Classes
 from datasets.panoptic import ids_of_pixels
 from evaluation.panoptic_pictures import draw_segments
 from evaluation.panoptic_quality import PanopticEvaluator
@@ -21,7 +20,7 @@ from util.logger import log
 from util.text import counted
 
 
-def write_panoptic_report(evaluator: PanopticEvaluator, classes: Classes, folder: Path) -> None:
+def write_panoptic_report(evaluator: PanopticEvaluator, folder: Path) -> None:
     """Write `panoptic_quality.png`, PQ per class, and `worst_panoptic/`, on the main process only.
 
     The evaluator's predictions are in its own folder.
@@ -29,21 +28,21 @@ def write_panoptic_report(evaluator: PanopticEvaluator, classes: Classes, folder
     if not is_main_process():
         return
     with replacing(folder / "panoptic_quality.png") as file:
-        quality_by_class(evaluator, classes).savefig(file, dpi=110, format="png")
-    drawn = write_worst_images(evaluator, classes, folder / "worst_panoptic")
+        quality_by_class(evaluator).savefig(file, dpi=110, format="png")
+    drawn = write_worst_images(evaluator, folder / "worst_panoptic")
     pictures = counted(drawn, "picture")
     log(f"wrote panoptic_eval/, panoptic_quality.png and {pictures} in worst_panoptic/ to {folder}", "green")
 
 
-def quality_by_class(evaluator: PanopticEvaluator, classes: Classes) -> Figure:
+def quality_by_class(evaluator: PanopticEvaluator) -> Figure:
     """Return a figure of PQ per class, of things and of stuff, the highest first."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     groups = {True: ("Things", "PQ_th"), False: ("Stuff", "PQ_st")}
     rows = []
     for axes, (isthing, (title, key)) in zip(figure.subplots(1, 2), groups.items(), strict=True):
-        of_group = {k: pq for k, pq in evaluator.quality_by_class().items() if classes.isthing[k] is isthing}
+        of_group = {k: pq for k, pq in evaluator.quality_by_class().items() if evaluator.classes.isthing[k] is isthing}
         ranked = sorted(of_group.items(), key=lambda item: -item[1])
-        bars = shown_bars([(classes.name_of(label), pq) for label, pq in ranked])
+        bars = shown_bars([(evaluator.classes.name_of(label), pq) for label, pq in ranked])
         draw_bars(axes, bars, "PQ")
         axes.set_title(f"{title}: PQ {evaluator.stats[key]['pq']:.3f}")
         rows.append(len(bars))
@@ -51,7 +50,7 @@ def quality_by_class(evaluator: PanopticEvaluator, classes: Classes) -> Figure:
     return figure
 
 
-def write_worst_images(evaluator: PanopticEvaluator, classes: Classes, folder: Path) -> int:
+def write_worst_images(evaluator: PanopticEvaluator, folder: Path) -> int:
     """Draw the images with the lowest PQ, which replace those of an earlier evaluation; return their number."""
     for old in folder.glob("[0-9][0-9]_*.jpg"):
         old.unlink()
@@ -60,11 +59,11 @@ def write_worst_images(evaluator: PanopticEvaluator, classes: Classes, folder: P
     worst = sorted(scored.items(), key=lambda item: item[1])[:WORST]
     for rank, (image_id, quality) in enumerate(worst, start=1):
         with replacing(folder / f"{rank:02}_{image_id}.jpg") as file:
-            draw_image(evaluator, classes, image_id, quality).save(file, "JPEG", quality=90)
+            draw_image(evaluator, image_id, quality).save(file, "JPEG", quality=90)
     return len(worst)
 
 
-def draw_image(evaluator: PanopticEvaluator, classes: Classes, image_id: int, quality: float) -> Image.Image:
+def draw_image(evaluator: PanopticEvaluator, image_id: int, quality: float) -> Image.Image:
     """Return the picture of an image with its ground truth next to the prediction."""
     dataset = evaluator.dataset
     index = dataset.ids.index(image_id)
@@ -73,7 +72,9 @@ def draw_image(evaluator: PanopticEvaluator, classes: Classes, image_id: int, qu
     png, segments = evaluator.predictions[image_id]
     found_ids = ids_of_pixels(pil_to_tensor(Image.open(io.BytesIO(png))))
     found = [(segment["id"], segment["category_id"]) for segment in segments]
-    panels = [draw_segments(image, ids, part, classes) for ids, part in ((true_ids, true), (found_ids, found))]
+    panels = [
+        draw_segments(image, ids, part, evaluator.classes) for ids, part in ((true_ids, true), (found_ids, found))
+    ]
     titles = [
         f"ground truth: {counted(len(true), 'segment')}",
         f"model: {counted(len(found), 'segment')}, PQ {quality:.2f}",

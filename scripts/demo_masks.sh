@@ -1,13 +1,29 @@
 #!/usr/bin/env bash
-# Masks of objects: trains the demo's detector if it is not there yet, then a mask head on top of it, and draws.
-# Leaves everything under output/demo_masks; further flags go to main.py.
+# Masks of objects: trains the demo's detector if it is not there yet, then a mask head on top of it, and draws. With
+# --panoptic as the first flag, masks of objects and backgrounds, on top of a detector of both.
+# Leaves everything under output/demo_masks or output/demo_panoptic; further flags go to the training of the head.
 set -euo pipefail
-boxes=output/demo out=output/demo_masks
-[ -f "$(dirname "$0")/../$boxes/checkpoint_best.pth" ] || bash "$(dirname "$0")/demo.sh"
-source "$(dirname "$0")/venv.sh" requirements.txt
-rm -rf "$out"
-# The detector stays as it is, so a step costs little: only the head is trained. Model and data are those of the demo.
-python main.py --masks --frozen_weights "$boxes/checkpoint_best.pth" --coco_path "$boxes/data" --output_dir "$out" \
-  --min_size 104 --max_size 104 --lr 1e-3 --lr_schedule linear --ema_decay 0.99 --clip_max_norm 0 \
-  --batch_size 8 --epochs 6 --eval_every 3 --num_workers 1 "$@"
+kind=masks
+[ "${1:-}" != --panoptic ] || { kind=panoptic && shift; }
+here=$(dirname "$0")
+out=output/demo_$kind
+if [ "$kind" = masks ]; then
+  boxes=output/demo
+  data=(--coco_path "$boxes/data")
+  [ -f "$here/../$boxes/checkpoint_best.pth" ] || bash "$here/demo.sh"
+  source "$here/venv.sh" requirements.txt
+  source scripts/demo_flags.sh
+  rm -rf "$out"
+else
+  boxes=$out/boxes
+  data=(--dataset_file coco_panoptic --coco_panoptic_path "$boxes/data" --coco_path "$boxes/data")
+  source "$here/venv.sh" requirements.txt
+  python -m pip install --quiet --disable-pip-version-check hotcoco # panoptic quality
+  source scripts/demo_flags.sh
+  rm -rf "$out"
+  python -m datasets.shapes --panoptic --output "$boxes/data"
+  python main.py "${data[@]}" --num_classes 6 --output_dir "$boxes" "${detector[@]}" "${images[@]}" "${schedule[@]}"
+fi
+python main.py "${data[@]}" --frozen_weights "$boxes/checkpoint_best.pth" --output_dir "$out" \
+  "${head[@]}" "${images[@]}" "${schedule[@]}" "$@"
 python -m scripts.predict --checkpoint "$out/checkpoint_best.pth" --output "$out/predictions" "$boxes/data/images/val2017"

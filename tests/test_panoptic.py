@@ -16,6 +16,7 @@ from PIL import Image
 
 import main
 from datasets import build_dataset
+from datasets.classes import Classes
 from datasets.panoptic import PanopticDetection
 from datasets.panoptic_file import load_panoptic
 from datasets.shapes import write_dataset
@@ -275,6 +276,18 @@ def test_quality_is_that_of_the_definition(tmp_path):
     assert {segment["category_name"] for entry in written for segment in entry["segments_info"]} <= {*NAMES.values()}
     pixels = np.asarray(Image.open(tmp_path / "out" / written[0]["file_name"])).astype(int)
     assert set(np.unique(pixels[..., 0])) == {segment["id"] for segment in written[0]["segments_info"]}
+
+
+def test_a_predicted_class_that_the_data_lacks_is_wrong(two):
+    """As when val has fewer classes than the model."""
+    dataset = read(two)
+    classes = dataset.classes | Classes({12: 12}, {12: "tree"}, {12: False})
+    evaluator = PanopticEvaluator(dataset, None, classes)
+    segments = [{"id": 0, "category_id": 12, "area": 256}]
+    evaluator.update({11: {"panoptic": {"ids": torch.zeros(16, 16, dtype=torch.int64), "segments_info": segments}}})
+    evaluator.accumulate()
+    assert evaluator.quality_by_class() == {9: 0, 12: 0}
+    assert evaluator.stats["PQ_st"] == {"pq": 0, "sq": 0, "rq": 0, "n": 2}
 
 
 def score_a_part(
