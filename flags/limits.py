@@ -1,6 +1,6 @@
-"""Limits of all numeric flags, in one table for main.py and all tools, and checks of paths and devices.
+"""Limits of all numeric flags, in one table for main.py and all tools, and checks of paths, models and devices.
 
-It imports nothing slow, so that a mistake on the command line is reported at once.
+This module imports nothing slow, so that mistakes on the command line are reported at once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from util.errors import InputError, reason
 from util.text import counted
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
-MOST_WEIGHTS = 1e9  # of a transformer: training them takes 16 GB
+MOST_WEIGHTS = 1e9  # of a transformer; training this many takes 16 GB
 
 
 class Number(NamedTuple):
-    """Valid values of a flag: those of `kind` from `least` to `most`, and 0 if it has a special meaning.
+    """Limits of a flag: it accepts values of type `kind` from `least` to `most`, and 0 if `zero` is True.
 
-    No flag accepts NaN or infinity. `why` explains the limits.
+    No flag accepts NaN or infinity. `why` explains the limits in messages.
     """
 
     kind: type
@@ -34,10 +34,10 @@ class Number(NamedTuple):
 
 
 EPOCHS = 10**6, "file names count epochs in six digits"
-COUNT = 10**9, "more is never reached"
-MEMORY = "more does not fit into memory"
+COUNT = 10**9, "no run counts this far"
+MEMORY = "larger values do not fit into memory"
 RATE = Number(float, 1e-12, 1, "AdamW changes each weight by about this much per step", zero=True)
-# float32 holds seven digits: much smaller terms of a sum vanish next to others, as gradients do next to AdamW's 1e-8.
+# float32 has seven digits: a much smaller term is lost in a sum, and tiny gradients are lost next to AdamW's eps, 1e-8.
 COEFFICIENT = Number(float, 1e-6, 1e6, "smaller ones have no effect, larger ones overflow", zero=True)
 SHARE = Number(float, 0, 1)
 
@@ -49,7 +49,7 @@ LIMITS: dict[str, Number] = {
     "epochs": Number(int, 1, *EPOCHS),
     "lr_drop": Number(int, 1, *COUNT),
     "clip_max_norm": Number(float, 1e-6, 1e6, "smaller gradients change no weight; 0 turns clipping off", zero=True),
-    "accum_steps": Number(int, 1, 10**6, "more is never reached"),
+    "accum_steps": Number(int, 1, 10**6, "no run needs more"),
     "ema_decay": Number(float, 0, 0.999999, "1 would keep the initial weights"),
     "enc_layers": Number(int, 0, 100, MEMORY),
     "dec_layers": Number(int, 1, 100, MEMORY),
@@ -69,22 +69,22 @@ LIMITS: dict[str, Number] = {
     "bbox_loss_coef": COEFFICIENT,
     "giou_loss_coef": COEFFICIENT,
     "eos_coef": COEFFICIENT,
-    "focal_alpha": Number(float, 0.001, 0.999, "else the class loss ignores either the objects or the background"),
-    "max_detections": Number(int, 1, 10_000, "more than any model has queries times classes"),
+    "focal_alpha": Number(float, 0.001, 0.999, "otherwise the class loss ignores the objects or the background"),
+    "max_detections": Number(int, 1, 10_000, "no image has this many objects"),
     "max_megapixels": Number(int, 1, 10_000, MEMORY),
-    "min_size": Number(int, 16, 10_000, "the model sees cells of 32 pixels, and larger images do not fit into memory"),
+    "min_size": Number(int, 16, 10_000, "one feature covers 32 pixels, and larger images do not fit into memory"),
     "max_size": Number(int, 1, 20_000, MEMORY),
-    "seed": Number(int, 0, 4 * 10**9, "NumPy takes 32 bits, with the rank added"),
+    "seed": Number(int, 0, 4 * 10**9, "seed + rank must fit into the 32 bits of NumPy's seeds"),
     "overfit": Number(int, 0, *COUNT),
     "start_epoch": Number(int, 0, *EPOCHS),
     "save_every": Number(int, 0, *COUNT),
     "skip_nonfinite": Number(int, 0, *COUNT),
     "eval_every": Number(int, 1, *COUNT),
     "patience": Number(int, 0, *COUNT),
-    "num_workers": Number(int, 0, 512, "each is a separate process or thread"),
+    "num_workers": Number(int, 0, 512, "each worker is a process or thread"),
     "world_size": Number(int, 1, 10**6),
     "local_rank": Number(int, 0, 10**6),
-    # only of the tools
+    # flags of the tools in scripts/
     "threshold": SHARE,
     "panoptic_threshold": SHARE,
     "every": Number(int, 1, *COUNT),
@@ -93,14 +93,14 @@ LIMITS: dict[str, Number] = {
     "layer": Number(int, -100, 99),
     "size": Number(int, 32, 10_000, MEMORY),
     "batch_sizes": Number(int, 1, 2**16, MEMORY),
-    "repeats": Number(int, 1, 10**6, "more is never reached"),
+    "repeats": Number(int, 1, 10**6, "no measurement needs more"),
     "train": Number(int, 1, 10**6, "file names count images in six digits"),
     "val": Number(int, 1, 10**6, "file names count images in six digits"),
 }
 
 
 def check_numbers(args: argparse.Namespace, where: str = "", flags: Iterable[str] = LIMITS) -> None:
-    """Raise InputError if a number is not valid for its flag; `where`, such as a checkpoint's name, starts the message.
+    """Raise InputError if a number is not valid for its flag; the message begins with `where`, such as a file name.
 
     Flags that are None or absent are skipped; in lists, each number is checked.
     """
@@ -112,7 +112,7 @@ def check_numbers(args: argparse.Namespace, where: str = "", flags: Iterable[str
 
 
 def wrong_with(value: Any, limits: Number) -> str:
-    """Return what is wrong with a number; "" if nothing is."""
+    """Return the reason why a number is not valid, or "" if it is."""
     kind, least, most, why, zero = limits
     is_of_kind = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not is_of_kind:
@@ -131,16 +131,16 @@ def wrong_with(value: Any, limits: Number) -> str:
 
 
 def check_sizes(args: argparse.Namespace) -> None:
-    """Raise InputError if the limit of the long side of images is below the short side."""
+    """Raise InputError if the limit for the long side of images is below the short side."""
     if args.max_size < args.min_size:
         raise InputError(f"--max_size {args.max_size}: must be at least --min_size {args.min_size}")
 
 
 def check_texts(values: Mapping[str, Any]) -> None:
-    """Raise InputError for a text that cannot be a path: with a NUL, too long, or in a folder that may not be entered.
+    """Raise InputError for a text that cannot be a path: it has a NUL, is too long, or its folder denies access.
 
-    `values` are those of flags, by their names in messages. Each text is checked, since flags that take URLs or names
-    also take paths.
+    `values` maps flag names, as messages print them, to values. All texts are checked, because flags that accept URLs
+    or names also accept paths.
     """
     for flag, value in values.items():
         for text in value if isinstance(value, list) else [value]:
@@ -148,31 +148,33 @@ def check_texts(values: Mapping[str, Any]) -> None:
                 try:
                     Path(text).stat()
                 except (FileNotFoundError, NotADirectoryError):
-                    continue  # it may be a file to write; when a file is read, the error says more
+                    continue  # it may be an output; reading a missing file raises a better error later
                 except (OSError, ValueError) as error:
                     cause = getattr(error, "strerror", None) or reason(error)
                     raise InputError(f"{flag} {short(text)}: cannot be a path ({cause})") from error
 
 
 def check_model(args: argparse.Namespace, where: str = "") -> None:
-    """Raise InputError for flags without a valid model; `where`, such as a checkpoint's name, starts the message."""
+    """Raise InputError for flags that describe no valid model; the message begins with `where`, such as a file name."""
     if getattr(args, "pre_norm", False):
         raise InputError(
-            f"{where}--pre_norm: Conditional DETR's decoder is defined with norms after the residuals; drop the flag"
+            f"{where}--pre_norm: Conditional DETR's decoder has its norms after the residual sums; drop the flag"
         )
     if args.backbone not in BACKBONES:
         raise InputError(f"{where}--backbone {short(args.backbone)}: choose one of {', '.join(BACKBONES)}")
     if args.group_detr > 1 and args.model != "conditional_detr":
-        raise InputError(f"{where}--group_detr {args.group_detr}: only conditional_detr trains groups of queries")
+        raise InputError(
+            f"{where}--group_detr {args.group_detr}: only conditional_detr trains groups of queries; drop the flag"
+        )
     if args.dropout == 1:
-        raise InputError(f"{where}--dropout 1: nothing would be left to learn from")
+        raise InputError(f"{where}--dropout 1: every activation would be dropped; pass less than 1")
     if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:
         raise InputError(f"{where}--set_cost_class, --set_cost_bbox and --set_cost_giou cannot all be 0")
     check_model_size(args, where)
 
 
 def check_model_size(args: argparse.Namespace, where: str = "") -> None:
-    """Raise InputError for a transformer whose heads do not fit its width, or with more than `MOST_WEIGHTS` weights."""
+    """Raise InputError if the heads do not divide the width, or there are more than `MOST_WEIGHTS` weights."""
     dim, heads = args.hidden_dim, args.nheads
     if dim < 4 or dim % 4 or heads < 1 or dim % heads:
         raise InputError(f"{where}--hidden_dim {dim} must be a multiple of 4 and of --nheads {heads}")
@@ -188,12 +190,12 @@ def check_model_size(args: argparse.Namespace, where: str = "") -> None:
 def check_device_name(name: str) -> None:
     """Raise InputError for a device other than cpu, cuda and cuda:N."""
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
-        raise InputError(f"--device {short(name)}: not a device that is supported; pass cuda, cuda:N or cpu")
+        raise InputError(f"--device {short(name)}: not a supported device; pass cuda, cuda:N or cpu")
 
 
 def check_device(name: str) -> None:
     """Raise InputError for a device that is not supported, or that this machine does not have."""
-    import torch  # takes seconds, so everything else is checked before
+    import torch  # takes seconds, so everything else is checked first
 
     check_device_name(name)
     if name == "cpu":
@@ -201,7 +203,7 @@ def check_device(name: str) -> None:
     if not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch sees no GPU here; pass --device cpu")
     if int(name.partition(":")[2] or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(f"--device {name}: torch sees {counted(count, 'GPU')}, counted from 0")
+        raise InputError(f"--device {name}: torch sees {counted(count, 'GPU')}, counted from 0; pass a lower N")
 
 
 def resolve_device(text: str) -> str:
@@ -214,8 +216,8 @@ def resolve_device(text: str) -> str:
 
 
 def short(value: object) -> str:
-    """Return a value as part of a line, at most 40 characters long."""
-    if isinstance(value, int) and abs(value) >= 10**30:  # Python does not print integers of any length
+    """Return a value as text for a message, at most 40 characters long."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print very long integers
         return f"{'-' if value < 0 else ''}1e{int(math.log10(abs(value)))}"
     text = str(value) if str(value).isprintable() else ascii(str(value))
     return text if len(text) <= 40 else f"{text[:38]}.."

@@ -1,6 +1,6 @@
-"""The flags of the command line, and the check of their values before anything is read.
+"""Flags of the command line, and checks of their values before any file is read.
 
-Importing this file is fast, so that `--help` and mistakes are answered at once.
+This module imports nothing slow, so that `--help` and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from util import launcher
 from util.command import Parser
 from util.errors import InputError
 
-# The defaults that depend on the model. The parser's are those of Conditional DETR, as published; `flags.resolve`
-# replaces those of flags that are not given by the defaults of another model.
+# Defaults that depend on the model. The parser has the published defaults of Conditional DETR; for another model,
+# `flags.resolve` replaces the defaults of the flags that are not given.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "conditional_detr": {},
     "detr": {"num_queries": 100, "epochs": 300, "lr_drop": 200, "set_cost_class": 1, "cls_loss_coef": 1},
 }
 MODELS = tuple(DEFAULTS)
-MAX_AUTO_WORKERS = 16  # more do not feed a GPU faster
+MAX_AUTO_WORKERS = 16  # more workers do not feed a GPU faster
 
 
 def worker_count(text: str) -> int:
-    """Return a number of workers; for "auto", the number of CPUs for this process.
+    """Return a number of data-loading processes; for "auto", one per CPU of this process, at most `MAX_AUTO_WORKERS`.
 
-    All processes of torchrun on a node share its CPUs; srun's tasks have their own.
+    The processes that torchrun starts on a node share its CPUs; tasks of srun have CPUs of their own.
     """
     if text != "auto":
         return int(text)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         processes = launcher.number("LOCAL_WORLD_SIZE", 1, least=1)
-    except InputError as error:  # of a ValueError, argparse drops the message
+    except InputError as error:  # argparse drops the message of a ValueError
         raise argparse.ArgumentTypeError(str(error)) from error
     return min(max(cpus // processes, 1), MAX_AUTO_WORKERS)
 
 
 def of_detr(flag: str) -> str:
-    """Return the part of a help text about a default that depends on the model."""
+    """Return the part of a help text that gives DETR's default."""
     return f"; {DEFAULTS['detr'][flag]} for --model detr"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Return the parser of all flags; the published ones have their published names and defaults."""
+    """Return the parser of all flags; flags of the published code keep their names and defaults."""
     parser = Parser("Conditional DETR and DETR", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("training").add_argument
     add("--lr", default=1e-4, type=float, help="learning rate")
@@ -72,23 +72,23 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--lr_schedule",
         default="step",
         choices=("step", "linear"),
-        help="step: learning rates drop every --lr_drop epochs; linear: each epoch has less, down to 0 after --epochs",
+        help="step: learning rates drop every --lr_drop epochs; linear: they decrease each epoch, to 0 after --epochs",
     )
-    add("--clip_max_norm", default=0.1, type=float, help="largest total norm of the gradients; 0: no clipping")
+    add("--clip_max_norm", default=0.1, type=float, help="maximum total norm of the gradients; 0: no clipping")
 
     add(
         "--lr_scale",
         default="none",
         choices=("none", "sqrt", "linear"),
-        help="multiply the learning rates by the images per step over the recipe's 16, or by the root of that",
+        help="multiply the learning rates by images per step / 16, the recipes' number (linear), or by its root (sqrt)",
     )
-    add("--accum_steps", default=1, type=int, help="batches that make one step, as if they were one batch")
+    add("--accum_steps", default=1, type=int, help="batches per optimizer step, whose gradients are accumulated")
     add(
         "--ema_decay",
         default=0,
         type=float,
         metavar="D",
-        help="evaluate and keep an average of the weights, of which each step keeps this share, such as 0.999; 0: off",
+        help="evaluate and save an exponential moving average of the weights with this decay, such as 0.999; 0: off",
     )
     add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
 
@@ -97,8 +97,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--backbone", default="resnet50", help=f"one of {', '.join(BACKBONES)}")
     add("--dilation", action="store_true", help="DC5: dilate the last stage instead of striding it")
     add("--backbone_weights", default="imagenet", help="imagenet, none, or a file with torchvision's weights")
-    add("--backbone_norm", default="frozen", choices=("frozen", "batch"), help="batch norms as constants, or trained")
-    add("--position_embedding", default="sine", choices=("sine", "learned"), help="positions of image features")
+    add(
+        "--backbone_norm",
+        default="frozen",
+        choices=("frozen", "batch"),
+        help="frozen: constant batch norms; batch: trained",
+    )
+    add("--position_embedding", default="sine", choices=("sine", "learned"), help="position encoding of image features")
     add("--enc_layers", default=6, type=int, help="encoder layers")
     add("--dec_layers", default=6, type=int, help="decoder layers")
     add("--dim_feedforward", default=2048, type=int, help="hidden width of the feed-forward networks")
@@ -107,31 +112,36 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--nheads", default=8, type=int, help="attention heads")
     add("--num_queries", default=300, type=int, help="object queries" + of_detr("num_queries"))
     add("--group_detr", default=1, type=int, metavar="G", help="Group DETR: groups of queries in training; 1: off")
-    add("--pre_norm", action="store_true", help="not supported: the model is defined with norms after the residuals")
+    add("--pre_norm", action="store_true", help="not supported: the norms come after the residual sums")
     add(
         "--num_classes",
         default=None,
         type=int,
-        help="logits of the class head; unset: the checkpoint's, else the data's",
+        help="logits of the class head; unset: as in the checkpoint, else as the data needs",
     )
 
     add = parser.add_argument_group("segmentation").add_argument
-    add("--masks", action="store_true", help="add a mask head to the model, and train both")
+    add("--masks", action="store_true", help="add a mask head, and train it with the model")
     add(
         "--frozen_weights",
         default=None,
         metavar="DETECTOR",
-        help="checkpoint of a model without masks that stays as it is; only the mask head is trained",
+        help="checkpoint of a model without masks; its weights are frozen, and only the mask head is trained",
     )
 
     add = parser.add_argument_group("losses and matching").add_argument
-    add("--max_detections", default=100, type=int, help="maximum detections per image; AP is at 100, and at N if above")
-    add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses on the earlier decoder layers")
+    add(
+        "--max_detections",
+        default=100,
+        type=int,
+        help="maximum number of detections per image; above 100, AP is also printed at this number",
+    )
+    add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses for decoder layers before the last")
     add(
         "--set_cost_class",
         default=2,
         type=float,
-        help="matching cost: weight of the class" + of_detr("set_cost_class"),
+        help="weight of the class in the matching cost" + of_detr("set_cost_class"),
     )
     add("--set_cost_bbox", default=5, type=float, help="weight of the L1 distance in the matching cost")
     add("--set_cost_giou", default=2, type=float, help="weight of the generalised IoU in the matching cost")
@@ -147,29 +157,35 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dataset_file", default="coco", help="kind of data set: coco, or coco_panoptic")
     add("--coco_path", default=None, help="folder with annotations/ and images/")
     for split in ("train", "val"):
-        add(f"--{split}_images", default=None, help=f"folder of the {split} images, instead of that under --coco_path")
-        add(f"--{split}_annotations", default=None, help=f"COCO JSON file of the {split} images; replaces the default")
+        add(f"--{split}_images", default=None, help=f"folder of the {split} images, instead of the one in --coco_path")
+        add(
+            f"--{split}_annotations",
+            default=None,
+            help=f"COCO JSON file of the {split} images, instead of the one in --coco_path",
+        )
     add("--coco_panoptic_path", default=None, help="folder with panoptic annotations/ and PNG files")
     add("--remove_difficult", action="store_true", help="leave out annotations marked 'difficult'")
     add(
         "--on_bad_image",
         default="error",
         choices=("error", "skip"),
-        help="for an image that cannot be decoded or has another size than annotated: stop, or take the next one",
+        help="for an image that cannot be decoded or does not have its annotated size: stop, or use the next image",
     )
     add(
         "--max_megapixels",
         default=100,
         type=int,
-        help="largest image that is decoded; of JPEGs, the largest that is decoded at its full size",
+        help="size of the largest image that is accepted; larger JPEGs are decoded at a reduced size",
     )
-    add("--min_size", default=800, type=int, help="short side in evaluation; training sizes are in proportion")
-    add("--max_size", default=1333, type=int, help="largest long side")
+    add(
+        "--min_size", default=800, type=int, help="short side of images in evaluation; training sizes are in proportion"
+    )
+    add("--max_size", default=1333, type=int, help="maximum long side of images")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", help="folder for checkpoints and logs; empty: nothing is saved")
     add("--device", default="auto", type=resolve_device, help="cuda, cuda:N, cpu, or auto: a GPU if there is one")
-    add("--seed", default=42, type=int, help="seed of weights, order and augmentation")
+    add("--seed", default=42, type=int, help="seed of initial weights, image order and augmentation")
     add(
         "--resume",
         default="",
@@ -178,28 +194,50 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--finetune",
         default="",
-        help="start from the weights of another model as far as they fit: a checkpoint, a URL or a hub entry's name",
+        help="start from the weights of another model that fit this one: path, URL or hub name",
     )
     add("--overfit", default=0, type=int, metavar="N", help="train and evaluate on the first N training images only")
     add("--start_epoch", default=0, type=int, help="first epoch, unless a checkpoint sets it")
     add(
-        "--compile", action="store_true", help="compile the transformer by torch.compile; some early steps take minutes"
+        "--compile",
+        action="store_true",
+        help="compile the transformer with torch.compile; some early steps take minutes",
     )
-    add("--checkpoint_activations", action="store_true", help="less memory in training, by computing activations twice")
-    add("--save_every", default=0, type=int, help="also write checkpoint.pth every N steps; 0: only every epoch")
-    add("--skip_nonfinite", default=0, type=int, help="steps with infinite or NaN losses to leave out before giving up")
+    add("--checkpoint_activations", action="store_true", help="save memory in training by computing activations twice")
+    add("--save_every", default=0, type=int, help="also write checkpoint.pth every N steps; 0: only after each epoch")
+    add(
+        "--skip_nonfinite",
+        default=0,
+        type=int,
+        help="number of steps with infinite or NaN losses to skip; one more ends the run",
+    )
     add("--deterministic", action="store_true", help="make runs reproducible on GPUs, too; slower")
     add("--eval", action="store_true", help="evaluate only")
     add(
         "--image_set",
         default="val",
         choices=("val", "test"),
-        help="images for --eval; test: COCO's test-dev, whose detections are written for its server",
+        help="images for --eval; test: COCO's test-dev, for which detections are written for COCO's server",
     )
     add("--eval_every", default=1, type=int, help="evaluate every N epochs, and after the last one")
-    add("--patience", default=0, type=int, metavar="N", help="end after N evaluations without a better AP; 0: never")
-    add("--tensorboard", action="store_true", help="in training, curves and pictures for TensorBoard in --output_dir")
-    add("--num_workers", default=2, type=worker_count, help="processes that load data; auto: as many as the CPUs allow")
+    add(
+        "--patience",
+        default=0,
+        type=int,
+        metavar="N",
+        help="end training after N evaluations without a better AP; 0: never",
+    )
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="write curves and pictures of training to --output_dir for TensorBoard",
+    )
+    add(
+        "--num_workers",
+        default=2,
+        type=worker_count,
+        help=f"data-loading processes per training process; auto: one per available CPU, at most {MAX_AUTO_WORKERS}",
+    )
     add("--world_size", default=1, type=int, help="set by the launcher")
     add("--dist_url", default="env://", help="address at which the processes connect")
     add("--local-rank", "--local_rank", dest="local_rank", default=None, type=int, help=argparse.SUPPRESS)
@@ -207,16 +245,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise InputError for a flag whose value makes no sense, or that is not supported yet.
+    """Raise InputError for flags that are not supported, have wrong values or contradict each other.
 
-    Only flags are checked, neither files nor the machine, so that it is fast.
+    The check is fast, because it looks at neither files nor the machine.
     """
     if args.coco_panoptic_path is not None and args.dataset_file != "coco_panoptic":
         raise InputError(
             "--coco_panoptic_path: panoptic data needs --dataset_file coco_panoptic; add it, or drop the flag"
         )
     if args.frozen_weights is not None and not args.masks:
-        raise InputError("--frozen_weights names the detector under a mask head: add --masks, or drop the flag")
+        raise InputError("--frozen_weights names the detector for a mask head: add --masks, or drop the flag")
     if args.frozen_weights is not None and args.finetune:
         raise InputError("--frozen_weights and --finetune both name the weights to start from: drop one")
     check_numbers(args)
@@ -233,28 +271,31 @@ def check_args(args: argparse.Namespace) -> None:
     if args.finetune and (args.eval or args.resume not in ("", "auto")):
         raise InputError(
             "--finetune starts a new training: do not combine it with --eval or --resume, except --resume auto; "
-            "name a model to evaluate or to resume by --resume alone"
+            "to evaluate or resume a model, name it by --resume alone"
         )
     if args.resume == "auto" and not args.output_dir:
-        raise InputError("--resume auto looks for checkpoints in --output_dir: name it")
+        raise InputError("--resume auto looks for checkpoints in --output_dir: add that flag")
     if args.image_set == "test" and (args.overfit or not (args.eval and args.output_dir)):
         raise InputError("--image_set test only writes detections: add --eval and --output_dir, without --overfit")
     if args.tensorboard and not args.output_dir:
-        raise InputError("--tensorboard writes to --output_dir: name it")
+        raise InputError("--tensorboard writes to --output_dir: add that flag")
 
 
 def check_learns(args: argparse.Namespace) -> None:
-    """Raise InputError for flags with which training would change nothing, or destroy the weights."""
+    """Raise InputError for flags with which training would leave the weights unchanged, or destroy them."""
     if args.lr == args.lr_backbone == 0:
-        raise InputError("--lr 0 with --lr_backbone 0: nothing would be trained")
+        raise InputError("--lr 0 with --lr_backbone 0: nothing would be trained; raise one of them")
     if args.cls_loss_coef == args.bbox_loss_coef == args.giou_loss_coef == 0:
-        raise InputError("--cls_loss_coef, --bbox_loss_coef and --giou_loss_coef are all 0: nothing would be trained")
+        raise InputError(
+            "--cls_loss_coef, --bbox_loss_coef and --giou_loss_coef are all 0: nothing would be trained; "
+            "raise one of them"
+        )
     if max(args.lr, args.lr_backbone) * args.weight_decay >= 1:
-        raise InputError(f"--weight_decay {args.weight_decay}: times the learning rate, it must be less than 1")
+        raise InputError(f"--weight_decay {args.weight_decay}: its product with the learning rate must be less than 1")
 
 
 def command_line(flags: argparse.Namespace) -> argparse.Namespace:
-    """Read the flags of main.py's command line into a namespace, whose values replace the defaults."""
+    """Read main.py's command line into a namespace, whose values so far serve as defaults; return it."""
     parser = Parser(
         "main.py",
         usage="%(prog)s --coco_path PATH [flags]",
@@ -271,9 +312,9 @@ def check_command_line(flags: argparse.Namespace) -> None:
 
 
 class ParsedFlags(argparse.Namespace):
-    """Flags of a command line; `given` are the names of those that it sets."""
+    """Flags of a command line; `given` holds the names of the flags that the command line sets."""
 
-    __slots__ = ("given",)  # outside of `vars`, which checkpoints store
+    __slots__ = ("given",)  # not in `vars`, which checkpoints store
 
 
 def parse_flags(

@@ -9,7 +9,7 @@ from typing import Any
 from flags.parser import DEFAULTS, get_args_parser
 from util.errors import InputError
 
-NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # by --dataset_file, as published; COCO's ids run to 90 and to 200
+NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # per --dataset_file, as published; COCO's highest ids are 90 and 200
 
 # The flags that decide what a model computes; a checkpoint fits only a model with the same values.
 MODEL_FLAGS = (
@@ -28,7 +28,7 @@ MODEL_FLAGS = (
     "masks",
 )
 IMAGE_SIZES = ("min_size", "max_size")
-# The flags that decide how training continues: they may change, but this is rarely intended.
+# The flags that decide how training continues: a resumed run may change them, but this is rarely intended.
 TRAINING_FLAGS = (
     "lr",
     "lr_backbone",
@@ -45,18 +45,18 @@ TRAINING_FLAGS = (
     *IMAGE_SIZES,
     "seed",
 )
-RESOLVED = "resolved"  # this key is True in flags whose defaults are final
-OF_ONE_PROCESS = ("rank", "gpu", "distributed", "local_rank")  # which checkpoints do not store
+RESOLVED = "resolved"  # the name of an attribute that is True in resolved flags
+OF_ONE_PROCESS = ("rank", "gpu", "distributed", "local_rank")  # not stored in checkpoints
 
 
 class Flags(argparse.Namespace):
-    """Resolved flags. They cannot be set; `resolve` makes new ones from them.
+    """Resolved flags, which are read-only; `resolve` returns a copy with other values.
 
     Attributes:
         given: the names of the flags that were set on purpose.
     """
 
-    __slots__ = ("given",)  # outside `vars`
+    __slots__ = ("given",)  # not in `vars`, which checkpoints store
 
     def __init__(self, values: dict[str, Any], given: Iterable[str]) -> None:
         vars(self).update(values)
@@ -67,15 +67,14 @@ class Flags(argparse.Namespace):
 
 
 def resolve(args: argparse.Namespace, **values: Any) -> Flags:
-    """Return flags that are read-only and complete: those that a namespace lacks take their defaults.
+    """Return complete, read-only flags: flags that `args` lacks get their defaults.
 
-    So do namespaces of the published code and of older versions, which have fewer flags.
+    `args` may come from the published code or an older version, which have fewer flags. Flags that are not given and
+    whose defaults depend on the model get the defaults of `args.model`.
 
     Args:
-        args: the flags of `get_args_parser`, of a checkpoint, or resolved ones.
-        values: replace those of `args`, without counting as given.
-
-    Defaults that depend on the model are those of its model, as long as they are not given.
+        args: flags of `get_args_parser` or of a checkpoint, or resolved flags.
+        values: flags that replace those of `args`, but do not count as given.
 
     Raises:
         InputError: for a model that is not known.
@@ -99,12 +98,14 @@ def defaults() -> dict[str, Any]:
 def given_flags(args: argparse.Namespace) -> frozenset[str]:
     """Return the names of the flags that were set on purpose.
 
-    They are those that the command line sets, even to their default; in a namespace from Python code, those whose value
-    is not the default.
+    A flag that the command line sets counts, even if it is set to its default. In a namespace from Python code, only
+    flags with other values than the default count.
     """
     if isinstance(args, Flags):
         return args.given
-    default = vars(get_args_parser().parse_args([], argparse.Namespace(device="")))  # "auto" would ask torch
+    default = vars(
+        get_args_parser().parse_args([], argparse.Namespace(device=""))
+    )  # the default, "auto", would import torch
     changed = {name for name, value in vars(args).items() if name not in default or value != default[name]}
     return getattr(args, "given", frozenset()) | changed
 

@@ -98,7 +98,7 @@ def test_the_most_detections_per_image(run_predict, photos):
         (["{tmp}", "--threshold", "30"], "--threshold 30.0: must be between 0 and 1"),
         (["{tmp}", "--every", "0"], "--every 0: must be at least 1"),
         (["{tmp}", "--checkpoint", "{tmp}/none.pth"], "none.pth: no such checkpoint"),
-        (["{tmp}", "--device", "gpu"], "--device gpu: not a device that is supported"),
+        (["{tmp}", "--device", "gpu"], "--device gpu: not a supported device"),
         (["{tmp}", "--annotations", "{tmp}/text.jpg"], "text.jpg: not a COCO file that lists images"),
         (["{photo}", "--output", "{tmp}/text.jpg"], "cannot be written"),
     ],

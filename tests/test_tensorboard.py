@@ -135,7 +135,7 @@ def test_epochs_without_evaluation(shapes, tmp_path):
 
 def test_without_tensorboard_or_a_folder(parse, monkeypatch, tmp_path):
     """Before anything is read: there is no data."""
-    with pytest.raises(InputError, match="--tensorboard writes to --output_dir: name it"):
+    with pytest.raises(InputError, match="--tensorboard writes to --output_dir: add that flag"):
         main.main(parse(*TINY, "--tensorboard"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match=r"--tensorboard needs tensorboard: pip install tensorboard"):
