@@ -185,7 +185,7 @@ def test_processes_that_cannot_meet(shapes, start):
         port = taken.getsockname()[1]
         env = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         printed = output_of(start(ROOT / "main.py", *TINY, "--coco_path", shapes, **env), 1)
-    assert f"error: process 0 cannot meet the other processes at 127.0.0.1:{port} (" in printed
+    assert f"error: process 0 cannot connect to the other processes at 127.0.0.1:{port} (" in printed
     assert "Traceback" not in printed
 
 
@@ -306,5 +306,5 @@ def test_ctrl_c_to_torchrun(shapes, tmp_path, start):
     printed = output_of_struck(run, ["before step 3"], None)
     assert printed.count("Ctrl-C: finishing this step; press it again to stop at once") == 1
     assert printed.count("ended on request (exit code 130); to resume, repeat the command\n") == 1
-    assert "another process of this run has ended" not in printed
+    assert "another process of this run has died or stopped" not in printed
     assert 0 < torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] < 7

@@ -1,4 +1,4 @@
-"""Conversions of boxes and points between the model's formats (normalised cxcywh, logits) and xyxy, and overlaps.
+"""Conversions of boxes and points between the model's formats (normalised cxcywh, logits) and xyxy; overlaps of boxes.
 
 Forks also import torchvision's `generalized_box_iou` and `masks_to_boxes` from here.
 """
@@ -37,8 +37,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
 def paired_generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Return the generalised IoU [...] of each box with its partner in two xyxy tensors [..., 4].
 
-    Rezatofighi et al., 2019. This is the diagonal of torchvision's `generalized_box_iou(boxes1, boxes2)` without the
-    N×N table around it.
+    Rezatofighi et al., 2019. This is the diagonal of torchvision's `generalized_box_iou(boxes1, boxes2)`, without the
+    rest of its N×N table.
     """
     intersection, union = _overlap(boxes1, boxes2)
     hull = _area(boxes1[..., :2].minimum(boxes2[..., :2]), boxes1[..., 2:].maximum(boxes2[..., 2:]))
@@ -46,7 +46,7 @@ def paired_generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def _overlap(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the areas of the intersection and of the union of xyxy boxes [..., 4], of shapes that broadcast."""
+    """Return the areas of the intersection and of the union of xyxy boxes [..., 4], whose shapes broadcast."""
     intersection = _area(boxes1[..., :2].maximum(boxes2[..., :2]), boxes1[..., 2:].minimum(boxes2[..., 2:]))
     union = _area(*boxes1.split(2, dim=-1)) + _area(*boxes2.split(2, dim=-1)) - intersection
     return intersection, union

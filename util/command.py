@@ -1,4 +1,4 @@
-"""Common parts of all command lines: reading of flags, ending on mistakes, and optional libraries."""
+"""Common parts of all command lines: errors of flags, exit codes, and optional libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 def answer_early(check: Callable[[argparse.Namespace], Any]) -> None:
     """Answer --help and refuse wrong flags before a program's imports, which take seconds.
 
-    `check` parses the command line into a namespace. This already holds a device, whose default would import torch.
+    `check` parses the command line into a namespace that already holds a device, whose default would import torch.
     """
     replace_unprintable_characters()
     try:
@@ -47,7 +47,7 @@ def run_command(main: Callable[[], Any]) -> None:
     try:
         status = main()
     except Exception as error:
-        if stop_request.raised:  # C++ code may have turned it into an error of another type
+        if stop_request.raised:  # C++ code may have turned `Stopped` into another error
             stop_request.raise_if_asked()
         if not (line := what_to_do(error)):
             raise
@@ -71,7 +71,7 @@ def ignore_image_warnings() -> None:
 
 
 def error_line(message: str) -> str:
-    """Return the line about a mistake, without control characters; red if standard error is a terminal."""
+    """Return an error message as one line without control characters; "error:" is red on a terminal."""
     from termcolor import colored  # which the hub entries do not need
 
     return colored("error: ", "red", no_color=not sys.stderr.isatty()) + printable(message)
@@ -82,8 +82,8 @@ def need(module: str, packages: str, purpose: str) -> ModuleType:
 
     Args:
         module: its name, as for `import`.
-        packages: the names by which pip installs it.
-        purpose: what it is needed for, the beginning of the error.
+        packages: its packages, as for `pip install`.
+        purpose: the feature that needs it; the error begins with this.
 
     Raise InputError if it is not installed.
     """

@@ -1,6 +1,6 @@
 """The process group: joining it, and communication between the processes.
 
-Nothing is unpickled from the network: values are sent as tensors, which hold texts as JSON.
+Nothing from the network is unpickled: numbers are sent as tensors, everything else as JSON text in tensors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util import launcher
 from util.errors import InputError, reason
+from util.text import counted
 
 
 def is_dist_avail_and_initialized() -> bool:
@@ -40,7 +41,7 @@ def is_main_process() -> bool:
 
 
 def is_first_of_node() -> bool:
-    """Return whether this process fetches the files that all processes of its machine read."""
+    """Return whether this is the first process of its machine, which downloads files for all of them."""
     return launcher.number("LOCAL_RANK", launcher.number("SLURM_LOCALID", 0)) == 0
 
 
@@ -53,13 +54,13 @@ def barrier() -> None:
 def leave_process_group(orderly: bool = True) -> None:
     """Leave the process group that `init_distributed_mode` has joined.
 
-    If a run ends because of an error, NCCL might wait for processes that are gone; it then ends with this process.
+    After an error (`orderly` is False), NCCL might wait for processes that are gone: its group ends with this process.
     """
     if not is_dist_avail_and_initialized():
         return
     if dist.get_backend() == "gloo":
-        # Before torch 2.8, the end of a group waits for gloo's threads with Python's lock held, which one of them
-        # may need to free a tensor. The end of a backend releases that lock: with a reference to it, it ends last.
+        # Before torch 2.8, destroying a group waits for gloo's threads while it holds Python's lock (GIL), which such a
+        # thread may need to free a tensor. Destroying a backend releases the lock; the reference makes this come last.
         assert dist.group.WORLD is not None
         backend = dist.group.WORLD._get_backend(torch.device("cpu"))
         dist.destroy_process_group()
@@ -69,12 +70,12 @@ def leave_process_group(orderly: bool = True) -> None:
 
 
 def init_distributed_mode(args: argparse.Namespace) -> None:
-    """Join the process group that torchrun, torch.distributed.launch or srun announces in the environment.
+    """Join the process group that torchrun, torch.distributed.launch or srun sets in environment variables.
 
     Set `args.rank`, `args.world_size`, `args.gpu` (the local rank) and `args.distributed`. Without a launcher, there is
     no group and `args.distributed` is False.
 
-    Raise InputError if a variable of the environment is missing or not a number, if the local rank has no GPU of its
+    Raise InputError if an environment variable is missing or not a number, if the local rank has no GPU of its
     own while `args.device` is CUDA, or if the processes cannot connect.
     """
     env = os.environ
@@ -98,25 +99,25 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     if on_cuda:
         if args.gpu >= torch.cuda.device_count():
             raise InputError(
-                f"process {args.gpu} of this node has no GPU: torch sees {torch.cuda.device_count()}; "
-                "start as many processes per node as it has GPUs, or pass --device cpu"
+                f"process {args.gpu} of this node has no GPU: torch sees {counted(torch.cuda.device_count(), 'GPU')}; "
+                "start one process per GPU, or pass --device cpu"
             )
         torch.cuda.set_device(args.gpu)
     try:
         join_process_group(args, on_cuda)
-    except (RuntimeError, ValueError) as error:  # ValueError: the address is none
+    except (RuntimeError, ValueError) as error:  # ValueError: not an address
         address = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if args.dist_url == "env://" else args.dist_url
         raise InputError(
-            f"process {args.rank} cannot meet the other processes at {address} ({reason(error)}); "
-            "check MASTER_ADDR and MASTER_PORT, and that all processes run"
+            f"process {args.rank} cannot connect to the other processes at {address} ({reason(error)}); "
+            "check MASTER_ADDR and MASTER_PORT, and that all processes are running"
         ) from error
 
 
 def join_process_group(args: argparse.Namespace, on_cuda: bool) -> None:
-    """Join the other processes at `args.dist_url`, and wait until all have."""
+    """Join the other processes at `args.dist_url`, and wait until all have joined."""
     env = os.environ
     store, *_ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size))
-    if env.get("GROUP_WORLD_SIZE") == "1":  # the store survives a restart, and still holds old addresses
+    if env.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store survives a restart, with the old addresses
         store = dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group(
         backend="nccl" if on_cuda else "gloo",
@@ -139,11 +140,11 @@ def first_slurm_node(nodes: str) -> str:
 
 
 def distribute(model: nn.Module, device: torch.device, trained_norms: bool, trains: bool) -> nn.Module:
-    """Wrap a model for several processes, all with the state of the first one; return it unchanged for one process.
+    """Wrap a model for several processes, which all get the first one's state; return it unchanged for one process.
 
     Args:
         device: the device of the model; if it is a GPU, the current one.
-        trained_norms: batch norms are trained: on GPUs, they see the images of all processes (torch cannot on CPUs).
+        trained_norms: batch norms are trained; on GPUs, they use the images of all processes (torch cannot on CPUs).
         trains: gradients will be computed.
     """
     if not is_dist_avail_and_initialized():
@@ -155,7 +156,7 @@ def distribute(model: nn.Module, device: torch.device, trained_norms: bool, trai
     device_ids = [torch.cuda.current_device()] if on_cuda else None
     broadcast_state(model)
     # Keep running statistics equal in every step; the argument's name differs between versions of torch. Without it,
-    # DistributedDataParallel may not send the buffers at its construction either, hence `broadcast_state`.
+    # DistributedDataParallel may not even send the buffers when it is constructed, so `broadcast_state` has done so.
     known = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     settings: dict[str, Any] = {sync_buffers: trained_norms}
@@ -166,7 +167,7 @@ def distribute(model: nn.Module, device: torch.device, trained_norms: bool, trai
 
 
 def broadcast_state(model: nn.Module) -> None:
-    """Give the first process's parameters and buffers, such as the statistics of frozen norms, to all processes."""
+    """Copy the first process's parameters and buffers, such as the statistics of frozen norms, to all processes."""
     with torch.no_grad():
         for tensor in chain(model.parameters(), model.buffers()):
             shared = tensor.detach().contiguous()
@@ -175,9 +176,9 @@ def broadcast_state(model: nn.Module) -> None:
 
 
 def settle_buckets(model: DistributedDataParallel) -> None:
-    """Take a step that changes nothing, after which DistributedDataParallel lays out its gradient buckets again.
+    """Run a backward pass without a step, so that DistributedDataParallel lays out its gradient buckets again.
 
-    The layout decides the order in which gradients are summed; a resumed run must start with the same layout as the run
+    The layout decides the order in which they are summed; a resumed run must start with the same layout as the run
     that it continues.
     """
     device = next(model.parameters()).device
@@ -187,7 +188,7 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
 
 def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested dicts, lists and tuples, and those of which `all_tensors` of an object tells."""
+    """Yield the tensors in nested dicts, lists and tuples, and those that an object's `all_tensors` yields."""
     if isinstance(outputs, Tensor):
         yield outputs
     elif hasattr(outputs, "all_tensors"):
@@ -225,7 +226,7 @@ def all_gather_plain(value: Any) -> list[Any]:
 
 
 def broadcast_bytes(value: bytes) -> bytes:
-    """Return the first process's value on all of them."""
+    """Return the first process's value on all processes."""
     if get_world_size() == 1:
         return value
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

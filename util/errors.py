@@ -16,22 +16,22 @@ LONGEST_REASON = 300  # characters
 
 
 class InputError(ValueError):
-    """A flag, file, image or annotation is not usable; the message says which, why and what to do.
+    """Error for a flag, file, image or annotation that is not usable; the message says which, why and what to do.
 
     The command line prints the message as one line, without a stack trace.
     """
 
     @property
     def line(self) -> str:
-        """Message without a stack trace, in whose text the error of a data-loading worker arrives."""
+        """Message alone, without the stack trace that precedes it in errors from data-loading workers."""
         return str(self).rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
 
 
 def reason(error: BaseException) -> str:
-    """Return what another library's exception says, as part of a line; its type if it says nothing."""
+    """Return the first line of another library's error message; the error's type if the message is empty."""
     lines = str(error).strip().splitlines()
     line = lines[0] if lines else type(error).__name__
-    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 2]}.."  # some repeat what a file holds
+    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 2]}.."  # some quote a file
 
 
 def what_to_do(error: Exception) -> str:
@@ -39,12 +39,12 @@ def what_to_do(error: Exception) -> str:
     if isinstance(error, InputError):
         return error.line
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return f"out of memory, lower --batch_size, --max_size or the size of the model ({reason(error)})"
+        return f"out of memory: lower --batch_size, --max_size or the size of the model ({reason(error)})"
     torch = sys.modules.get("torch")  # not imported here, which takes seconds; without it, none of these errors occurs
     if torch is None:
         return ""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory, lower --batch_size or --max_size ({reason(error)})"
+        return f"out of GPU memory: lower --batch_size or --max_size ({reason(error)})"
     if is_lost_peer(error):
         if GONE.search(str(error)):
             return (

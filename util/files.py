@@ -1,4 +1,4 @@
-"""Writing of files such that an interruption at any moment leaves either the old or the new contents."""
+"""Atomic writing of files: an interruption at any moment leaves either the old or the new contents."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ SPECIAL_FILES = {
     stat.S_IFBLK: "a device",
 }
 
-# The function that raises InputError if a folder is no longer the one that this process has locked, by folder.
+# Folders that this process has locked, each with a function that raises InputError if the folder is gone or replaced.
 folder_checks: dict[Path, Callable[[], None]] = {}
-_being_written: set[Path] = set()  # by this process, which its own locks do not keep out
+_being_written: set[Path] = set()  # temporary files of this process, which ignores its own locks
 
 
 @contextlib.contextmanager
 def replacing(path: Path, keep_old_as: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a file for writing, which replaces `path` once it is completely on the disk.
+    """Open a temporary file for writing, which replaces `path` once it is complete and on the disk.
 
     Args:
         path: the file; its folder is created if necessary.
-        keep_old_as: new path of the old file; between the two renames, only `path` is missing.
+        keep_old_as: the path to which the old file is renamed first; for a moment, there is no file at `path`.
 
     Raises:
         InputError: if the disk is full, the folder is not writable, or a folder that this process has locked is gone;
@@ -64,7 +64,7 @@ def replacing(path: Path, keep_old_as: Path | None = None) -> Iterator[BinaryIO]
             if keep_old_as and path.is_file():
                 path.replace(keep_old_as)
             temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save's writer turns some of the system's errors into its own
+    except (OSError, RuntimeError) as error:  # torch.save turns some errors of the system into RuntimeError
         check_folder(path)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise InputError(f"{path}: cannot be written ({reason(cause)}); what was there before is intact") from error
@@ -115,7 +115,7 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def download(url: str, path: Path, hash_prefix: str | None = None, progress: bool = True) -> None:
-    """Download a file; torch uses temporary names for this, and the next download removes those that were abandoned.
+    """Download a file under a temporary name and rename it; first remove files of abandoned downloads.
 
     Args:
         hash_prefix: the beginning of the file's SHA-256; None: any.
@@ -139,7 +139,7 @@ def check_folder(path: Path) -> None:
 
 
 def special_file(path: Path) -> str:
-    """Return what a path is other than a regular file, such as "a named pipe"; "" for a regular or missing file.
+    """Return the kind of a path that is not a regular file, such as "a named pipe"; "" for a regular or missing file.
 
     Opening such a file may block forever.
     """

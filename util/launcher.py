@@ -1,6 +1,6 @@
 """The environment variables that launchers set: torchrun, torch.distributed.launch and srun.
 
-This module needs nothing but Python itself, so that flags can be read before imports that take seconds.
+This module needs only Python itself, so that flags can be read before imports that take seconds.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def number(name: str, default: int | None = None, least: int = 0, most: int = LA
 
 
 def rank_and_size(rank: str, size: str) -> tuple[int, int]:
-    """Return the number of this process and that of all processes, from the variables of these names.
+    """Return this process's rank and the number of processes, from the variables named `rank` and `size`.
 
     Raises:
-        InputError: if one is not a number, or the first one is not below the second.
+        InputError: if a variable is not a number, or the rank is not below the number of processes.
     """
     own, count = number(rank), number(size, least=1)
     if own >= count:

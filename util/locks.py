@@ -30,7 +30,7 @@ def try_lock(file: IOBase) -> bool:
     On POSIX the lock ends as soon as this process closes any handle of the file, not only this one.
 
     Raises:
-        OSError: if the file system has no locks.
+        OSError: if the file system does not support locks.
     """
     try:
         _lock(file)

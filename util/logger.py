@@ -168,9 +168,9 @@ class MetricLogger:
     ) -> Iterator:
         """Yield from `iterable` and show averages, times and memory every `print_freq` items.
 
-        A terminal shows a progress bar, files get plain lines. Both have the remaining time, also of the run if `later`
-        items follow in later epochs. If an interrupted epoch is resumed after `start` items, the iterable yields only
-        the remaining ones but has the length of all.
+        They are a progress bar on a terminal, otherwise plain lines. Both give the remaining time of the epoch and, if
+        `later` items follow in later epochs, of the run. If an interrupted epoch is resumed after `start` items, the
+        iterable yields only the remaining ones, but its length counts all.
         """
         steps = len(iterable)
         on_terminal = sys.stdout.isatty()

@@ -15,8 +15,8 @@ from torch import Tensor
 class NestedTensor:
     """Images padded to one size: `tensors` [B, 3, H, W] and `mask` [B, H, W], True on padding.
 
-    `has_padding` is False if the mask is False everywhere, which the host could not read from a GPU without waiting;
-    attention is then faster.
+    `has_padding` is False if the mask is False everywhere; attention is then faster. To read this from
+    a mask on a GPU, the host would have to wait.
     """
 
     def __init__(self, tensors: Tensor, mask: Tensor, has_padding: bool = True) -> None:
@@ -61,9 +61,9 @@ def nested_tensor_from_tensor_list(
 
 
 class Targets(tuple):
-    """The targets of a batch, dicts of small tensors, which workers send as arrays.
+    """Targets of a batch: dicts of small tensors, which workers send to the main process as NumPy arrays.
 
-    Each tensor would need a file and a mapping of shared memory, in the worker and in the main process.
+    Sent as tensors, each would need a file of shared memory, and a mapping of it in both processes.
     """
 
     def __reduce__(self) -> tuple:
@@ -77,8 +77,8 @@ def _targets_of_arrays(targets: list[dict[str, np.ndarray]]) -> Targets:
 def collate_fn(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, Targets]:
     """Convert (image, target) pairs to (padded images, targets).
 
-    The channels stay last in memory, as images are decoded: reordering them costs a worker as much as the resize, but
-    costs the device almost nothing.
+    The channels stay last in memory, as in decoded images: moving them takes a worker as long as the resize, but takes
+    the device almost no time.
     """
     images, targets = zip(*batch, strict=True)
     return nested_tensor_from_tensor_list(images, torch.channels_last), Targets(targets)

@@ -28,14 +28,14 @@ SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name)
 EXIT_CODE = 75  # of main.py after SIGTERM or SIGUSR1: "try again later" (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 128 + signal.SIGINT  # the exit code after Ctrl-C, as in shells
 PATIENCE = 3  # seconds for a process to end by itself if it has nothing to finish
-# Launchers forward a Ctrl-C that the terminal has already sent to the processes: a second one this soon is the same.
+# Launchers forward a Ctrl-C that the terminal has already sent to the processes: ignore a second one this soon.
 SAME_REQUEST = 2 if "RANK" in os.environ or "SLURM_PROCID" in os.environ else 0  # seconds
 
 
 class Stopped(SystemExit):
-    """This process was asked to stop; `code` is its exit code.
+    """Exception in a process that was asked to stop; `code` is its exit code.
 
-    It is not an `Exception`, so that code which takes any exception for a damaged file does not catch it.
+    It does not derive from `Exception`, so that code that takes every `Exception` for a damaged file does not catch it.
     """
 
     code: int
@@ -62,7 +62,7 @@ class StopRequest:
     def __call__(self, number: int, _frame: object) -> None:
         """Handle a signal."""
         if self:
-            if not self.installed and number == signal.SIGINT:  # else the thread does this
+            if not self.installed and number == signal.SIGINT:  # otherwise, the thread does this
                 raise Stopped(INTERRUPTED)
             return  # an exception that is being handled must not be replaced by another
         self.exit_code = self._code_after(number)
@@ -75,7 +75,7 @@ class StopRequest:
         _tell(f"{name}: finishing this step" + "; press it again to stop at once" * (number == signal.SIGINT))
 
     def install(self, code_if_preempted: int | None = None, importing: bool = False) -> None:
-        """Make this process, which a command line has started, handle signals from now on until its end.
+        """Handle signals until the end of this process, which a command line has started.
 
         Args:
             code_if_preempted: the exit code after SIGTERM and SIGUSR1, by default 128 plus the signal's number.
@@ -92,8 +92,8 @@ class StopRequest:
         signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self)
-        atexit.register(ignore_signals)  # Python ends by restoring the system's handlers, which end it at once
-        if hasattr(os, "register_at_fork"):  # forked processes that load data would otherwise inherit these
+        atexit.register(ignore_signals)  # at its end, Python restores the system's handlers, which kill it
+        if hasattr(os, "register_at_fork"):  # otherwise, forked data-loading processes would inherit these
             os.register_at_fork(
                 before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
                 after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
@@ -113,7 +113,9 @@ class StopRequest:
         If no command line has called `install`, as in a notebook, signals are handled only within the block.
         """
         self.raise_if_asked()
-        here = not self.installed and threading.current_thread() is threading.main_thread()  # other threads may not
+        here = (
+            not self.installed and threading.current_thread() is threading.main_thread()
+        )  # others may not set handlers
         before = {number: signal.signal(number, self) for number in SIGNALS if here}
         self.deferring = True
         try:
@@ -127,7 +129,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise `Stopped` on a signal within the block, part of a `deferred` one, whose work a resumed run repeats."""
+        """Raise `Stopped` at once on a signal in this part of a `deferred` block; a resumed run repeats its work."""
         self.deferring = False
         self.raise_if_asked()
         yield
@@ -158,7 +160,7 @@ stop_request = StopRequest()  # one for the process, like signals
 
 
 def end_now(code: int) -> None:
-    """End this process and those that load its data, before any of its threads can report that these are gone."""
+    """End this process and its data-loading processes, before a thread can report that these are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     kill_workers()
@@ -172,19 +174,19 @@ def _end_without_main_thread(code: int) -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore signals, in processes that load data, which also receive them, and in a process that is about to end."""
+    """Ignore signals: for data-loading processes, which also receive them, and for a process that is about to end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def kill_workers_at_exit() -> None:
-    """Call `kill_workers` at exit, before multiprocessing's own handler, which would wait for a SIGTERM to end them."""
+    """Call `kill_workers` at exit, before multiprocessing's handler, which would send SIGTERM and wait in vain."""
     atexit.unregister(kill_workers)
     atexit.register(kill_workers)
 
 
 def kill_workers() -> None:
-    """End the processes that load data; they ignore the signals that would end others."""
+    """Kill the data-loading processes, since they ignore other signals."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's own handler raises an error for dead workers
     _kill_children()
@@ -197,7 +199,7 @@ def _kill_children() -> None:
 
 
 def _tell(line: str) -> None:
-    """Print a line on the main process without Python's stream, to which the main thread may be writing."""
+    """Print a line on the main process, not through Python's stream, to which the main thread may be writing."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         with contextlib.suppress(OSError):  # the reader may be gone
             os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())

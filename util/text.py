@@ -19,7 +19,7 @@ def printable(text: object) -> str:
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """Return a number with its noun, "1 box" or "2 boxes"; `many` is for more than a noun, such as "boxes have"."""
+    """Return a number with its noun, "1 box" or "2 boxes"; `many` replaces the plural, such as "boxes have"."""
     ending = "es" if one.endswith(("s", "x", "tch")) else "s"
     plural = f"{one[:-1]}ies" if one.endswith("y") else f"{one}{ending}"
     return f"{number:,} {one if number == 1 else many or plural}"
