@@ -1,6 +1,6 @@
-"""The data sets that `--dataset_file` and `--coco_path` name, and their batches.
+"""Data sets that `--dataset_file` and `--coco_path` select, and their batches.
 
-The names are imported when they are first used, so that `python -m datasets.shapes` does not wait for torch.
+The functions are imported when they are first used, so that `python -m datasets.shapes` does not wait for torch.
 """
 
 from __future__ import annotations

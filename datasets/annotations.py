@@ -1,7 +1,7 @@
-"""Reading of COCO annotation files: everything is checked before any long work starts.
+"""Reading of COCO annotation files: every entry is checked before any long work starts.
 
-Every error names the file and the entry. Missing values are filled in if possible (`area`, `iscrowd`, ids, boxes of
-segmentations), also for the evaluator, which reads the same entries. Entries that are left out are counted in `notes`.
+Errors name the file and the entry. Missing values (`area`, `iscrowd`, ids, boxes of segmentations) are filled in if
+possible, also for the evaluator, which reads the same entries. `notes` count the entries that are left out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Annotations:
     Attributes:
         images, annotations, categories: the lists of the file.
         classes: the category id and name of each label.
-        image_ids: the file's own id of each image if they are texts, by the number that stands for it; else empty.
-        notes: what a user should know: entries that were left out or changed, with their number.
+        image_ids: if the file's image ids are texts, the text for each number that replaces it; else empty.
+        notes: lines for the user about entries that were left out or changed, with their number.
     """
 
     images: list[dict[str, Any]]
@@ -39,7 +39,7 @@ class Annotations:
     notes: list[str] = field(default_factory=list)
 
     def index(self) -> COCO:
-        """Return pycocotools' index over the entries, with labels as category ids, since models predict labels."""
+        """Return pycocotools' index of the entries, with labels as category ids, since models predict labels."""
         label_of = self.classes.labels
         annotations = [entry | {"category_id": label_of[entry["category_id"]]} for entry in self.annotations]
         categories = [entry | {"id": label_of[entry["id"]]} for entry in self.categories]
@@ -56,11 +56,11 @@ def load_annotations(
     """Return the checked and completed contents of a COCO JSON file.
 
     Args:
-        path: a file with lists `images`, `annotations` and `categories`, also compressed by gzip.
+        path: a file with lists `images`, `annotations` and `categories`; it may be compressed by gzip.
         remove_difficult: leave out annotations marked `difficult`.
-        classes: those of the model or the training data, whose labels are to be used.
-        labelled: False for the images of a test set, which have no list `annotations`.
-        segmentations: False drops segmentations of annotations with a box while reading; they are most of the file.
+        classes: the classes of the model or the training data, whose labels are used.
+        labelled: False for a test set, whose file has no list `annotations`.
+        segmentations: False drops segmentations, the largest part of the file, while reading annotations with a box.
 
     Raises:
         InputError: if the file is missing, is not a COCO instance file, or an entry is not usable; it names the entry.
@@ -83,7 +83,7 @@ def load_annotations(
     annotations = [entry for entry in annotations if not (remove_difficult and entry.get("difficult"))]
     notes = [f"{path}: {line}" for line in (*checker.notes(), *_repeated_names(data["categories"]))]
     if renumbered := _number_annotations(annotations):
-        notes.append(f"{path}: {counted(renumbered, 'annotation')} with the id of another got an id of their own")
+        notes.append(f"{path}: {counted(renumbered, 'annotation')} with the id of another got a new id")
     own = classes.of_categories if classes else Classes.from_categories
     found = own(data["categories"], str(path))
     if classes and (difference := found.difference(classes)):
@@ -94,37 +94,37 @@ def load_annotations(
 def read_annotations(
     path: str | Path, remove_difficult: bool = False, classes: Classes | None = None, labelled: bool = True
 ) -> tuple[COCO, Classes]:
-    """Return pycocotools' index over a COCO JSON file, with labels as category ids, and its classes.
+    """Return pycocotools' index of a COCO JSON file, with labels as category ids, and its classes.
 
-    Arguments and errors are those of `load_annotations`.
+    See `load_annotations` for arguments and errors.
     """
     loaded = load_annotations(path, remove_difficult, classes, labelled)
     return loaded.index(), loaded.classes
 
 
 def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
-    """Drop the segmentation of an annotation with a box, except for the fact that there is one."""
+    """Replace the segmentation of an annotation with a box by a bool: there is one or not."""
     if entry.get("bbox") and "segmentation" in entry:
         entry["segmentation"] = has_segmentation(entry)
     return entry
 
 
 def _number_images(data: dict[str, Any]) -> dict[int, str | int]:
-    """Number the images of a file whose ids are texts, in order; return the ids by number, {} for integers."""
+    """Replace image ids that are texts by numbers, in order; return {number: text}, or {} if ids are integers."""
     ids: list[Any] = [entry.get("id") for entry in data["images"] if isinstance(entry, dict)]
     if not any(isinstance(image_id, str) for image_id in ids) or not all(is_int(i) or is_line(i) for i in ids):
         return {}
     if len(set(ids)) < len(ids):
-        return {}  # the checker says which id is used twice
+        return {}  # the checker's error names the id that is used twice
     for number, entry in enumerate(data["images"], start=1):
         entry["id"] = number
     return dict(enumerate(ids, start=1))
 
 
 def _number_annotations(annotations: list[dict[str, Any]]) -> int:
-    """Give ids to annotations whose id is missing, a text, repeated, or 0, which means "not matched" to pycocotools.
+    """Give new ids to annotations whose id is missing, a text, repeated, or 0 ("not matched" in pycocotools).
 
-    Return how many ids were repeated.
+    Return the number of repeated ids.
     """
     for entry in annotations:
         if isinstance(entry.get("id"), str):
@@ -142,7 +142,7 @@ def _number_annotations(annotations: list[dict[str, Any]]) -> int:
 
 
 def _repeated_names(categories: Iterable[dict[str, Any]]) -> list[str]:
-    """Return a line for each name that several categories have."""
+    """Return a line for each name that several categories share."""
     ids: dict[str, list[str]] = {}
     for entry in categories:
         ids.setdefault(entry["name"], []).append(str(entry["id"]))

@@ -1,4 +1,4 @@
-"""The data sets that `--dataset_file` and `--coco_path` name, and their batches."""
+"""Data sets that `--dataset_file` and `--coco_path` select, and their batches."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from util.orphans import end_with
 from util.preemption import ignore_signals, kill_workers_at_exit
 from util.text import counted
 
-OVERFIT_STEPS = 50  # per epoch of --overfit: the few images are repeated between two evaluations
+OVERFIT_STEPS = 50  # per epoch of --overfit, which repeats its few images
 
 
 def build_dataset(
     image_set: str, args: argparse.Namespace, classes: Classes | None = None, share: bool = False
 ) -> CocoDetection:
-    """Return the "train", "val" or "test" split; with `args.overfit`, both of the first are a few training images.
+    """Return the "train", "val" or "test" split; with `args.overfit`, "train" and "val" are a few training images.
 
     Under `args.coco_path`, annotations are `annotations/instances_{split}2017.json`, images in `images/{split}2017/` or
-    `{split}2017/`, or both as common exporters write them (`datasets.layouts`); `args.{split}_annotations` and
-    `args.{split}_images` name others. "test" is COCO's test-dev, listed without annotations in
+    `{split}2017/`, or both are where common exporters write them (`datasets.layouts`). `args.{split}_annotations` and
+    `args.{split}_images` name other paths. "test" is COCO's test-dev, listed without annotations in
     `annotations/image_info_test-dev2017.json`.
 
     With `args.dataset_file` "coco_panoptic", annotations are `annotations/panoptic_{split}2017.json` under
@@ -49,11 +49,11 @@ def build_dataset(
     Args:
         image_set: the split.
         args: the flags.
-        classes: the classes whose labels are used: those of the model, or of the training data.
-        share: all processes call this together, and the first one reads the annotations for them.
+        classes: the classes of the model or the training data, whose labels are used.
+        share: all processes call this together, and the first one reads the annotations for all.
 
     Raises:
-        InputError: if there is no such kind of data set, files are missing or annotations are not usable.
+        InputError: if the kind of data set is unknown, files are missing or annotations are not usable.
     """
     flags = resolve(args)
     if flags.dataset_file not in NUM_CLASSES:
@@ -83,7 +83,7 @@ def build_dataset(
 
 
 def instance_split(flags: Flags, split: str) -> tuple[str | Path, str | Path]:
-    """Return the annotation file and the image folder of a split, from their flags or under `--coco_path`."""
+    """Return the annotation file and the image folder of a split: named by flags, or found under `--coco_path`."""
     images, annotations = getattr(flags, f"{split}_images", None), getattr(flags, f"{split}_annotations", None)
     if images and annotations:
         return annotations, images
@@ -96,7 +96,7 @@ def panoptic_split(flags: Flags, split: str) -> tuple[Path, Path, Path]:
     """Return the image folder, the annotation file and the folder of PNG files of a split of panoptic data.
 
     Raises:
-        InputError: for "test", which has no panoptic annotations, and if one of them is not found.
+        InputError: for "test", which has no panoptic annotations, or if one of the three is not found.
     """
     if split == "test":
         raise InputError(
@@ -115,9 +115,9 @@ def panoptic_split(flags: Flags, split: str) -> tuple[Path, Path, Path]:
 
 
 def build_instances(dataset: CocoDetection, flags: Flags) -> CocoDetection | None:
-    """Return the data whose boxes and masks AP is measured with: a data set itself, or for panoptic data its instances.
+    """Return the data set on which AP of boxes and masks is measured: `dataset`, or for panoptic data its instances.
 
-    These come from the same split's instance file under `--coco_path`; without such a file, there are none.
+    Instances come from the instance file of the same split under `--coco_path`; without this file, return None.
     """
     if not isinstance(dataset, PanopticDetection):
         return dataset
@@ -148,10 +148,10 @@ def coco_folder(path: str | None, image_set: str) -> Path:
 
 
 def get_coco_api_from_dataset(dataset: Dataset) -> COCO:
-    """Read the ground truth of a data set (or of a Subset of one) from the file again, as the evaluator takes it.
+    """Read the ground truth of a data set (or of a Subset of one) from its file again, for the evaluator.
 
-    Its category ids are labels, which models predict and the evaluator scores. If the file has other ids (texts,
-    numbers above 1,999, or another numbering than the model's), `dataset.classes.ids` has them by label.
+    Its category ids are labels, which models predict. If the file has other ids (texts, numbers above 1,999, or another
+    numbering than the model's), `dataset.classes.ids` maps labels to them.
     """
     base: Any = dataset
     while isinstance(base, Subset):
@@ -165,7 +165,7 @@ class CocoLoader(DataLoader):
     dataset: CocoDetection
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the order and the augmentation of an epoch, and how many samples of this process are skipped."""
+        """Select the order and augmentation of an epoch, and skip the first `start` samples of this process."""
         self.dataset.set_epoch(epoch)
         if isinstance(self.sampler, EpochSampler):  # evaluation has a fixed order
             self.sampler.set_epoch(epoch, start)
@@ -174,10 +174,10 @@ class CocoLoader(DataLoader):
 def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> CocoLoader:
     """Return this process's batches: in training, shuffled by (seed, epoch) and without a partial last one.
 
-    In evaluation, the images of a batch have one shape, so that nothing is padded; every image is in a batch of one of
-    the processes, and some batches are repeated so that all processes have equally many.
+    In evaluation, all images of a batch have one shape, so that nothing is padded. Every image is in a batch of one
+    process, and some batches are repeated so that all processes have the same number.
 
-    `len` counts all batches of an epoch, also if the sampler starts within it.
+    `len` counts all batches of an epoch, even if the sampler starts in its middle.
 
     Raise InputError if the training data does not fill a batch.
     """
@@ -189,7 +189,7 @@ def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> CocoLoade
         sizes = dataset.records.sizes.tolist()
         shapes = [resized_size(w, h, flags.min_size, flags.max_size) if w and h else None for w, h in sizes]
         of_all = same_shape_batches(shapes, flags.batch_size)
-        repeated = -(-len(of_all) // get_world_size()) * get_world_size()  # processes have equally many
+        repeated = -(-len(of_all) // get_world_size()) * get_world_size()  # the same number for each process
         mine = range(get_rank(), repeated, get_world_size())
         batches = {"batch_sampler": [of_all[i % len(of_all)] for i in mine]}
     if flags.num_workers:
@@ -204,7 +204,7 @@ def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> CocoLoade
         multiprocessing_context="fork" if flags.num_workers and sys.platform == "linux" else None,
         worker_init_fn=partial(start_worker, os.getpid()),
         pin_memory=torch.device(flags.device).type == "cuda",
-        generator=torch.Generator(),  # a separate one, so that loading does not change the model's random numbers
+        generator=torch.Generator(),  # a separate one: loading does not change the model's random numbers
     )
     if len(loader) == 0:
         raise InputError(
@@ -215,8 +215,8 @@ def build_loader(dataset: CocoDetection, flags: Flags, train: bool) -> CocoLoade
 
 
 def start_worker(parent: int, _worker: int) -> None:
-    """Prepare a process that loads data for the process `parent`; torch gives it a single thread."""
+    """Prepare a data-loading process of the process `parent`; torch gives it a single thread."""
     end_with(parent, "")
     ignore_signals()
     ignore_image_warnings()
-    gc.freeze()  # or the collector would write to, and so copy, the memory that is shared with the main process
+    gc.freeze()  # otherwise, the collector writes to memory shared with the main process, which copies it

@@ -1,4 +1,4 @@
-"""A COCO data set as pairs of image and target."""
+"""COCO data set: pairs of image and target."""
 
 from __future__ import annotations
 
@@ -61,18 +61,19 @@ class CocoDetection(Dataset):
     Args:
         image_folder: the folder to which the `file_name`s are relative.
         annotation_file: COCO instance JSON.
-        transforms: applied to image and target, with a generator that depends on (seed, epoch, index) alone.
-        seed: see `transforms`.
+        transforms: called with image, target and a random generator that depends only on (seed, epoch, index).
+        seed: the seed of these generators.
         remove_difficult: leave out annotations marked `difficult`.
         on_bad_image: how to treat an image that is missing, cannot be decoded, or contradicts the annotated size:
-            "error" raises InputError, "skip" takes the next image instead.
-        classes: those of a model or of the training data, whose labels are to be used; by default the file's own.
-        labelled: False for a test set, whose file holds no annotations.
+            "error" raises InputError, "skip" uses the next image instead.
+        classes: the classes of the model or the training data, whose labels are used; by default, the file's own.
+        labelled: False for a test set, whose file has no annotations.
         max_megapixels: see `datasets.images.read_image`.
-        share: the first process reads the annotations for all, each of which makes this data set.
+        share: all processes create this data set together, and the first one reads the annotations for all.
         masks: samples and ground truth also have the masks of the objects.
 
-    `classes` then holds those of the file. Of its entries, only arrays are kept (`records`); `coco` reads it again.
+    The attribute `classes` holds the classes of the file. Its entries are kept as arrays only (`records`); `coco` reads
+    the file again.
 
     Raises:
         InputError: if the annotations are not usable or image files are missing.
@@ -104,10 +105,12 @@ class CocoDetection(Dataset):
         self.on_bad_image = on_bad_image
         self.max_megapixels = max_megapixels
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that running workers see it change
+        self._epoch = torch.zeros(
+            (), dtype=torch.int64
+        ).share_memory_()  # in shared memory, so that running workers see it change
         if len(self) == 0:
             raise InputError(f"{annotation_file}: lists no images")
-        self._skipped = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # workers set what this process reads
+        self._skipped = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # set by workers, read by this process
         for line in (*contents.notes, *(f"{annotation_file}: {odd}" for odd in odd_boxes(self.records))):
             warn(line)
 
@@ -119,13 +122,13 @@ class CocoDetection(Dataset):
 
     @cached_property
     def coco(self) -> COCO:
-        """Pycocotools' index over the annotations, with labels instead of category ids; read on the first use."""
+        """Pycocotools' index of the annotations, with labels instead of category ids; read on first use."""
         return self.load().index()
 
     def ground_truth(self) -> COCO:
-        """Return the same index; without masks, it has no segmentations, which is all that box AP needs.
+        """Return the same index, made from `records`; it has segmentations only if this data set has masks.
 
-        It takes ten times the memory of the arrays that it is made from, so it is made for each evaluation.
+        It takes ten times the memory of the arrays, so it is made again for each evaluation.
         """
         categories = [{"id": label, "name": name} for label, name in self.classes.names.items()]
         once = np.unique(self.records.ids, return_index=True)[1].tolist()  # --overfit repeats images
@@ -133,15 +136,15 @@ class CocoDetection(Dataset):
         return records.index(categories)
 
     def own_id(self, image_id: int) -> int | str:
-        """Return the id that the annotation file gives an image; samples have a number instead of a text."""
+        """Return the id of an image in the annotation file; samples have a number if it is a text."""
         return self.image_ids.get(image_id, image_id)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of the samples that are loaded from now on, also by running workers."""
+        """Select the augmentation of the samples that are loaded from now on, also by running workers."""
         self._epoch.fill_(epoch)
 
     def keep_first(self, number: int, at_least: int = 0) -> None:
-        """Leave out all but the first `number` images with targets, which are repeated until there are `at_least`."""
+        """Keep only the first `number` images with targets, repeated until there are `at_least` samples."""
         _, targets = self.visible_objects()
         kept = np.unique(self.records.image_of_object[targets])[:number].tolist()
         if not kept:
@@ -161,11 +164,11 @@ class CocoDetection(Dataset):
         """Return a uint8 image [3, H, W] and its target.
 
         The target holds `boxes` [N, 4] (cxcywh relative to the image), `labels`, `area`, `iscrowd` [N], `image_id` [1],
-        and (height, width) as stored, `orig_size` [2], and as returned, `size` [2]. If bad images are skipped, the
-        sample is the next usable image; `take_skipped` returns which were skipped.
+        `orig_size` [2] and `size` [2], the (height, width) of the stored and of the returned image. If bad images are
+        skipped, the sample is the next usable image, and `take_skipped` returns the skipped ones.
 
         Raises:
-            InputError: if the image is bad, or, with skipping, if all are.
+            InputError: if the image is bad and bad images are not skipped, or if all images are bad.
         """
         index, picture, target = self._load_from(range(len(self))[index])
         image = picture.pixels
@@ -187,7 +190,7 @@ class CocoDetection(Dataset):
                     raise InputError(f"{error}; pass --on_bad_image skip to continue without such images") from error
                 self._skipped[index] = True
                 last = error
-        raise InputError(f"none of {counted(len(self), 'image')} can be used; the last: {last}") from last
+        raise InputError(f"none of {counted(len(self), 'image')} can be used; the last error: {last}") from last
 
     def target_of(self, index: int, width: int, height: int) -> Target:
         """Return the training target of an image, with boxes as absolute xyxy clipped to the image."""
@@ -225,8 +228,8 @@ class CocoDetection(Dataset):
         return skipped
 
     def describe_skipped(self, positions: Iterable[int]) -> str:
-        """Return which images a run skipped, and how many, as a line for its user."""
-        skipped = {int(self.records.ids[i]): self.records.file_name(i) for i in sorted(positions)}  # each once
+        """Return a line with the number and the names of the images that a run skipped."""
+        skipped = {int(self.records.ids[i]): self.records.file_name(i) for i in sorted(positions)}  # each one once
         names = [f"{name} (image id {self.own_id(image_id)})" for image_id, name in skipped.items()]
         first = ", ".join(names[:10]) + (", .." if len(names) > 10 else "")
         images = counted(len(names), "image could not be read and was", "images could not be read and were")
@@ -247,19 +250,19 @@ class CocoDetection(Dataset):
         )
 
     def visible_objects(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return which objects are within their image, if its size is annotated, and which become targets: [N] each."""
+        """Return two masks [N]: objects within their image (if its size is annotated), and objects that are targets."""
         sizes = np.where(self.records.sizes > 0, self.records.sizes, np.inf)[self.records.image_of_object]
         _, visible = visible_corners(self.records.objects.boxes, *sizes.T)
         return visible, visible & ~self.records.objects.crowds
 
     def objects_per_image(self) -> np.ndarray:
-        """Return how many objects of each image become targets: [M]."""
+        """Return the number of objects of each image that become targets: [M]."""
         return np.bincount(self.records.image_of_object[self.visible_objects()[1]], minlength=len(self))
 
     def check_trains(self) -> None:
-        """Raise InputError if no image that can be read has a box; usually, one image is read to find out.
+        """Raise InputError if no readable image has a box; usually, this check reads only one image.
 
-        Boxes that turn out to be outside of an image whose size is not annotated do not count.
+        Boxes outside of their image do not count, even if the annotations do not give its size.
         """
         with_boxes = np.flatnonzero(self.objects_per_image()).tolist()
         if not with_boxes:
@@ -274,7 +277,7 @@ class CocoDetection(Dataset):
                 problem = str(error)
         raise InputError(
             f"{self.annotation_file}: no image with boxes can be used ({len(with_boxes):,} tried), and nothing "
-            f"would be learned; the last: {problem}"
+            f"would be learned; the last error: {problem}"
         )
 
     def summary(self) -> Summary:

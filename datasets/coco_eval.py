@@ -1,7 +1,7 @@
 """COCO average precision over the predictions of all processes.
 
-Predictions are collected as arrays, gathered as tensors, and scored once at the end, like pycocotools but in compiled
-code.
+Predictions are collected as arrays, gathered from all processes as tensors, and scored once at the end by compiled code
+that returns the numbers of pycocotools.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from util.distributed import all_gather_rows
 from util.logger import log
 
 COCO_DETECTIONS = 100  # per image, for the 12 COCO numbers
-AT_100 = 2  # their position among pycocotools' maxDets, 1, 10 and 100
+AT_100 = 2  # position of 100 in pycocotools' maxDets: 1, 10, 100
 
 
 class Detections(NamedTuple):
     """The detections of one image.
 
-    rows: [N, 9] float64: category id, score, x, y, width, height, and of the mask's run-length code (zeros without
-        masks) the height, width and length in bytes.
+    rows: [N, 9] float64: category id, score, x, y, width, height; height, width and length in bytes of the mask's
+        run-length code (zeros without masks).
     codes: the codes of all masks, concatenated.
     """
 
@@ -50,10 +50,10 @@ class Detections(NamedTuple):
 
 
 class CocoEvaluator:
-    """Evaluator that scores exactly the images that `update` was given, each once, also those without a detection.
+    """Evaluator that scores exactly the images passed to `update`, each once, with or without detections.
 
     Call `update` for every batch, then `synchronize_between_processes`, `accumulate` and `summarize`; the scores are
-    in `coco_eval[iou_type].stats` and `.eval`, as pycocotools leaves them; `.params` may be set before.
+    then in `coco_eval[iou_type].stats` and `.eval`, as in pycocotools. `coco_eval[iou_type].params` may be set before.
 
     Args:
         coco_gt: the ground truth.
@@ -74,7 +74,7 @@ class CocoEvaluator:
         """Add {image id: prediction}.
 
         A prediction holds `scores` [N], `labels` [N], `boxes` [N, 4] as xyxy in pixels and, for "segm", `masks`
-        [N, H, W] or [N, 1, H, W], set if they exceed 0.5.
+        [N, H, W] or [N, 1, H, W], which count as set where they exceed 0.5.
         """
         for image_id, prediction in predictions.items():
             check_detections(prediction, f"image id {image_id}")
@@ -87,7 +87,7 @@ class CocoEvaluator:
             self.detections[int(image_id)] = Detections(rows, b"".join(mask["counts"] for mask in masks))
 
     def synchronize_between_processes(self) -> None:
-        """Give every process the detections of all; an image that several processes saw counts once."""
+        """Give every process the detections of all processes; an image that several of them saw counts once."""
         images = [[image_id, len(d.rows), len(d.codes)] for image_id, d in self.detections.items()]
         rows = np.concatenate([np.zeros((0, 9)), *(d.rows for d in self.detections.values())])
         codes = bytearray().join(d.codes for d in self.detections.values())  # tensors are made of writable bytes
@@ -116,7 +116,7 @@ class CocoEvaluator:
             coco_eval.eval = {"params": coco_eval.params} | arrays
 
     def annotations_of(self, image_id: int, iou_type: str) -> list[dict[str, Any]]:
-        """Return an image's detections as annotations, which pycocotools compares with those of the ground truth."""
+        """Return an image's detections as entries that pycocotools compares with the annotations."""
         rows = self.detections[image_id].rows[:, :6].tolist()
         annotations: list[dict[str, Any]] = [
             {"image_id": image_id, "category_id": int(category), "score": score, "iscrowd": 0}
@@ -142,7 +142,7 @@ class CocoEvaluator:
 
     @property
     def stats(self) -> dict[str, list[float]]:
-        """12 COCO numbers of each IoU type, as `coco_eval_bbox` and `coco_eval_masks`."""
+        """The 12 COCO numbers of each IoU type, under `coco_eval_bbox` and `coco_eval_masks`."""
         names = {"bbox": "coco_eval_bbox", "segm": "coco_eval_masks"}  # as published
         return {names[kind]: list(map(float, result.stats)) for kind, result in self.coco_eval.items()}
 
@@ -156,7 +156,7 @@ class CocoEvaluator:
         }
 
     def class_table(self, iou_type: str) -> str:
-        """Return a table of AP by name for every class that has ground truth."""
+        """Return a table of the name and AP of every class that has ground truth."""
         names = {entry["id"]: entry["name"] for entry in self.coco_gt.dataset["categories"]}
         scored = [(names[k], ap) for k, ap in self.average_precision(iou_type).items() if not np.isnan(ap)]
         return "\n ".join(["AP by class:", *columns_of(scored)])
@@ -171,7 +171,7 @@ def columns_of(scored: Sequence[tuple[str, float]], columns: int = 4) -> list[st
 
 
 def more_detections(coco_eval: COCOeval) -> str:
-    """Return AP and AR at the largest number of detections per image, in lines like those of the 12 COCO numbers."""
+    """Return AP and AR at the largest number of detections per image, in the format of the 12 COCO numbers."""
     most = coco_eval.params.maxDets[-1]
     lines = []
     for title, short, scores in (("Precision", "AP", "precision"), ("Recall", "AR", "recall")):

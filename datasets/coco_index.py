@@ -1,4 +1,4 @@
-"""Pycocotools' index over the entries of an annotation file."""
+"""Pycocotools' index of the entries of an annotation file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 
 
 def index(data: dict[str, Any]) -> COCO:
-    """Return pycocotools' index over a loaded data set, without its messages."""
+    """Return pycocotools' index of a loaded annotation file, without printing its messages."""
     coco = COCO()
     coco.dataset = data
     with contextlib.redirect_stdout(io.StringIO()):

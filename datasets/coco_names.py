@@ -1,4 +1,4 @@
-"""Names of COCO's classes by category id: those of boxes, which are things, and those of stuff in panoptic data."""
+"""Names of COCO's classes by category id: things, which have boxes, and stuff, which only panoptic data has."""
 
 COCO_NAMES = {
     **{1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck"},

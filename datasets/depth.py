@@ -1,9 +1,9 @@
 """Images with more than 8 bits per channel, scaled to 8.
 
-Files rarely say how many of their bits are in use: cameras store 10, 12 or 14 bits in 16, and floats end at 1, at 255
-or at 65535. The largest value decides: white is the smallest of the usual maxima that it fits in, so that images of one
-camera are scaled alike and nothing is clipped. If that would leave an image black, or if values are negative or
-exceed all maxima, the image's lowest value becomes black and its highest white.
+Files rarely say how many of their bits are in use: cameras store 10, 12 or 14 bits in 16, and floats end at 1, 255 or
+65535. Therefore, white is the smallest of these usual maxima that is not below the image's largest value: images of one
+camera are scaled alike, and nothing is clipped. If the image would be nearly black, or if values are negative or exceed
+all maxima, the lowest value of the image becomes black and the highest white.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 MAXIMA = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16, 31, 32))
-SLACK = 1 / 16  # of a maximum: darker images look black; floats may lie this far outside of 0 to the maximum
-BAND = 2**22  # pixels that are converted together, so that no whole image is held as floats
+SLACK = 1 / 16  # of a maximum: darker images look black; floats may exceed the range by this much
+BAND = 2**22  # pixels that are converted together, so that floats of a whole image are never in memory
 
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT = 258, 262, 281, 339  # TIFF tags
 WHITE_IS_ZERO, UNSIGNED = 0, (1,)
 
-# Pillow reads the high byte of 16-bit colours. These raw modes read the low byte, as if the byte order were the other
-# one; that of grey with transparency separates all four bytes of a pixel.
+# Pillow reads only the high byte of 16-bit colours. These raw modes pretend the other byte order to read the low byte;
+# for grey with transparency, the mode separates all four bytes of a pixel.
 LOW_BYTE = {
     f"{bands};16{order}": f"{bands};16{other}"
     for bands in ("RGB", "RGBA", "RGBX")
@@ -35,13 +35,13 @@ LOW_BYTE["LA;16B"] = "RGBA"
 
 
 def to_rgb8(image: Image.Image, reopen: Callable[[], ImageFile]) -> tuple[np.ndarray, str]:
-    """Return the pixels of an opened image, uint8 [H, W, 3], and a note if their scale is a guess (else "").
+    """Return the pixels of an opened image, uint8 [H, W, 3], and a note if their scale is a guess, else "".
 
     Transparent pixels keep their colour.
 
     Args:
-        image: of any mode, not yet loaded.
-        reopen: opens the same file again, since 16-bit colours may take two passes.
+        image: an image of any mode, not yet loaded.
+        reopen: opens the same file again, since 16-bit colours may need two passes.
 
     Raises:
         ValueError: if no value is finite. Pillow raises errors of many types for damaged files.
@@ -52,7 +52,7 @@ def to_rgb8(image: Image.Image, reopen: Callable[[], ImageFile]) -> tuple[np.nda
     rgb = np.empty((image.height, image.width, 3), np.uint8)
     for rows, band in _bands(image):
         rgb[rows] = np.asarray(band.convert("RGB"))
-    if raw_mode in LOW_BYTE and rgb.max() < 2**6:  # of the 16 bits, at most 14 are in use
+    if raw_mode in LOW_BYTE and rgb.max() < 2**6:  # at most 14 of the 16 bits are in use
         _set_raw_mode(low := reopen(), LOW_BYTE[raw_mode])
         channels = slice(1, 2) if raw_mode == "LA;16B" else slice(3)
         return _scaled(lambda: _colour_bands(rgb, low, channels), image)
@@ -80,8 +80,8 @@ def _scaled(read: Callable[[], Iterator[tuple[slice, np.ndarray]]], image: Image
     if white in (declared, 2**16 - 1) or (floats and white == 1) or black == white == 0:
         return rgb, ""
     if black == 0 and white in MAXIMA:
-        return rgb, f"more than 8 bits per channel, of which {white:,.0f} is taken as white"
-    return rgb, "more than 8 bits per channel, whose lowest value is taken as black and highest as white"
+        return rgb, f"more than 8 bits per channel; {white:,.0f} is taken as white"
+    return rgb, "more than 8 bits per channel; the lowest value is taken as black, the highest as white"
 
 
 def _range(lowest: float, highest: float, declared: float | None, floats: bool) -> tuple[float, float]:
@@ -94,7 +94,7 @@ def _range(lowest: float, highest: float, declared: float | None, floats: bool) 
 
 
 def _declared_maximum(image: Image.Image) -> float | None:
-    """Return the largest possible value according to the file; None if it does not say."""
+    """Return the largest possible value according to the file, or None if the file does not declare it."""
     if image.format == "PPM" and image.mode == "I":  # Pillow has scaled it by the header's maximum
         return 2**16 - 1
     if _tag(image, BITS_PER_SAMPLE) == (12,):
@@ -126,7 +126,7 @@ def _grey_bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def _colour_bands(high: np.ndarray, low: Image.Image, channels: slice) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the values of 16-bit colours, [h, W, 3], from their high bytes [H, W, 3] and the image of the low ones."""
+    """Yield the values of 16-bit colours, [h, W, 3], from high bytes [H, W, 3] and an image of the low bytes."""
     for rows, band in _bands(low):
         yield rows, high[rows] * np.uint16(256) + np.asarray(band.convert("RGB"))[..., channels]
 

@@ -1,4 +1,4 @@
-"""Checks of the entries of a COCO annotation file, which also fill in what is missing."""
+"""Checks of the entries of a COCO annotation file, which also fill in missing values."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from datasets.run_lengths import compressed
 from util.errors import InputError
 from util.text import counted
 
-MAX_PIXELS = 10**9  # of a coordinate or side: no image is so large, and sums and areas stay finite in float32
-SMALLEST_SHARE = 0.01  # of its box that an object without a segmentation fills: less suggests another unit
+MAX_PIXELS = 10**9  # of a coordinate or side: no image is larger, and sums and areas stay finite in float32
+SMALLEST_SHARE = 0.01  # of a box: a smaller 'area' without a segmentation is probably in another unit
 MISSPELT_ISCROWD = frozenset({"is_crowd", "isCrowd", "IsCrowd", "is-crowd"})
-CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # break a line or cannot be printed
+CONTROL_CHARACTERS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+)  # line breaks and characters that cannot be printed
 
 
 class Checker:
-    """Checker of the entries of one list of a file, including that the ids of images and categories differ."""
+    """Checker of the entries of one list of a file; ids of images and categories must differ."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
@@ -49,7 +51,7 @@ class Checker:
         self.seen.add(entry["id"])
 
     def notes(self) -> list[str]:
-        """Return what was left out, a line for each reason, and what looks wrong."""
+        """Return a line for each reason why annotations were left out, and one about areas that look wrong."""
         lines = [f"{counted(number, 'annotation')} {why} left out" for why, number in self.left_out.items()]
         if self.small_areas:
             lines.append(
@@ -92,7 +94,7 @@ class Checker:
     def annotation(
         self, entry: Any, images: dict[int | str, dict], categories: dict[int | str, dict]
     ) -> dict[str, Any] | None:
-        """Return the completed entry, with its image's number as `image_id`; None if it is left out."""
+        """Return the completed entry, whose `image_id` is the number of its image; None if it is left out."""
         entry = self.entry(entry)
         if entry.get("id") is not None and not isinstance(as_int(entry["id"]), str):  # text ids are numbered later
             self.check_id(entry)
@@ -110,7 +112,7 @@ class Checker:
         if entry.get("bbox") in (None, []):
             entry["bbox"] = box_of_segmentation(entry.get("segmentation"))
             if entry["bbox"] is None:
-                self.left_out["without a box or a segmentation that has one:"] += 1
+                self.left_out["without a box or a usable segmentation:"] += 1
                 return None
         box = entry["bbox"]
         if not isinstance(box, list) or len(box) != 4 or not all(is_number(value, MAX_PIXELS) for value in box):
@@ -128,18 +130,20 @@ class Checker:
             entry["area"] = max(box[2], 0) * max(box[3], 0)
         if not is_number(entry["area"], MAX_PIXELS**2) or entry["area"] < 0:
             self.fail(
-                entry, f"'area' must be a number of pixels, not {show(entry['area'])}; without it, the box's counts"
+                entry,
+                f"'area' must be a number of pixels, not {show(entry['area'])}; "
+                "if it is left out, that of the box is used",
             )
         self.small_areas += entry["area"] < SMALLEST_SHARE * box[2] * box[3] and not has_segmentation(entry)
         if misspelt := MISSPELT_ISCROWD & entry.keys():
-            self.fail(entry, f"{show(min(misspelt))} is not a key of COCO's: write 'iscrowd'")
+            self.fail(entry, f"{show(min(misspelt))} is not a key of COCO's format: write 'iscrowd'")
         if entry.get("iscrowd") not in (None, 0, 1):
             self.fail(entry, f"'iscrowd' must be 0 or 1, not {show(entry['iscrowd'])}")
         entry["iscrowd"] = int(entry.get("iscrowd") or 0)
 
 
 def has_segmentation(entry: dict[str, Any]) -> bool:
-    """Return whether an annotation has a segmentation, which exporters of boxes write as [] or [[]]."""
+    """Return whether an annotation has a segmentation; exporters of boxes write [] or [[]] for none."""
     segmentation = entry.get("segmentation")
     return any(segmentation) if isinstance(segmentation, list) else bool(segmentation)
 
@@ -161,7 +165,7 @@ def _box_of_polygons(polygons: list[Any]) -> list[float] | None:
 
 
 def _box_of_runs(segmentation: dict[str, Any]) -> list[float] | None:
-    """Return the box around the mask of run-length codes, None if it is empty."""
+    """Return the box around the mask of run-length codes; None if the mask is empty."""
     if not (code := compressed(segmentation)):
         return None
     x, y, w, h = mask.toBbox(code).tolist()
@@ -169,7 +173,7 @@ def _box_of_runs(segmentation: dict[str, Any]) -> list[float] | None:
 
 
 def as_int(value: Any) -> Any:
-    """Return an integer for a whole number that is written as 160.0 or "160"; anything else as it is."""
+    """Convert whole numbers that are written as 160.0 or "160" to integers; return other values unchanged."""
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         return int(value)
     return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19 else value
@@ -184,5 +188,5 @@ def is_line(value: Any) -> bool:
 
 
 def is_number(value: Any, limit: int) -> bool:
-    """Return whether a value is a number of at most `limit` in magnitude; NaN is not."""
+    """Return whether a value is a number of at most `limit` in magnitude, and not NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -limit <= value <= limit

@@ -1,4 +1,4 @@
-"""Finding the image files that annotations name, also under slightly different names."""
+"""Search for the image files that annotations name, also under slightly different names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from util.errors import InputError
 from util.logger import warn
 from util.text import counted
 
-# Folders next to photos that hold other pictures under the same names.
+# Names of folders with pictures that are not photos, but may have the names of photos.
 NO_PHOTOS = frozenset(
     {"mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentations", "gt"}
     | {"segmentationclass", "segmentationobject", "groundtruth", "ground_truth", "depth", "overlays", "predictions"}
@@ -23,15 +23,15 @@ NO_PHOTOS = frozenset(
 
 
 def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_bad_image: str = "error") -> list[str]:
-    """Return the path of each image relative to its folder; `names` are those in the annotation file `source`.
+    """Return the path of each image relative to `folder`; `names` are the file names in the annotation file `source`.
 
-    A file that does not exist under its name is looked for under names that differ in what programs and systems change:
-    folders before it, backslashes, %20 and the like, upper and lower case, composed letters. The match must be the only
-    one; it is within the folder, but not in one of `NO_PHOTOS` below it unless the name mentions that.
+    If no file has exactly this name, one matches that differs only in what programs and systems change: parent folders,
+    backslashes, escapes such as %20, upper and lower case, composed letters. The match must be unique. It may be
+    anywhere in the folder, except in folders of `NO_PHOTOS` that the name does not contain.
 
     Raises:
-        InputError: if the folder is missing, a name leads out of it, or files are missing: how many, and which. With
-            `on_bad_image` "skip", missing files are a warning as long as one file exists.
+        InputError: if the folder is missing, a name leads out of it, or files are missing; the message has their number
+            and some names. With `on_bad_image` "skip", missing files are only a warning, as long as one file exists.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such image folder")
@@ -69,7 +69,7 @@ def is_inside(name: str) -> bool:
 
 
 def report_missing(missing: list[str], total: int, folder: Path, source: str | Path, on_bad_image: str) -> None:
-    """Raise InputError, or warn with `on_bad_image` "skip", about missing files."""
+    """Raise InputError about missing files; with `on_bad_image` "skip", only warn, unless all are missing."""
     first = ", ".join(missing[:3]) + (", .." if len(missing) > 3 else "")
     are = "is" if len(missing) == 1 else "are"
     message = f"{folder}: {len(missing)} of {counted(total, 'image')} of {source} {are} missing: {first}"
@@ -81,13 +81,13 @@ def report_missing(missing: list[str], total: int, folder: Path, source: str | P
 
 
 def _key(path: str) -> tuple[str, ...]:
-    """Return the parts of a path, the last one first, without the differences that programs and systems make."""
+    """Return the parts of a path, last one first, in a form that programs and systems do not change."""
     plain = unicodedata.normalize("NFC", unquote(path).replace("\\", "/")).casefold()
     return tuple(part for part in reversed(PurePosixPath(plain).parts) if part not in ("/", "..", "."))
 
 
 def files_by_name(paths: Iterable[str]) -> dict[str, list[tuple[tuple[str, ...], str]]]:
-    """Return paths by the key of their last part: the keys of all their parts, and the path itself."""
+    """Return {key of the file name: [(keys of all parts, path), ..]} for some paths."""
     files = defaultdict(list)
     for path in paths:
         if key := _key(path):
@@ -98,9 +98,9 @@ def files_by_name(paths: Iterable[str]) -> dict[str, list[tuple[tuple[str, ...],
 def best_match(
     name: str, files: dict[str, list[tuple[tuple[str, ...], str]]], ignored: frozenset[str] = frozenset()
 ) -> str:
-    """Return the file that shares the most parts with a name, from its end; "" if there is none or several.
+    """Return the file whose path shares the most parts with a name, from the end; "" if it is not unique.
 
-    Files in folders that are `ignored` count only for names with the same folders.
+    Files in `ignored` folders count only for names that contain these folders.
     """
     key = _key(name)
     named = files.get(key[0], []) if key else []
@@ -112,7 +112,7 @@ def best_match(
 
 
 def _shared(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """Return how many parts two keys share from their beginning."""
+    """Return the number of parts that two keys share from their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 

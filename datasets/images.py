@@ -21,9 +21,9 @@ from datasets.depth import to_rgb8
 from util.errors import InputError, reason
 from util.text import counted
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # Pillow also knows some that run other programs
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # some others make Pillow run other programs
 MAX_MEGAPIXELS = 100
-JPEG_REDUCTIONS = (2, 4, 8)  # of the sides, which JPEG's blocks of 8 × 8 pixels allow
+JPEG_REDUCTIONS = (2, 4, 8)  # divisors of the sides: JPEG stores blocks of 8 × 8 pixels
 
 EXIF_ORIENTATION = 0x0112
 EXIF_QUARTER_TURNS = (5, 6, 7, 8)  # rows become columns, and then the axes below are flipped
@@ -33,7 +33,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 PNG_XMP = b"XML:com.adobe.xmp\0\0"  # keyword and flag of uncompressed XMP
 
-MOST_NAMES = 3  # of a list
+MOST_NAMES = 3  # of images in a line
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Picture:
 
     Attributes:
         pixels: uint8 [3, H, W], with the channels last in memory.
-        size: (width, height) of the file; that of `pixels` unless the file was too large to be decoded in full.
-        notes: what a user should know about how the file was understood; mostly empty.
+        size: (width, height) of the file, which `pixels` also have, unless a large JPEG was decoded at a reduced size.
+        notes: lines for the user about how the file was decoded; usually empty.
     """
 
     pixels: Tensor
@@ -57,16 +57,16 @@ class Picture:
 
 
 def read_image(path: Path, upright: bool = False, max_megapixels: int = MAX_MEGAPIXELS, name: object = None) -> Picture:
-    """Decode an image file: the first of several frames, deep colours scaled to 8 bits (`datasets.depth`).
+    """Decode an image file: the first of several frames, with values scaled to 8 bits (`datasets.depth`).
 
     JPEGs of more than `max_megapixels` are decoded at a half, a quarter or an eighth of their size.
 
     Args:
-        upright: apply the file's EXIF orientation, as programs do that show photos; else keep the image as stored.
+        upright: apply the file's EXIF orientation, as photo viewers do; else keep the image as stored.
         name: the file's name in errors, by default its path.
 
     Raises:
-        InputError: for a file that is missing, damaged, too large or not of one of `FORMATS`.
+        InputError: if the file is missing, damaged, too large, or in none of `FORMATS`.
     """
     with _errors_that_name(name or path), contextlib.ExitStack() as files:
         image, file = _open(path, files)
@@ -87,17 +87,17 @@ def read_image(path: Path, upright: bool = False, max_megapixels: int = MAX_MEGA
 
 
 def image_size(path: Path, upright: bool = False, name: object = None) -> tuple[int, int]:
-    """Return the (width, height) of an image file from its header; for arguments and errors see `read_image`."""
+    """Return the (width, height) of an image file from its header; see `read_image` for arguments and errors."""
     with _errors_that_name(name or path), contextlib.ExitStack() as files:
         image, _ = _open(path, files)
         return _turned_size(image.size, _orientation(image) if upright else 1)
 
 
 def summarize_notes(notes: Iterable[tuple[str, Iterable[str]]]) -> Iterator[str]:
-    """Yield a line for each distinct note: the number of images that have it, and some of their names.
+    """Yield a line for each distinct note, with the number of images that have it and some of their names.
 
     Args:
-        notes: name and notes of each image.
+        notes: the name and the notes of each image.
     """
     names: dict[str, list[str]] = {}
     for name, of_image in notes:
@@ -110,7 +110,7 @@ def summarize_notes(notes: Iterable[tuple[str, Iterable[str]]]) -> Iterator[str]
 
 @contextlib.contextmanager
 def _errors_that_name(name: object) -> Iterator[None]:
-    """Turn whatever is raised within the block into an InputError that begins with the name of the file."""
+    """Convert every exception within the block to an InputError that begins with the name of the file."""
     try:
         yield
     except InputError as error:
@@ -130,9 +130,9 @@ def _open(path: Path, files: contextlib.ExitStack) -> tuple[ImageFile, BinaryIO]
 
 
 def _identify(file: BinaryIO) -> ImageFile:
-    """Return the image of an open file, like `Image.open`, which would refuse large files that can be reduced."""
+    """Return the image of an open file; `Image.open` would refuse large JPEGs, which can be decoded smaller."""
     start = file.read(16).ljust(16)
-    for load_plugins in (Image.preinit, Image.init):  # first only the common ones, which takes less time
+    for load_plugins in (Image.preinit, Image.init):  # the common plugins first: they load faster
         load_plugins()
         for name in FORMATS:
             factory, accepts = Image.OPEN.get(name, (None, None))
@@ -141,15 +141,15 @@ def _identify(file: BinaryIO) -> ImageFile:
                 file.seek(0)
                 try:
                     return factory(_without_texts(file) if name == "PNG" else file, "")
-                except SyntaxError as error:  # what Pillow raises for a bad header
+                except SyntaxError as error:  # Pillow's error for a bad header
                     raise InputError(f"cannot be decoded (a damaged {name} file)") from error
     raise InputError(f"cannot be decoded (not an image, or not in one of the formats {', '.join(FORMATS)})")
 
 
 def _without_texts(file: BinaryIO) -> BinaryIO:
-    """Return a PNG file without its texts and colour profile: Pillow refuses long ones, and none is used here.
+    """Return a PNG file without its texts and colour profile: Pillow refuses long ones, and they are not used here.
 
-    Uncompressed XMP stays, since it may hold the orientation.
+    Uncompressed XMP data stays, since it may contain the orientation.
     """
     size, start, kept = file.seek(0, io.SEEK_END), len(PNG_SIGNATURE), [slice(0, len(PNG_SIGNATURE))]
     while start < size:
@@ -169,7 +169,7 @@ def _without_texts(file: BinaryIO) -> BinaryIO:
 def _reduction(image: Image.Image, file: BinaryIO, max_megapixels: int) -> int:
     """Return 0 for an image of at most `max_megapixels`, or the divisor of the sides of a larger JPEG.
 
-    Only JPEGs of a single scan take less memory when they are decoded to fewer pixels.
+    Only JPEGs with a single scan need less memory when they are decoded at a reduced size.
     """
     width, height = image.size
     if width * height <= max_megapixels * 1e6:
@@ -187,15 +187,15 @@ def _has_one_scan(image: Image.Image, file: BinaryIO) -> bool:
     """Return whether a file is a JPEG whose first scan holds all channels of all pixels."""
     if not isinstance(image, JpegImageFile) or "progressive" in image.info:
         return False
-    length = 6 + 2 * image.layers  # of the scan's header, after which Pillow has stopped
+    length = 6 + 2 * image.layers  # of the scan's header, at whose end Pillow stopped reading
     file.seek(-2 - length, io.SEEK_CUR)
     return file.read(5) == b"\xff\xda" + length.to_bytes(2, "big") + bytes([image.layers])
 
 
 def _decode_jpeg(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
-    """Return the pixels [H, W, 3] of a JPEG, faster than Pillow; None if Pillow has to decode it.
+    """Return the pixels [H, W, 3] of a JPEG, decoded faster than by Pillow; None if Pillow has to decode the file.
 
-    Pillow decodes other formats, four channels, and damaged files, for which it has the better error messages.
+    These are other formats, JPEGs of four channels, and damaged files, for which Pillow has better error messages.
     """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
         return None
@@ -208,7 +208,7 @@ def _decode_jpeg(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation; 1 for images to be shown as stored, and for TIFFs, which Pillow turns itself."""
+    """Return the EXIF orientation; 1 (as stored) if there is none, and for TIFFs, which Pillow turns itself."""
     return 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
 
 

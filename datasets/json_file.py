@@ -1,4 +1,4 @@
-"""Reading of JSON annotation files, and checks that tell COCO instance files from files of other kinds."""
+"""Reading of JSON annotation files, and checks that they are COCO instance files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GZIP = b"\x1f\x8b"
 
 
 def read_json(path: Path, object_hook: Callable[[dict], Any] | None = None) -> Any:
-    """Return what a JSON file holds: UTF-8, 16 or 32, with or without a byte-order mark, also compressed by gzip.
+    """Return the contents of a JSON file: UTF-8, 16 or 32, with or without a byte-order mark; gzip is allowed.
 
     Args:
         object_hook: as for `json.loads`, called with each object as soon as it is read.
@@ -54,28 +54,28 @@ def _without_collector() -> Iterator[None]:
 
 
 def check_kind(data: Any, path: Path) -> None:
-    """Raise InputError, which names what the file looks like, unless it is a COCO instance file."""
+    """Raise InputError if the data is not a COCO instance file; the message says what it seems to be."""
     if kind := other_kind(data):
         raise InputError(f"{path}: {kind}; name a COCO instance file")
     if isinstance(data, dict) and data.get("images") and data.get("annotations") is None:
         raise InputError(
-            f"{path}: lists images without annotations, like COCO's image_info files, from which nothing is learned or "
-            "measured: they are for --eval --image_set test alone; name a COCO instance file"
+            f"{path}: lists images without annotations, like COCO's image_info files, which are only for "
+            "--eval --image_set test; name a COCO instance file"
         )
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise InputError(f"{path}: not a COCO instance file, it has no list {key!r}")
+            raise InputError(f"{path}: not a COCO instance file: it has no list {key!r}")
 
 
 def other_kind(data: Any) -> str:
-    """Return the kind of a file of another well-known format; "" for any other file."""
+    """Describe a file in another well-known format; return "" for all other files."""
     if isinstance(data, list):
-        return "a list of detections, as for COCO's result files" if "score" in _first(data) else ""
+        return "a list of detections, as in COCO's result files" if "score" in _first(data) else ""
     if not isinstance(data, dict):
         return ""
     image, annotation, category = (_first(data.get(key)) for key in ("images", "annotations", "categories"))
     if "segments_info" in annotation:
-        return "a panoptic file: its annotations are segments of an image, without a box each"
+        return "a panoptic file, in which an annotation lists all segments of an image"
     if "neg_category_ids" in image or "not_exhaustive_category_ids" in image or "synset" in category:
         return "an LVIS file, whose images are not annotated with all classes and have no 'file_name'"
     if isinstance(data.get("videos"), list):
@@ -90,5 +90,5 @@ def other_kind(data: Any) -> str:
 
 
 def _first(entries: Any) -> dict[str, Any]:
-    """Return the first entry of a list if it is an object, else an empty one."""
+    """Return the first entry of a list if it is a JSON object, else an empty dict."""
     return entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}

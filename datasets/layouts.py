@@ -1,4 +1,4 @@
-"""The layouts of data sets that are found under --coco_path."""
+"""Search for annotations and images under --coco_path, in the layouts of COCO and of common exporters."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pathlib import Path
 
 from util.errors import InputError
 
-TEST_DEV = "image_info_test-dev2017.json"  # of the images in test2017, those that COCO's server scores
+TEST_DEV = "image_info_test-dev2017.json"  # lists the images of test2017 that COCO's server scores
 ALIASES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
-NO_SPLIT = "instances_default"  # CVAT's name for annotations of images that are in no split
+NO_SPLIT = "instances_default"  # CVAT's name for annotations without a split
 MOST_NAMED = 6  # files in an error
 
 
 def find_split(
     root: Path, split: str, annotations: str | None, images: str | None, alone: bool = False
 ) -> tuple[Path, Path]:
-    """Return the annotation file and the image folder of a split, either of which may be known already.
+    """Return the annotation file and the image folder of a split, unless `annotations` or `images` gives it.
 
     COCO's and DETR's layouts come first, then those of common exporters: `train/_annotations.coco.json` next to its
-    images, `annotations/train.json` with `images/train/`, `train/` or `images/`. Of names that differ in case, and of
-    exports with a folder for each split, the match must be the only one.
+    images, `annotations/train.json` with `images/train/`, `train/` or `images/`. A match must be unique
+    if its name differs in case, or if the export has a folder per split.
 
     Args:
-        alone: no other split is expected in `root`, so an export that does not name its split is taken for this one.
+        alone: no other split is expected in `root`, so an export without a split in its names is taken for this one.
 
     Raises:
-        InputError: if there is no such file or folder, or several; it names the flags and what was found instead.
+        InputError: if there is no such file or folder, or several; it names the flags to use and the files found.
     """
     file = Path(annotations) if annotations is not None else find_annotations(root, split, alone)
     return file, Path(images) if images is not None else find_images(root, split, file)
@@ -48,8 +48,8 @@ def find_images(root: Path, split: str, file: Path) -> Path:
 def find_panoptic(root: Path, split: str, annotations: str | None) -> tuple[Path, Path]:
     """Return the panoptic annotation file of a split and the folder of its PNG files.
 
-    The file is `annotations/panoptic_{split}2017.json` or has one of the split's other names. Its PNG files are in the
-    folder with its name, next to it or in `root`.
+    The file is `annotations/panoptic_{split}2017.json`, or has another usual name of the split. The folder of its PNG
+    files has the same name and is next to it, one level above, or in `root`.
 
     Raises:
         InputError: if there is no such file or folder.
@@ -68,7 +68,7 @@ def find_panoptic(root: Path, split: str, annotations: str | None) -> tuple[Path
 
 
 def find_annotations(root: Path, split: str, alone: bool) -> Path:
-    """Return the annotation file of a split; arguments and errors are those of `find_split`."""
+    """Return the annotation file of a split; see `find_split` for arguments and errors."""
     places = list(annotation_files(root, split))
     if file := next(filter(Path.is_file, places), None):
         return file
@@ -91,7 +91,7 @@ def find_annotations(root: Path, split: str, alone: bool) -> Path:
 
 
 def annotation_files(root: Path, split: str) -> Iterator[Path]:
-    """Yield the places of a split's annotation file, the most common ones first, each also compressed."""
+    """Yield possible paths of a split's annotation file, the most common first, each also with `.gz`."""
     if split == "test":
         yield root / "annotations" / TEST_DEV
         return
@@ -106,7 +106,7 @@ def annotation_files(root: Path, split: str) -> Iterator[Path]:
 
 
 def exported_files(root: Path, split: str) -> Iterator[Path]:
-    """Yield the places of the annotation file in an export of a single split, which may not name it."""
+    """Yield possible paths of the annotation file in a folder that an exporter wrote for this split."""
     for name in ALIASES[split]:
         for file in (f"instances_{name}.json", f"{NO_SPLIT}.json"):
             yield root / name / "annotations" / file
@@ -114,7 +114,7 @@ def exported_files(root: Path, split: str) -> Iterator[Path]:
 
 
 def image_folders(root: Path, split: str, file: Path) -> Iterator[Path]:
-    """Yield the places of a split's images, the most common ones first; `file` is its annotation file."""
+    """Yield possible image folders of a split, the most common first; `file` is its annotation file."""
     near = file.parent
     export = near.parent if near.name == "annotations" else near
     if export.is_relative_to(root):
@@ -126,7 +126,7 @@ def image_folders(root: Path, split: str, file: Path) -> Iterator[Path]:
 
 
 def ignoring_case(path: Path) -> Path:
-    """Return a path, or the only existing one that differs from it only in upper and lower case."""
+    """Return a path, or the unique existing path that differs from it only in upper and lower case."""
     if path.exists() or path.parent == path:
         return path
     parent = ignoring_case(path.parent)
@@ -147,7 +147,7 @@ def holds_files(folder: Path) -> bool:
 
 
 def describe_json(root: Path) -> str:
-    """Return which JSON files a folder holds, as part of a line."""
+    """Return a part of a message that lists the JSON files in a folder."""
     paths = (path for pattern in ("*.json*", "*/*.json*", "*/*/*.json*") for path in sorted(root.glob(pattern)))
     found = [str(path.relative_to(root)) for path in islice(paths, MOST_NAMED)]
     return f"it holds {', '.join(found)}" if found else "it holds no JSON file"

@@ -1,4 +1,4 @@
-"""Boxes that look as if they were written in another format than COCO's [x, y, width, height] in pixels."""
+"""Boxes that seem to be in another format than COCO's [x, y, width, height] in pixels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from datasets.records import Records
 from util.text import counted
 
-MOST = 0.9  # share of the boxes of a file, which are all written by one program
-BEYOND = 0.1  # share of boxes that must exceed their image before they are taken for corners
-SLACK = 1.0  # pixels that a box may exceed its image or its area its box, by rounding
+MOST = 0.9  # share of the boxes of a file that must look odd: one program wrote them all
+BEYOND = 0.1  # share of boxes that must exceed their image if they are corners
+SLACK = 1.0  # pixels by which rounding may make a box exceed its image, or an area its box
 
 
 def odd_boxes(records: Records) -> Iterator[str]:
-    """Yield a line for each other format that the boxes seem to be in, with their number."""
+    """Yield a line for each problem of the boxes: relative coordinates, corners, or areas that are too large."""
     boxes, areas = records.objects.boxes, records.objects.areas
     total = len(boxes)
     if total == 0:
@@ -49,7 +49,11 @@ def odd_boxes(records: Records) -> Iterator[str]:
 
 
 def crowded_images(counts: np.ndarray, num_queries: int, max_detections: int) -> Iterator[str]:
-    """Yield a line if images have more objects, [M], than the model can find, or than detections that are kept."""
+    """Yield a line if images have more objects than the model has queries, and one if more than `max_detections`.
+
+    Args:
+        counts: [M], the number of objects of each image.
+    """
     if more := int((counts > num_queries).sum()):
         yield (
             f"{counted(more, 'image has', 'images have')} more boxes than the model's "
@@ -58,6 +62,6 @@ def crowded_images(counts: np.ndarray, num_queries: int, max_detections: int) ->
         )
     if more := int((counts > max_detections).sum()):
         yield (
-            f"{counted(more, 'image has', 'images have')} more than {counted(max_detections, 'box')}, up to "
-            f"{counts.max():,}, and that is the most detections per image: raise --max_detections"
+            f"{counted(more, 'image has', 'images have')} more boxes than the limit of "
+            f"{counted(max_detections, 'detection')} per image: pass --max_detections {counts.max()} or more"
         )

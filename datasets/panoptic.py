@@ -1,7 +1,7 @@
-"""Panoptic data in COCO's format: each pixel of an image belongs to a segment, of a thing or of stuff.
+"""Panoptic data in COCO's format: each pixel of an image belongs to at most one segment, a thing or stuff.
 
-An annotation file lists the segments of each image; a PNG file per image holds the segment of each pixel, whose id is
-R + 256 G + 65536 B, or 0 for none. Annotations are joined with images by the image's id.
+An annotation file lists the segments of each image. In the PNG file of an image, the colour of a pixel is the id of its
+segment, R + 256 G + 65536 B, or 0 for none. Annotations refer to images by image id.
 
 Legend: N segments in an image, H×W pixels.
 """
@@ -34,11 +34,11 @@ from util.text import counted
 class PanopticDetection(CocoDetection):
     """Images with the boxes, classes and masks of their segments, in the order of the image ids.
 
-    Boxes are those of the masks (their outermost pixels, as published). Crowds are targets too. Segments without
+    Boxes are computed from the masks (outermost pixels, as published). Crowds are targets, too. Segments without
     pixels, or with a single row or column of them, are not.
 
     Args:
-        image_folder, annotation_file: as for `CocoDetection`; the file is a panoptic one.
+        image_folder, annotation_file: as for `CocoDetection`, but with a panoptic annotation file.
         segments_folder: folder of the PNG files.
         settings: the other arguments of `CocoDetection`.
 
@@ -63,17 +63,19 @@ class PanopticDetection(CocoDetection):
 
     @property
     def segments(self) -> Segments:
-        """The ids of all segments, and the PNG files."""
+        """Ids of all segments, and the names of the PNG files."""
         assert self.records.segments is not None
         return self.records.segments
 
     @property
     def coco(self) -> COCO:
-        """Refuse: the ground truth of boxes is in an instance file."""
-        raise InputError(f"{self.annotation_file}: a panoptic file, from which AP of boxes is not measured")
+        """Raise InputError: the ground truth of boxes is in an instance file."""
+        raise InputError(
+            f"{self.annotation_file}: a panoptic file, on which AP of boxes is not measured; name an instance file"
+        )
 
     def visible_objects(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return which segments are within their image according to their annotated boxes, twice: all are targets."""
+        """Return a mask [N] of the segments within their image by their annotated boxes, twice: all become targets."""
         visible, _ = super().visible_objects()
         return visible, visible
 
@@ -81,7 +83,7 @@ class PanopticDetection(CocoDetection):
         """Return the training target of an image, with boxes as absolute xyxy.
 
         Raises:
-            InputError: if the PNG file cannot be read, has another size, or holds a segment that is not listed.
+            InputError: if the PNG file cannot be read, has another size than the image, or an unlisted segment.
         """
         masks = torch.from_numpy(self.masks_of(index, width, height))
         objects = self.records.objects_of(index)
@@ -102,7 +104,7 @@ class PanopticDetection(CocoDetection):
         return target | {"masks": masks[kept]} if self.masks else target
 
     def masks_of(self, index: int, width: int, height: int) -> np.ndarray:
-        """Return the masks [N, H, W] of the segments of an image, uint8 with 0 and 1; for errors see `target_of`."""
+        """Return the masks [N, H, W] of an image's segments, uint8 with 0 and 1; see `target_of` for errors."""
         ids, name = self.id_map(index)
         if ids.shape != (height, width):
             raise InputError(f"{name}: is {ids.shape[1]}×{ids.shape[0]}, but its image is {width}×{height}")
@@ -110,22 +112,22 @@ class PanopticDetection(CocoDetection):
         unknown = np.unique(ids[~masks.any(0) & (ids != 0)]).tolist()
         if unknown:
             more = f" and {counted(len(unknown) - 1, 'other')}" * (len(unknown) > 1)
-            raise InputError(f"{name}: holds segment {unknown[0]}{more}, which {self.annotation_file} does not list")
+            raise InputError(f"{name}: contains segment {unknown[0]}{more}, which {self.annotation_file} does not list")
         return masks.view(np.uint8)
 
     def id_map(self, index: int) -> tuple[np.ndarray, str]:
-        """Return the segment of each pixel of an image, [H, W], and a name of the PNG file for messages."""
+        """Return the segment id of each pixel of an image, [H, W], and the name of the PNG file in messages."""
         path = self.segments_folder / self.segments.files.at(index)
         name = f"{path} (image id {self.own_id(int(self.records.ids[index]))})"
         return ids_of_pixels(read_image(path, max_megapixels=self.max_megapixels, name=name).pixels), name
 
     def segments_of(self, index: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Return the segment of each pixel of an image, [H, W], and the id and the label of each segment."""
+        """Return the segment id of each pixel of an image, [H, W], and the (id, label) of each segment."""
         labels = self.records.objects_of(index).labels.tolist()
         return self.id_map(index)[0], list(zip(self.records.segment_ids_of(index).tolist(), labels, strict=True))
 
     def truth(self, image_ids: Collection[int], classes: Classes) -> dict[str, Any]:
-        """Return the contents of a panoptic file of some images and all classes, with labels as category ids."""
+        """Return a panoptic annotation file of some images and all classes, with labels as category ids."""
         annotations = []
         ids, positions = np.unique(self.records.ids, return_index=True)
         for index in positions[np.isin(ids, list(image_ids))].tolist():
@@ -146,6 +148,6 @@ class PanopticDetection(CocoDetection):
 
 
 def ids_of_pixels(pixels: Tensor) -> np.ndarray:
-    """Return the segment ids [H, W] in the pixels of a PNG file, uint8 [3, H, W]."""
+    """Return the segment ids [H, W] that the pixels of a PNG file, uint8 [3, H, W], encode."""
     red, green, blue = pixels.int()
     return (red + 256 * green + 65536 * blue).numpy()

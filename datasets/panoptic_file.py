@@ -1,4 +1,4 @@
-"""Reading of COCO's panoptic annotation files: everything is checked before any long work starts."""
+"""Reading of COCO's panoptic annotation files: every entry is checked before any long work starts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from datasets.json_file import read_json
 from util.errors import InputError
 from util.text import counted
 
-MOST_SEGMENTS = 2**24  # the ids of segments are colours of 24 bits
+MOST_SEGMENTS = 2**24  # segment ids are colours of 24 bits
 MISSING = "of images that the file does not list:"
 
 
 def load_panoptic(path: str | Path, classes: Classes | None = None) -> Annotations:
-    """Return the checked contents of a panoptic file: its segments as annotations, whose ids are those of their pixels.
+    """Return the checked contents of a panoptic file: its segments as annotations, each with its segment id.
 
-    The entry of each image has the name of its PNG file, `segments_file`. Images without segments are left out.
+    The entry of each image gets the name of its PNG file as `segments_file`. Images without an annotation are left out.
 
     Args:
-        path: a file with lists `images`, `annotations` and `categories`, also compressed by gzip.
-        classes: those of the model or the training data, whose labels are to be used.
+        path: a file with lists `images`, `annotations` and `categories`; it may be compressed by gzip.
+        classes: the classes of the model or the training data, whose labels are used.
 
     Raises:
         InputError: if the file is missing, is not a COCO panoptic file, or an entry is not usable; it names the entry.
@@ -44,10 +44,10 @@ def load_panoptic(path: str | Path, classes: Classes | None = None) -> Annotatio
             continue
         image = images[image_id]
         if "segments_file" in image:
-            checker.fail(entry, f"image id {image_id} has an annotation already")
+            checker.fail(entry, f"image id {image_id} already has an annotation")
         name = entry.get("file_name")
         if not isinstance(name, str) or not Path(name).name or not isinstance(entry.get("segments_info"), list):
-            checker.fail(entry, "needs 'file_name', its PNG file, and a list 'segments_info'")
+            checker.fail(entry, "must have 'file_name', its PNG file, and a list 'segments_info'")
         image["segments_file"] = name
         segments += [segment(checker, entry, info, image, categories) for info in entry["segments_info"]]
     kept = [entry for entry in images.values() if "segments_file" in entry]
@@ -66,14 +66,14 @@ def check_panoptic(data: Any, path: Path) -> None:
     """Raise InputError unless a file has the lists of COCO's panoptic format."""
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise InputError(f"{path}: not a COCO panoptic file, it has no list {key!r}")
+            raise InputError(f"{path}: not a COCO panoptic file: it has no list {key!r}")
     first = data["annotations"][0] if data["annotations"] else {}
     if isinstance(first, dict) and "bbox" in first and "segments_info" not in first:
-        raise InputError(f"{path}: a file of instances: name a panoptic one, or drop --dataset_file coco_panoptic")
+        raise InputError(f"{path}: an instance file: name a panoptic one, or drop --dataset_file coco_panoptic")
 
 
 def category(checker: Checker, entry: Any) -> dict[str, Any]:
-    """Return a category after checks; raise InputError if it does not say whether it is a thing."""
+    """Return a checked category; raise InputError if `isthing` is missing or wrong."""
     entry = checker.category(entry)
     if entry.get("isthing") not in (0, 1):
         checker.fail(entry, "'isthing' must be 1 for things, which are counted, and 0 for stuff")
@@ -85,7 +85,7 @@ def segment(
 ) -> dict[str, Any]:
     """Return an entry of `segments_info` as an annotation.
 
-    A box that is missing is that of the whole image: the true one is found in the PNG file.
+    If its box is missing, the whole image is used; the true box comes from the PNG file later.
     """
     number = as_int(info.get("id")) if isinstance(info, dict) else None
     if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < MOST_SEGMENTS:

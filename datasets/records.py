@@ -1,8 +1,8 @@
-"""The parts of a COCO file that samples are made of, as a few arrays.
+"""Entries of an annotation file as a few arrays, from which samples are made.
 
-pycocotools keeps a dictionary for every image and object: 20 times the memory. A loading worker that reads them also
-writes to their reference counts, which copies the memory that it shares with the main process page by page: its memory
-would grow throughout the epoch.
+pycocotools keeps a dict per image and object, which takes 20 times the memory. Loading workers that read dicts would
+also write to their reference counts, which copies, page by page, the memory that they share with the main process:
+their memory would grow throughout the epoch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Objects(NamedTuple):
         outside its image.
     labels: [N] int64.
     areas: [N] float64, in pixels.
-    crowds: [N] bool, regions of many objects.
+    crowds: [N] bool, True for regions of many objects.
     """
 
     boxes: np.ndarray
@@ -36,7 +36,7 @@ class Objects(NamedTuple):
 
     @classmethod
     def from_annotations(cls, annotations: Iterable[dict[str, Any]], label_of: Mapping[ClassId, int]) -> Objects:
-        """Return the objects that COCO's annotations describe, in the same order, with the labels of their classes."""
+        """Return the objects of COCO's annotations, in the same order; `label_of` maps category ids to labels."""
         annotations = list(annotations)
         return cls(
             np.array([entry["bbox"] for entry in annotations], dtype=np.float64).reshape(-1, 4),
@@ -46,15 +46,15 @@ class Objects(NamedTuple):
         )
 
     def select(self, rows: slice | np.ndarray) -> Objects:
-        """Return the objects of a slice, of indices, or of a mask [N]."""
+        """Return the objects selected by a slice, indices, or a mask [N]."""
         return Objects(*(column[rows] for column in self))
 
 
 class Names(NamedTuple):
-    """N names of files in one array.
+    """N file names in one array.
 
-    text: uint8, their bytes one after the other.
-    starts: [N + 1] int64, where each begins.
+    text: uint8, the bytes of all names, concatenated.
+    starts: [N + 1] int64, the position where each name begins.
     """
 
     text: np.ndarray
@@ -62,12 +62,12 @@ class Names(NamedTuple):
 
     @classmethod
     def from_texts(cls, names: Iterable[str]) -> Names:
-        """Return these names."""
+        """Return the names of a list of texts."""
         encoded = [name.encode() for name in names]
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([0, *map(len, encoded)]))
 
     def at(self, position: int) -> str:
-        """Return one of the names."""
+        """Return the name at a position."""
         return self.text[slice(*self.starts[position : position + 2])].tobytes().decode()
 
 
@@ -75,7 +75,7 @@ class Segments(NamedTuple):
     """The segments of panoptic data, whose pixels are in PNG files.
 
     ids: [N] int64, the value of each segment's pixels.
-    files: the PNG files of the M images, as the annotations name them.
+    files: the names of the PNG files of the M images.
     """
 
     ids: np.ndarray
@@ -87,16 +87,16 @@ class Records:
 
     Attributes:
         ids: [M] int64.
-        sizes: [M, 2] int64, width and height as annotated, 0 if they are not.
+        sizes: [M, 2] int64, annotated width and height; 0 if they are missing.
         objects: the objects of all images, image by image.
-        image_of_object: [N] int64, the positions of their images.
-        segmentations: those of the objects, or None.
-        segments: of panoptic data, else None.
+        image_of_object: [N] int64, the position of each object's image.
+        segmentations: the segmentations of the objects, or None.
+        segments: the segments of panoptic data, else None.
 
     Args:
         images, annotations: checked entries of an annotation file; the images of panoptic data have a `segments_file`.
-        label_of: the labels of the classes.
-        segmentations: those of the annotations, in the same order.
+        label_of: category id to label.
+        segmentations: the segmentations of the annotations, in the same order.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Records:
         self.rename([entry["file_name"] for entry in images])
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return all that these records hold, for `from_arrays`."""
+        """Return the contents of these records as arrays, for `from_arrays`."""
         own = {"ids": self.ids, "sizes": self.sizes, "image_of_object": self.image_of_object}
         parts: dict[str, Any] = {"objects": self.objects, "names": self._names}
         if self.segmentations:
@@ -134,7 +134,7 @@ class Records:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Records:
-        """Return the records that `to_arrays` was called on."""
+        """Return the records from which `to_arrays` made these arrays."""
 
         def part(kind: Any, name: str) -> Any:
             return kind(*(arrays[f"{name}.{field}"] for field in kind._fields))
@@ -151,16 +151,16 @@ class Records:
         return records
 
     def rename(self, names: Sequence[str]) -> None:
-        """Give each image's file another name."""
+        """Replace the names of the image files."""
         self._set_names(Names.from_texts(names))
 
     def rename_segment_files(self, names: Sequence[str]) -> None:
-        """Give the PNG file of each image of panoptic data another name."""
+        """Replace the names of the PNG files of panoptic data."""
         assert self.segments is not None
         self.segments = self.segments._replace(files=Names.from_texts(names))
 
     def select(self, positions: Sequence[int]) -> Records:
-        """Return the records of the images at some positions, which may be repeated, in that order."""
+        """Return the records of the images at some positions, in this order; positions may be repeated."""
         selected = copy.copy(self)
         rows = [np.arange(*self._first_objects[i : i + 2]) for i in positions]
         selected.ids, selected.sizes = self.ids[positions], self.sizes[positions]
@@ -182,11 +182,11 @@ class Records:
         return len(self.ids)
 
     def file_name(self, index: int) -> str:
-        """Return the file of an image, as the annotations name it."""
+        """Return the file name of an image."""
         return self._names.at(index)
 
     def index(self, categories: Sequence[dict[str, Any]]) -> COCO:
-        """Return pycocotools' index over the boxes and, if there are some, masks; `categories` are those of COCO."""
+        """Return pycocotools' index of the boxes and masks, if there are any; `categories` are in COCO's format."""
         names = [self.file_name(i) for i in range(len(self))]
         images = [
             {"id": image_id, "file_name": name, "width": width, "height": height}
@@ -209,7 +209,7 @@ class Records:
         return self.objects.select(slice(*self._first_objects[index : index + 2]))
 
     def codes_of(self, index: int) -> list[dict[str, Any]]:
-        """Return COCO's run-length codes of the masks of one image's objects; none without segmentations."""
+        """Return COCO's run-length codes of one image's masks; an empty list without segmentations."""
         if not self.segmentations:
             return []
         width, height = self.sizes[index].tolist()

@@ -1,4 +1,4 @@
-"""COCO's run-length codes of masks, checked before they reach pycocotools' C code, which trusts them."""
+"""Checks of COCO's run-length codes of masks, since pycocotools' C code does not check them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MOST_PIXELS = 2**32 - 1  # pycocotools counts pixels in 32 bits
 
 
 def compressed(segmentation: dict[str, Any]) -> dict[str, Any] | None:
-    """Return `size` [height, width] and `counts`, pycocotools' text as bytes; None unless the runs fill that size.
+    """Return `size` [height, width] and `counts` (pycocotools' text as bytes); None unless the runs fill this size.
 
-    The `counts` of the segmentation are a list of numbers or pycocotools' text.
+    The `counts` of `segmentation` are a list of run lengths or pycocotools' text.
     """
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
@@ -32,10 +32,11 @@ def compressed(segmentation: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def runs(counts: str) -> list[int]:
-    """Return the lengths of the runs in pycocotools' text, of which those from the third on are differences.
+    """Return the run lengths in pycocotools' text; [-1] if one is negative.
 
-    Each number is written in groups of five bits, the lowest first; a sixth bit marks that more follow, and the fifth
-    of the last group is the sign.
+    From the fourth run, the text has the difference from the run two places before. A number is written in groups of
+    five bits, the lowest first; a sixth bit marks that another group follows, and the fifth bit of the last group is
+    the sign.
     """
     lengths: list[int] = []
     value = shift = 0

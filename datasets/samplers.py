@@ -1,4 +1,4 @@
-"""Samplers: the images that make up each batch."""
+"""Samplers: choice of the images of each batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.utils.data import DistributedSampler
 
 
 class EpochSampler(DistributedSampler):
-    """DistributedSampler that can also start within an epoch."""
+    """DistributedSampler that can also start in the middle of an epoch."""
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the order, and how many of this process's samples are skipped."""
+        """Select the order of an epoch, and skip the first `start` samples of this process."""
         super().set_epoch(epoch)
         self.start = start
 
@@ -22,10 +22,11 @@ class EpochSampler(DistributedSampler):
 
 
 def same_shape_batches(shapes: Iterable[tuple[int, int] | None], batch_size: int) -> list[list[int]]:
-    """Return batches of up to `batch_size` positions in `shapes`, each once and of one shape; None makes its own batch.
+    """Return batches of up to `batch_size` positions in `shapes`: each position once, and one shape per batch.
 
-    A batch of one shape needs no padding, on which predictions would depend slightly. Neighbouring batches have the
-    same shape, so that the processes, which take them in turn, hardly wait for each other.
+    An image of unknown shape, None, is a batch of its own. Batches of one shape need no padding, on which predictions
+    would slightly depend. Successive batches mostly have the same shape, so that the processes, which take turns,
+    hardly wait for each other.
     """
     groups = defaultdict(list)
     for position, shape in enumerate(shapes):

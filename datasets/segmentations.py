@@ -1,6 +1,6 @@
-"""Segmentations of objects, kept as bytes in two arrays, and drawn as masks when a sample needs them.
+"""Segmentations of objects, stored as bytes in a few arrays, and drawn as masks when a sample needs them.
 
-Polygons are kept as numbers, run-length codes as pycocotools' text: about as compact as the annotation file itself.
+Polygons are stored as numbers, run-length codes as pycocotools' text: about as compact as the annotation file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FEWEST_NUMBERS = 6  # of a polygon: three points
 class Segmentations(NamedTuple):
     """The segmentations of N objects.
 
-    contents: uint8, those of all objects one after the other; empty for an object without a usable one.
-    starts: [N + 1] int64, where each begins.
-    sizes: [N, 2] int64, height and width that a run-length code is for, 0 for polygons.
+    contents: uint8, the bytes of all segmentations, concatenated; none for an object without a usable segmentation.
+    starts: [N + 1] int64, the position where each segmentation begins.
+    sizes: [N, 2] int64, height and width of the mask of a run-length code; 0 for polygons.
     """
 
     contents: np.ndarray
@@ -35,12 +35,12 @@ class Segmentations(NamedTuple):
 
     @classmethod
     def from_annotations(cls, annotations: Sequence[dict[str, Any]]) -> Segmentations:
-        """Return the segmentations of COCO's annotations in the same order."""
+        """Return the segmentations of COCO's annotations, in the same order."""
         return cls.from_packed([pack(entry.get("segmentation")) for entry in annotations])
 
     @classmethod
     def from_packed(cls, packed: Sequence[tuple[bytes, tuple[int, int]]]) -> Segmentations:
-        """Return the segmentations that `pack` returned."""
+        """Return the segmentations in a list of results of `pack`."""
         return cls(
             np.frombuffer(b"".join(content for content, _ in packed), dtype=np.uint8),
             np.cumsum([0, *(len(content) for content, _ in packed)]),
@@ -48,14 +48,14 @@ class Segmentations(NamedTuple):
         )
 
     def select(self, rows: np.ndarray) -> Segmentations:
-        """Return those of the objects at some indices."""
+        """Return the segmentations of the objects at some indices."""
         starts, ends = self.starts[:-1][rows], self.starts[1:][rows]
         parts = [self.contents[start:end] for start, end in zip(starts, ends, strict=True)]
         contents = np.concatenate(parts) if parts else self.contents[:0]
         return Segmentations(contents, np.cumsum([0, *(ends - starts)]), self.sizes[rows])
 
     def code_of(self, row: int, height: int, width: int) -> dict[str, Any]:
-        """Return the run-length code of an object's mask, which is empty if no segmentation of this size is usable."""
+        """Return the run-length code of an object's mask, empty without a usable segmentation of this size."""
         content = self.contents[self.starts[row] : self.starts[row + 1]].tobytes()
         if content and not self.sizes[row, 0]:
             return mask_api.merge(mask_api.frPyObjects(unpack_polygons(content), height, width))
@@ -72,7 +72,7 @@ class Segmentations(NamedTuple):
 
 
 def pack(segmentation: Any) -> tuple[bytes, tuple[int, int]]:
-    """Return the bytes of a segmentation and the size (height, width) that it is for; b"" if it is not usable."""
+    """Return a segmentation as bytes, b"" if it is not usable, and the (height, width) of its mask if it has one."""
     if isinstance(segmentation, dict):
         code = compressed(segmentation)
         return (code["counts"], tuple(code["size"])) if code else (b"", (0, 0))
@@ -86,7 +86,7 @@ def pack(segmentation: Any) -> tuple[bytes, tuple[int, int]]:
 
 
 def unpack_polygons(content: bytes) -> list[list[float]]:
-    """Return the polygons, each [x1, y1, x2, y2, ..], that `pack` was given."""
+    """Return the polygons, each [x1, y1, x2, y2, ..], that `pack` converted to bytes."""
     numbers = np.frombuffer(content, dtype=np.float64)
     count = int(numbers[0])
     ends = np.cumsum(numbers[1 : 1 + count]).astype(np.int64)
@@ -94,7 +94,7 @@ def unpack_polygons(content: bytes) -> list[list[float]]:
 
 
 def is_polygon(polygon: Any) -> bool:
-    """Return whether a value is a list of the coordinates of at least three points."""
+    """Return whether a value is a list of coordinates of at least three points."""
     return (
         isinstance(polygon, list)
         and len(polygon) >= FEWEST_NUMBERS
@@ -104,7 +104,7 @@ def is_polygon(polygon: Any) -> bool:
 
 
 def with_masks(loaded: Annotations, path: Path) -> Segmentations:
-    """Leave the annotations without a mask out of `loaded`, with a note, and return the segmentations of the others.
+    """Remove annotations without a mask from `loaded`, with a note, and return the segmentations of the others.
 
     Raises:
         InputError: if an image with annotations has no size, or run-length codes are for an image of another size.

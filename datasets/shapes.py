@@ -3,7 +3,7 @@
     python -m datasets.shapes --output DIR [--train 2400] [--val 200] [--masks] [--panoptic]
 
 Scenes hold zero to three circles, squares and triangles of varied size, colour and tilt, which may overlap. Every
-scene depends on (seed, split, number) alone, so that the same call makes the same files.
+scene depends only on (seed, split, number), so that the same call makes the same files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: Python then looks for modules only in datasets/
+if not __package__:  # run as a file: Python then searches only datasets/ for modules
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
@@ -32,19 +32,19 @@ from util.errors import InputError
 CLASSES = ("circle", "square", "triangle")  # category ids 1, 2, 3
 STUFF = ("dark", "light")  # backgrounds of panoptic data, category ids 4, 5
 MEAN_LUMA = 115  # of 255; backgrounds below are dark
-HUES = (0.0, 0.33, 0.62)  # around red, green and blue: shape and colour tell the class: quick to learn
+HUES = (0.0, 0.33, 0.62)  # around red, green and blue: shape and colour both show the class, which is quick to learn
 HUE_SPREAD = 0.1
 MAX_OBJECTS = 3
 EMPTY = 0.04  # share of images without objects
 MAX_TILT = 15  # degrees from upright
-MAX_OVERLAP = 0.3  # of the smaller box, so that nothing is hidden
+MAX_OVERLAP = 0.3  # share of the smaller box, so that no object is hidden
 SUPERSAMPLING = 3  # shapes are drawn larger and scaled down, for smooth edges
 
 Point = tuple[float, float]
 
 
 class Scene(NamedTuple):
-    """An image, the category id and the outline of each of its objects, and its background, one of `STUFF`."""
+    """Scene: an image, the (category id, outline) of each object, and the background, one of `STUFF`."""
 
     image: Image.Image
     objects: list[tuple[int, list[Point]]]
@@ -196,7 +196,7 @@ def overlap(a: list[Point], b: list[Point]) -> float:
 
 
 def polygon_fields(outline: list[Point], mask: bool = True) -> dict[str, Any]:
-    """Return COCO's `bbox`, `area` and, if its mask is wanted, `segmentation` of an outline."""
+    """Return COCO's `bbox`, `area` and, if `mask` is True, `segmentation` of an outline."""
     left, top, right, bottom = bounds(outline)
     edges = zip(outline, [*outline[1:], outline[0]], strict=True)
     area = abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in edges)) / 2
@@ -205,15 +205,15 @@ def polygon_fields(outline: list[Point], mask: bool = True) -> dict[str, Any]:
 
 
 def get_parser() -> Parser:
-    """Return the flags of the command line."""
+    """Return the parser of the command line."""
     parser = Parser(
         prog="python -m datasets.shapes",
         description="Write a generated data set in COCO format.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", required=True, help="folder to write to")
-    parser.add_argument("--train", default=2400, type=int, help="training images")
-    parser.add_argument("--val", default=200, type=int, help="validation images")
+    parser.add_argument("--train", default=2400, type=int, help="number of training images")
+    parser.add_argument("--val", default=200, type=int, help="number of validation images")
     parser.add_argument("--masks", action="store_true", help="write segmentations of the objects")
     parser.add_argument("--panoptic", action="store_true", help="write panoptic annotations, backgrounds as stuff")
     parser.add_argument("--seed", default=0, type=int, help="seed of the scenes")

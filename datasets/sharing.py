@@ -1,6 +1,6 @@
-"""One process reads an annotation file for all processes of a run, which receive it as arrays.
+"""Sharing of an annotation file: one process reads it and sends it to all processes of a run as arrays.
 
-Each process that reads the file needs a core for some time and 20 times the memory of the arrays.
+To read the file, a process needs a CPU core for some time, and 20 times the memory of the arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datasets.records import Records
 from util.distributed import broadcast_bytes, is_main_process
 from util.errors import InputError
 
-CLASS_TABLES = ("ids", "names", "isthing")  # of `Classes`, by label: JSON would turn the labels into texts
+CLASS_TABLES = ("ids", "names", "isthing")  # of `Classes`, by label; as keys in JSON, labels would become texts
 
 
 @dataclass
@@ -32,9 +32,9 @@ class Contents:
 
 
 def read_once(read: Callable[[], Contents]) -> Contents:
-    """Call `read` on the first process, and return what it returns on all of them, which must call this together.
+    """Call `read` on the first process, and return its result on all processes, which must call this together.
 
-    Raise InputError on all processes if `read` does.
+    Raise InputError on all processes if `read` raises it.
     """
     message = b""
     if is_main_process():
@@ -64,7 +64,7 @@ def pack_arrays(arrays: dict[str, np.ndarray], plain: dict[str, Any]) -> bytes:
 
 
 def unpack(message: bytes) -> Contents:
-    """Return the contents that `pack` was given; raise InputError if the first process could not read them."""
+    """Return the contents that `pack` converted to bytes; raise InputError if the first process could not read them."""
     arrays = dict(np.load(io.BytesIO(message), allow_pickle=False))
     plain = json.loads(arrays.pop("plain").tobytes())
     if "error" in plain:

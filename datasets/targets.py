@@ -1,4 +1,4 @@
-"""The training targets of images: their objects as boxes clipped to the image."""
+"""Training targets of images: their objects, with boxes clipped to the image."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from datasets.records import Objects
 from datasets.transforms import Target
 
-MIN_SIDE = 0.005  # pixels, half of what COCO's coordinates are rounded to: less may vanish when float32 scales it
+MIN_SIDE = 0.005  # pixels: half a step of COCO's rounded coordinates; smaller sides may become 0 in float32
 
 
 def make_target(image_id: int, objects: Objects, width: int, height: int, masks: np.ndarray | None = None) -> Target:
     """Return the training target of an image, with boxes as absolute xyxy clipped to the image.
 
-    Crowds and boxes without area are left out. `masks`, if given, are those of the objects, [N, height, width].
+    Crowds and boxes without area are left out. `masks` [N, height, width], if given, are the masks of the objects.
     """
     corners, visible = visible_corners(objects.boxes, width, height)
     kept = visible & ~objects.crowds
@@ -34,9 +34,9 @@ def make_target(image_id: int, objects: Objects, width: int, height: int, masks:
 def visible_corners(
     boxes: np.ndarray, width: float | np.ndarray, height: float | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return boxes (x, y, width, height) as xyxy clipped to an image, [N, 4], and which of them are not empty, [N].
+    """Return boxes (x, y, width, height) as xyxy clipped to their image, [N, 4], and a mask [N] of non-empty ones.
 
-    `width` and `height` are those of the image, or of each box's image, [N].
+    `width` and `height` are the size of the image, or arrays [N] with the size of each box's image.
     """
     x, y, w, h = boxes.T
     corners = np.stack([np.maximum(x, 0), np.maximum(y, 0), np.minimum(x + w, width), np.minimum(y + h, height)], 1)

@@ -1,9 +1,8 @@
 """Augmentation of an image together with its target (DETR, section 4; sizes as in the published recipe).
 
-Images are uint8 tensors [3, H, W]; those with the channels last in memory, as they are decoded, are fastest. Targets
-hold `boxes` [N, 4] as absolute xyxy until `normalize_boxes` makes them relative cxcywh, and may hold `masks` [N, H, W],
-uint8 with 0 and 1.
-A transform is called with (image, target, rng) and draws from `rng` alone, so that a sample depends on nothing else.
+Images are uint8 tensors [3, H, W], fastest with the channels last in memory, as they are decoded. Targets hold `boxes`
+[N, 4] as absolute xyxy until `normalize_boxes` makes them relative cxcywh, and may hold `masks` [N, H, W], uint8 with 0
+and 1. A transform is called with (image, target, rng) and draws only from `rng`, so that samples can be reproduced.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from util.box_ops import box_xyxy_to_cxcywh
 Target = dict[str, Tensor]
 Transform = Callable[[Tensor, Target, random.Random], tuple[Tensor, Target]]
 
-# The zoom's first resize has no limit in the published code: a strip of 10 × 20,000 pixels would grow to 400 × 800,000.
-# Here the limit is this many times `max_size`, which photos and panoramas up to 22:1 do not reach.
+# In the published code, the resize before the crop has no limit: a strip of 10 × 20,000 pixels would grow to
+# 400 × 800,000. Here, the limit is this multiple of `max_size`, which photos and panoramas up to 22:1 do not reach.
 ZOOM_LIMIT = 10
 
 PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")
@@ -33,7 +32,7 @@ def keep_objects(target: Target, keep: Tensor) -> Target:
 
 
 def crop(image: Tensor, target: Target, region: tuple[int, int, int, int]) -> tuple[Tensor, Target]:
-    """Cut out (top, left, height, width); drop objects of which nothing is left, set areas to those of the boxes."""
+    """Cut out (top, left, height, width); drop objects outside of it, and set areas to the areas of the boxes."""
     top, left, height, width = region
     target = target | {"size": torch.tensor([height, width])}
     if "boxes" in target:
@@ -59,10 +58,10 @@ def hflip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def resized_size(width: int, height: int, size: int, max_size: int | None = None) -> tuple[int, int]:
-    """Return (width, height) with the short side at `size`, or less if the long side would exceed `max_size`.
+    """Return (width, height) with a short side of `size`, or less if the long side would exceed `max_size`.
 
-    Round as the published code does: the limited short side to the nearest integer, the long side down. A strip that is
-    too thin for that becomes `max_size` long and one pixel wide.
+    Round as the published code does: the limited short side to the nearest integer, the long side down. If the short
+    side would be 0, it is one pixel, and the long side `max_size`.
     """
     short, long = min(width, height), max(width, height)
     if max_size is not None and long / short * size > max_size:
@@ -97,11 +96,11 @@ def scale_masks(masks: Tensor, height: int, width: int) -> Tensor:
 def resize(
     image: Tensor, target: Target, size: int | tuple[int, int], max_size: int | None = None
 ) -> tuple[Tensor, Target]:
-    """Scale to a short side of `size`, at most `max_size` long, or to `size` = (width, height); antialiased."""
+    """Scale the short side to `size`, the long side to at most `max_size`; or scale to `size` = (width, height)."""
     old_height, old_width = image.shape[1:]
     width, height = size if isinstance(size, list | tuple) else resized_size(old_width, old_height, size, max_size)
     target = scale_target(target, (old_width, old_height), (width, height))
-    image = image[None].contiguous(memory_format=torch.channels_last)[0]  # crops are not; twice as fast
+    image = image[None].contiguous(memory_format=torch.channels_last)[0]  # crops are not contiguous; twice as fast
     return F.resize(image, [height, width]), target
 
 
@@ -126,14 +125,14 @@ class Compose:
 
 
 class RandomHorizontalFlip:
-    """Flip of half of the images."""
+    """Horizontal flip with probability 1/2."""
 
     def __call__(self, image: Tensor, target: Target, rng: random.Random) -> tuple[Tensor, Target]:
         return hflip(image, target) if rng.random() < 0.5 else (image, target)
 
 
 class RandomResize:
-    """Resize that scales the short side to one of `sizes`."""
+    """Resize of the short side to one of `sizes`, chosen at random."""
 
     def __init__(self, sizes: Sequence[int], max_size: int | None = None) -> None:
         self.sizes = sizes
@@ -144,7 +143,7 @@ class RandomResize:
 
 
 class RandomSizeCrop:
-    """Crop whose width and height are drawn independently from `min_size`..`max_size`, at most the image's side."""
+    """Random crop: width and height are drawn independently from `min_size` to `max_size`, at most the image's side."""
 
     def __init__(self, min_size: int, max_size: int) -> None:
         self.min_size = min_size
@@ -168,9 +167,9 @@ class RandomChoice:
 
 
 def make_coco_transforms(image_set: str, min_size: int = 800, max_size: int = 1333) -> Transform:
-    """Return the published augmentation for "train", the plain resize for anything else.
+    """Return the published augmentation for "train", and only the resize for any other split.
 
-    Every size of the recipe is in proportion to `min_size`, rounded, so that at 800 they are the published ones.
+    All sizes of the recipe are scaled by `min_size` / 800 and rounded, so that 800 gives the published sizes.
     """
     if image_set != "train":
         return RandomResize([min_size], max_size)

@@ -220,7 +220,9 @@ def test_skipping_wraps_around(build):
         assert int(dataset[start][1]["image_id"]) == 1
         assert dataset.take_skipped() == skipped
     dataset.records.sizes[:] = 31
-    with pytest.raises(InputError, match=r"none of 3 images can be used; the last: .*2.png \(image id 2\): is 30×20"):
+    with pytest.raises(
+        InputError, match=r"none of 3 images can be used; the last error: .*2.png \(image id 2\): is 30×20"
+    ):
         dataset[2]
 
 

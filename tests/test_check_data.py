@@ -119,7 +119,7 @@ def test_what_files_were_taken_for(check):
     report, code = check(change)
     assert code == 0
     assert "train: 1 image: several frames, of which the first is used (000001.jpg)" in report
-    assert "2 images: more than 8 bits per channel, of which 4,095 is taken as white (000002.jpg, 000003.jpg)" in report
+    assert "2 images: more than 8 bits per channel; 4,095 is taken as white (000002.jpg, 000003.jpg)" in report
 
 
 def test_mistakes(tmp_path):

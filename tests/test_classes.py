@@ -66,7 +66,7 @@ def test_names_decide_where_files_number_classes_differently():
     train = Classes.from_categories(named(WBC=1, RBC=2, Platelets=3))
     permuted = train.of_categories(named(RBC=1, Platelets=2, wbc=3))
     assert permuted.ids == {1: 3, 2: 1, 3: 2}
-    assert "3 classes have other ids than in the file (RBC is 1 here and 2 there)" in permuted.difference(train)
+    assert "3 classes have other ids than in the file (RBC is 1 instead of 2)" in permuted.difference(train)
     assert train.of_categories(named(RBC=1, Platelets=2)).ids == {2: 1, 3: 2}
     assert not train.of_categories(named(WBC=1, RBC=2)).difference(train)
     with pytest.raises(InputError, match=r"val.json: category id 1 is 'white cell', but 'WBC' in the file, and names"):

@@ -161,7 +161,7 @@ def test_other_ranges_are_shown_in_full(values, tmp_path):
     values = values.astype(float)
     assert_is(path, (values - values.min()) / (values.max() - values.min()))
     assert read_image(path).notes == [
-        "more than 8 bits per channel, whose lowest value is taken as black and highest as white"
+        "more than 8 bits per channel; the lowest value is taken as black, the highest as white"
     ]
 
 
@@ -170,7 +170,7 @@ def test_floats_a_little_beyond_black_and_white_are_clipped(tmp_path):
 
 
 def test_guesses_are_noted(tmp_path):
-    note = "more than 8 bits per channel, of which 4,095 is taken as white"
+    note = "more than 8 bits per channel; 4,095 is taken as white"
     assert read_image(greys(tmp_path / "a.png", scaled(4095, "u2"))).notes == [note]
     assert read_image(greys(tmp_path / "a.tif", scaled(1, "f4"))).notes == []
 

@@ -142,7 +142,7 @@ def paint(root):
         (move_away, r"1 of 2 images .* missing: 4.png"),
         (write_other, r"4.png \(image id 4\): is 30×21, but its image is 30×20"),
         (damage, r"4.png \(image id 4\): cannot be decoded"),
-        (paint, r"4.png \(image id 4\): holds segment 1 and 2 others, which .*panoptic.json does not list"),
+        (paint, r"4.png \(image id 4\): contains segment 1 and 2 others, which .*panoptic.json does not list"),
     ],
 )
 def test_bad_png_files_are_named_or_skipped(two, change, message, capsys):
@@ -158,10 +158,10 @@ def test_bad_png_files_are_named_or_skipped(two, change, message, capsys):
     ("change", "message"),
     [
         (lambda d: d.pop("categories"), "it has no list 'categories'"),
-        (lambda d: d["annotations"].__setitem__(0, {"bbox": [1, 1, 2, 2]}), "a file of instances"),
+        (lambda d: d["annotations"].__setitem__(0, {"bbox": [1, 1, 2, 2]}), "an instance file"),
         (lambda d: d["categories"][0].pop("isthing"), "category id 1: 'isthing' must be 1"),
-        (lambda d: d["annotations"][1].pop("file_name"), "annotation number 1: needs 'file_name'"),
-        (lambda d: d["annotations"].append(d["annotations"][0]), "image id 11 has an annotation already"),
+        (lambda d: d["annotations"][1].pop("file_name"), "annotation number 1: must have 'file_name'"),
+        (lambda d: d["annotations"].append(d["annotations"][0]), "image id 11 already has an annotation"),
         (lambda d: d["annotations"][1]["segments_info"][0].update(id=0), "integer from 1 to 16777215"),
         (lambda d: d["annotations"][1]["segments_info"][0].update(id=5), "segment id 5 is used twice"),
         (lambda d: d["annotations"][1]["segments_info"][0].update(category_id=3), "segment id 70000: its category_id"),
