@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import hotcoco
 import numpy as np
 import torch
-from faster_coco_eval import COCOeval_faster
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from datasets.coco_index import index
 from models.postprocess import check_detections
 from util.distributed import all_gather_rows
 from util.logger import log
 
 COCO_DETECTIONS = 100  # per image, for the 12 COCO numbers
+PARAMETERS = ("catIds", "iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl", "useCats")
 AT_100 = 2  # position of 100 in pycocotools' maxDets: 1, 10, 100
 
 
@@ -47,6 +47,25 @@ class Detections(NamedTuple):
         ends = self.rows[:, 8].cumsum().astype(int).tolist()
         parts = zip(sizes, [0, *ends], ends, strict=False)
         return [{"size": size, "counts": self.codes[start:end]} for size, start, end in parts]
+
+
+def box_results(detections: Sequence[Detections]) -> np.ndarray:
+    """Return boxes as pycocotools' results, [N, 7]: image number, x, y, width, height, score, category id."""
+    columns = [2, 3, 4, 5, 1, 0]  # of `Detections.rows`
+    parts = [np.insert(found.rows[:, columns], 0, number, axis=1) for number, found in enumerate(detections, start=1)]
+    return np.concatenate([np.zeros((0, 7)), *parts])
+
+
+def mask_results(detections: Sequence[Detections]) -> list[dict[str, Any]]:
+    """Return masks as pycocotools' results; without boxes, areas are those of the masks."""
+    return [
+        {"image_id": number, "category_id": int(category), "score": score, "segmentation": mask}
+        for number, found in enumerate(detections, start=1)
+        for (category, score), mask in zip(found.rows[:, :2].tolist(), found.masks(), strict=True)
+    ]
+
+
+RESULTS: dict[str, Callable[[Sequence[Detections]], Any]] = {"bbox": box_results, "segm": mask_results}
 
 
 class CocoEvaluator:
@@ -102,31 +121,18 @@ class CocoEvaluator:
 
     def accumulate(self) -> None:
         """Match detections with the ground truth and compute precision and recall."""
+        image_ids = sorted(self.detections)
+        detections = [self.detections[image_id] for image_id in image_ids]
         for iou_type, coco_eval in self.coco_eval.items():
-            found = [entry for image_id in sorted(self.detections) for entry in self.annotations_of(image_id, iou_type)]
-            for number, entry in enumerate(found, start=1):
-                entry["id"] = number
-            coco_eval.cocoDt = index({"images": self.coco_gt.dataset["images"], "annotations": found})
-            coco_eval.params.imgIds = sorted(self.detections)
-            scorer = COCOeval_faster(self.coco_gt, coco_eval.cocoDt, iou_type)
-            vars(scorer.params).update(vars(coco_eval.params))
+            truth = hotcoco.COCO(numbered(self.coco_gt.dataset, image_ids, iou_type))
+            scorer = hotcoco.COCOeval(truth, truth.load_res(RESULTS[iou_type](detections)), iou_type)
+            for name in PARAMETERS:
+                setattr(scorer.params, name, np.asarray(getattr(coco_eval.params, name)).tolist())
             scorer.evaluate()
             scorer.accumulate()
-            arrays = {key: scorer.eval[key] for key in ("precision", "recall", "scores", "counts", "date")}
-            coco_eval.eval = {"params": coco_eval.params} | arrays
-
-    def annotations_of(self, image_id: int, iou_type: str) -> list[dict[str, Any]]:
-        """Return an image's detections as entries that pycocotools compares with the annotations."""
-        rows = self.detections[image_id].rows[:, :6].tolist()
-        annotations: list[dict[str, Any]] = [
-            {"image_id": image_id, "category_id": int(category), "score": score, "iscrowd": 0}
-            | {"bbox": box, "area": box[2] * box[3]}
-            for category, score, *box in rows
-        ]
-        if iou_type == "segm":
-            for entry, mask in zip(annotations, self.detections[image_id].masks(), strict=True):
-                entry |= {"segmentation": mask, "area": float(mask_api.area(mask))}
-        return annotations
+            coco_eval.params.imgIds = image_ids
+            assert scorer.eval is not None
+            coco_eval.eval = scorer.eval | {"params": coco_eval.params}
 
     def summarize(self) -> None:
         """Print the 12 COCO numbers and AP per class; leave the numbers in `coco_eval[iou_type].stats`."""
@@ -160,6 +166,27 @@ class CocoEvaluator:
         names = {entry["id"]: entry["name"] for entry in self.coco_gt.dataset["categories"]}
         scored = [(names[k], ap) for k, ap in self.average_precision(iou_type).items() if not np.isnan(ap)]
         return "\n ".join(["AP by class:", *columns_of(scored)])
+
+
+def numbered(dataset: dict[str, Any], image_ids: Sequence[int], kind: str) -> dict[str, Any]:
+    """Return the ground truth of some images, numbered from 1: arrays of float64 do not hold all 64-bit ids.
+
+    Only the fields that scoring boxes ("bbox") or masks ("segm") needs are kept; files may have anything in others.
+    """
+    numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
+    fields = ["id", "category_id", "bbox", "area", "iscrowd", *["segmentation"] * (kind == "segm")]
+    images = [
+        {"id": numbers[image["id"]], "width": image.get("width") or 0, "height": image.get("height") or 0}
+        for image in dataset["images"]
+        if image["id"] in numbers
+    ]
+    annotations = [
+        {name: entry[name] for name in fields} | {"image_id": numbers[entry["image_id"]]}
+        for entry in dataset["annotations"]
+        if entry["image_id"] in numbers
+    ]
+    categories = [{"id": entry["id"], "name": str(entry["name"])} for entry in dataset["categories"]]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def columns_of(scored: Sequence[tuple[str, float]], columns: int = 4) -> list[str]:

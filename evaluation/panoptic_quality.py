@@ -1,4 +1,4 @@
-"""Panoptic quality (Kirillov et al., CVPR 2019) of the predictions of all processes, computed by hotcoco (an extra)."""
+"""Panoptic quality (Kirillov et al., CVPR 2019) of the predictions of all processes, computed by hotcoco."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hotcoco.panoptic import PanopticEval
 
 from datasets.classes import Classes
 from datasets.coco_eval import columns_of
 from datasets.panoptic import PanopticDetection
 from evaluation.panoptic_results import png_and_segments, write_panoptic_results
-from util.command import need
 from util.distributed import all_gather_plain, all_gather_rows, is_main_process
 from util.errors import InputError, reason
 from util.logger import log
@@ -37,13 +37,9 @@ class PanopticEvaluator:
         predictions: by image id, the PNG file and the segments, whose category ids are labels.
         results: after `accumulate`, those of hotcoco: PQ, SQ, RQ and the number of classes in `All`, `Things` and
             `Stuff`, and `per_class` by label, as texts.
-
-    Raises:
-        InputError: if hotcoco is not installed.
     """
 
     def __init__(self, dataset: PanopticDetection, folder: Path | None, classes: Classes | None = None) -> None:
-        self.hotcoco = need("hotcoco.panoptic", "hotcoco", "panoptic quality")
         self.dataset = dataset
         self.folder = folder
         self.classes = classes or dataset.classes
@@ -93,7 +89,7 @@ class PanopticEvaluator:
     def _compare(self, truth: dict[str, Any], predicted: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
         """Return hotcoco's results for predictions whose PNG files are in `folder`."""
         files = {"gt_folder": self.dataset.segments_folder, "pred_folder": folder}
-        evaluation = self.hotcoco.PanopticEval(truth, {"annotations": predicted}, **files)
+        evaluation = PanopticEval(truth, {"annotations": predicted}, **files)
         evaluation.evaluate()
         return evaluation.results()
 

@@ -18,7 +18,6 @@ else
   boxes=$out/boxes
   data=(--dataset_file coco_panoptic --coco_panoptic_path "$boxes/data" --coco_path "$boxes/data")
   source "$here/venv.sh" requirements.txt
-  python -m pip install --quiet --disable-pip-version-check hotcoco # panoptic quality
   source scripts/demo_flags.sh
   rm -rf "$out"
   python -m datasets.shapes --panoptic --output "$boxes/data"

@@ -39,7 +39,7 @@ part() {
 
 missing=$("$python" - <<'END'
 from importlib.util import find_spec
-needed = "torch torchvision pycocotools faster_coco_eval scipy termcolor tqdm matplotlib pytest"
+needed = "torch torchvision pycocotools hotcoco scipy termcolor tqdm matplotlib pytest"
 print(*(name for name in needed.split() if find_spec(name) is None))
 END
 ) || fail "$python cannot be run: set PYTHON to an interpreter"

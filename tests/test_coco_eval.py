@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets.annotations import read_annotations
@@ -57,10 +58,22 @@ def score(coco, iou_type: str, batches: list[dict]) -> CocoEvaluator:
     return evaluator
 
 
+def detections_of(evaluator: CocoEvaluator, iou_type: str) -> COCO:
+    """Return an evaluator's detections as pycocotools takes them."""
+    annotations = []
+    for image_id, detections in sorted(evaluator.detections.items()):
+        masks = detections.masks() if iou_type == "segm" else [None] * len(detections.rows)
+        for (category, score, *box), mask in zip(detections.rows[:, :6].tolist(), masks, strict=True):
+            area = float(mask_api.area(mask)) if mask else box[2] * box[3]
+            entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(category), "score": score}
+            annotations.append(entry | {"bbox": box, "area": area, "segmentation": mask, "iscrowd": 0})
+    return index({"images": evaluator.coco_gt.dataset["images"], "annotations": annotations})
+
+
 def assert_as_pycocotools(evaluator: CocoEvaluator, iou_type: str) -> None:
     """All results of pycocotools, from the same detections."""
     ours = evaluator.coco_eval[iou_type]
-    reference = COCOeval(copy.deepcopy(evaluator.coco_gt), copy.deepcopy(ours.cocoDt), iou_type)
+    reference = COCOeval(copy.deepcopy(evaluator.coco_gt), detections_of(evaluator, iou_type), iou_type)
     reference.params = copy.deepcopy(ours.params)
     reference.evaluate()
     reference.accumulate()
@@ -120,6 +133,23 @@ def test_parameters_that_were_set_count(sample, coco):
     evaluator.accumulate()
     evaluator.coco_eval["bbox"].summarize()
     assert evaluator.coco_eval["bbox"].eval["precision"].shape == (2, 101, 3, 4, 3)
+    assert_as_pycocotools(evaluator, "bbox")
+
+
+def test_image_ids_of_64_bits():
+    """Of which float64 holds only the first 53, and negative ones."""
+    ids = [-5, 2**62, 2**62 + 1]
+    annotations = [
+        {"id": n, "image_id": i, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
+        for n, i in enumerate(ids, start=1)
+    ]
+    truth = index(
+        {"images": [{"id": i} for i in ids], "annotations": annotations, "categories": [{"id": 1, "name": ""}]}
+    )
+    there = {"scores": torch.ones(1), "labels": torch.ones(1), "boxes": torch.tensor([[0, 0, 9, 9]])}
+    elsewhere = there | {"boxes": torch.tensor([[20, 20, 29, 29]]), "scores": torch.ones(1) / 2}
+    evaluator = score(truth, "bbox", [{ids[0]: there, ids[1]: there, ids[2]: elsewhere}])
+    assert evaluator.coco_eval["bbox"].stats[8] == pytest.approx(2 / 3)  # recall
     assert_as_pycocotools(evaluator, "bbox")
 
 

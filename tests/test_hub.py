@@ -138,7 +138,7 @@ def state():
                 matplotlib.get_backend(), multiprocessing.get_start_method(allow_none=True),
                 Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]
     return handlers, settings
-import faster_coco_eval, matplotlib.figure, pycocotools.coco, scipy.optimize, torch._dynamo, torch.utils.checkpoint
+import hotcoco, matplotlib.figure, pycocotools.coco, scipy.optimize, torch._dynamo, torch.utils.checkpoint
 import torch.distributed.elastic.multiprocessing.errors, torchvision.io, torchvision.transforms.v2
 before = state()
 import datasets, datasets.build, main, models, engine
@@ -155,7 +155,7 @@ def test_imports_change_nothing_in_the_importing_program():
 
 WINDOWS = """
 import os, signal, sys
-import matplotlib.figure, pycocotools.coco, faster_coco_eval, scipy.optimize, torch, torchvision.transforms.v2, tqdm
+import matplotlib.figure, pycocotools.coco, hotcoco, scipy.optimize, torch, torchvision.transforms.v2, tqdm
 import torch.distributed.elastic.multiprocessing.errors
 for module, names in ((signal, ("SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGKILL", "pthread_sigmask")),
                       (os, ("sched_getaffinity", "register_at_fork", "getpgid", "killpg"))):

@@ -108,8 +108,8 @@ def test_samples_come_from_arrays_alone(shapes, parse):
     image, target = dataset[3]
     assert torch.equal(image, expected[0])
     assert all(torch.equal(target[key], value) for key, value in expected[1].items())
-    held = vars(dataset.records) | dataset.records.objects._asdict()
-    assert {type(value).__name__ for value in held.values()} <= {"ndarray", "bytes", "Objects", "NoneType"}
+    held = vars(dataset.records) | dataset.records.objects._asdict() | dataset.records._names._asdict()
+    assert {type(value).__name__ for value in held.values()} <= {"ndarray", "Objects", "Names", "NoneType"}
 
 
 @pytest.mark.parametrize(

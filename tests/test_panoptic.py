@@ -4,7 +4,6 @@ import argparse
 import gzip
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -317,12 +316,6 @@ def test_two_processes_gather_their_results(tmp_path, parse, meeting):
 def test_quality_that_is_not_a_number_is_null_in_the_log(tmp_path):
     append_log(tmp_path / "log.txt", {"epoch": 0, "test_PQ_all": {"pq": float("nan"), "n": 0}})
     assert log_lines(tmp_path) == [{"epoch": 0, "test_PQ_all": {"pq": None, "n": 0}}]
-
-
-def test_without_hotcoco_a_line_says_what_to_install(two, monkeypatch):
-    monkeypatch.setitem(sys.modules, "hotcoco.panoptic", None)
-    with pytest.raises(InputError, match="panoptic quality needs hotcoco: pip install hotcoco"):
-        PanopticEvaluator(read(two), None)
 
 
 def test_labels_without_a_class_are_not_predicted():
