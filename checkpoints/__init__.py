@@ -1,1 +1,1 @@
-"""Reading and writing of models: files from other people are checked, never trusted."""
+"""Reading and writing of models; files from other people are checked, never trusted."""

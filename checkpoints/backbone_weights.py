@@ -1,4 +1,4 @@
-"""ImageNet weights for the backbone."""
+"""Pretrained weights of the backbone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from util.text import counted
 
 
 def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
-    """Fill a backbone with torchvision's ImageNet V1 weights ("imagenet", downloaded once) or those of a file.
+    """Load torchvision's ImageNet V1 weights ("imagenet", downloaded once) or the weights in a file into a backbone.
 
     Raises:
-        InputError: if the download fails or the file does not contain such weights; it says what to do instead.
+        InputError: if the download fails or the file does not contain such weights.
     """
     if source == "imagenet":
         url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
@@ -41,7 +41,7 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
         raise InputError(f"{error}; {advice}") from error
     ours, theirs = backbone.body.state_dict(), {k: v for k, v in weights.items() if not k.startswith("fc.")}
     different = {key for key in ours.keys() | theirs.keys() if not fits(ours.get(key), theirs.get(key))}
-    # Old files lack the batch counter of trained norms; frozen norms do not have it.
+    # Old files lack the batch counter of batch norms, and frozen norms have none.
     if wrong := sorted(key for key in different if not key.endswith("num_batches_tracked")):
         keys = counted(len(wrong), "key differs", "keys differ")
         raise InputError(f"{path}: not the weights of {name} ({keys}, such as {wrong[0]}); {advice}")

@@ -1,4 +1,4 @@
-"""Writing, finding and reading of checkpoints."""
+"""Reading of checkpoints, and checks that they fit a model."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from util.text import counted
 def load_checkpoint(source: str | Path, training: bool = False, all_groups: bool = False) -> dict[str, Any]:
     """Return a checkpoint on the CPU, checked against `checkpoints.checkpoint_schema`; `args` is a plain dict.
 
-    If weights other than those under the key model are taken, a line of the log names them.
+    If a file has several sets of weights, or keeps them elsewhere than under `model`, a line names the chosen ones.
 
     Args:
         source: a file, a URL, the name of a hub entry (`PUBLISHED`), a safetensors file, or a folder of Hugging Face
             transformers.
-        training: also return the state of the training, and prefer raw weights to averaged ones.
-        all_groups: also return the queries of Group DETR that only training uses; they always belong to its state.
+        training: also return the state of the training, and prefer raw to averaged weights.
+        all_groups: also return the query groups that Group DETR uses only in training; implied by `training`.
 
     Raises:
-        InputError: if it is missing, unreadable, contains more than tensors and plain data, holds no model, or if any
-            value is not of the expected kind.
+        InputError: if it is missing, cannot be read, contains other objects than tensors and plain data, contains no
+            model, or if a value is not of the expected kind.
     """
     path = local_path(PUBLISHED[str(source)].url if str(source) in PUBLISHED else str(source))
     if path.is_dir():
-        from checkpoints.huggingface import read_folder  # these import packages that the hub entries do not need
+        from checkpoints.huggingface import read_folder  # imports packages that the hub entries do not need
 
         return check_checkpoint(read_folder(path), source, training)
     if path.suffix == ".safetensors":
@@ -55,7 +55,7 @@ def load_checkpoint(source: str | Path, training: bool = False, all_groups: bool
         contents = load_file(path, source)
     contents, line = with_plain_weights(contents, source, averaged=not training)
     checkpoint = check_checkpoint(contents, source, training)
-    if line and "ema" not in checkpoint:  # else a training continues both the raw and the averaged weights
+    if line and "ema" not in checkpoint:  # otherwise, training continues both raw and averaged weights
         from util.logger import log  # needs packages that the hub entries do not need
 
         log(line)
@@ -64,17 +64,19 @@ def load_checkpoint(source: str | Path, training: bool = False, all_groups: bool
 
 
 def with_first_group(checkpoint: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """Return a checkpoint as that of a plain model, with the first of the groups of queries that it was trained with.
+    """Return a checkpoint of Group DETR as one of a plain model, with only its first group of queries.
 
     Raises:
-        InputError: if its queries are not in as many groups as its flags say.
+        InputError: if its queries cannot be divided into the number of groups in its flags.
     """
     name = DETECTOR * has_masks(checkpoint["model"]) + QUERIES
     groups, queries = checkpoint["args"].get("group_detr", 1), checkpoint["model"].get(name)
     if groups == 1 or queries is None:
         return checkpoint
     if queries.dim() != 2 or len(queries) % groups:
-        raise InputError(f"{source}: its queries, {list(queries.shape)}, cannot be in {groups} groups (--group_detr)")
+        raise InputError(
+            f"{source}: its queries, {list(queries.shape)}, cannot be divided into {groups} groups (--group_detr)"
+        )
     first = queries[: len(queries) // groups].clone()
     return checkpoint | {
         "model": checkpoint["model"] | {name: first},
@@ -83,7 +85,7 @@ def with_first_group(checkpoint: dict[str, Any], source: str | Path) -> dict[str
 
 
 def _known_names(source: str) -> str:
-    """Return advice for an unknown name: the names of hub entries; "" for what looks like a path."""
+    """Return the end of the error about an unknown name: the names of hub entries; "" for paths."""
     if len(Path(source).parts) > 1 or Path(source).suffix:
         return ""
     close = difflib.get_close_matches(source, PUBLISHED, n=1)
@@ -93,9 +95,9 @@ def _known_names(source: str) -> str:
 def load_latest_checkpoint(
     output_dir: str | Path, report: Callable[[str], None] = print, training: bool = True
 ) -> tuple[dict[str, Any], Path] | None:
-    """Return the latest checkpoint that a run left in its folder, and its path; None if there is none.
+    """Return the latest checkpoint in the folder of a run, and its path; None if there is none.
 
-    Checkpoints that cannot be read are named through `report` and skipped.
+    Checkpoints that cannot be read are skipped; `report` is called with a line about each.
 
     Raises:
         InputError: if there are checkpoints, but none can be read.
@@ -133,14 +135,14 @@ def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
 
 
 def classes_of(checkpoint: dict[str, Any], source: str | Path) -> Classes:
-    """Return the classes that a checkpoint's model distinguishes."""
+    """Return the classes of a checkpoint's model."""
     return replace(Classes.from_checkpoint(checkpoint, num_classes_of(checkpoint, source)), source=str(source))
 
 
 def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: Iterable[str]) -> list[str]:
     """Describe every flag whose value differs from the checkpoint's, with both values.
 
-    Flags that a checkpoint does not know are left out.
+    Flags that the checkpoint does not store are left out.
     """
     stored = stored_flags(checkpoint)
     return [
@@ -151,51 +153,51 @@ def changed_flags(args: argparse.Namespace, checkpoint: dict[str, Any], flags: I
 
 
 def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags of a checkpoint's run; those that published ones lack are the published code's."""
+    """Return the flags of a checkpoint's run; flags that the published code lacks get the values that describe it."""
     published = {"backbone_norm": "frozen", "model": "conditional_detr", "group_detr": 1, "masks": False}
     return checkpoint["args"] and published | checkpoint["args"]
 
 
 def check_stored_flags(args: argparse.Namespace, source: str | Path) -> None:
-    """Raise InputError if a checkpoint's flags give no valid model, or images that are too large for memory."""
+    """Raise InputError if a checkpoint's flags describe no valid model, or images that do not fit into memory."""
     check_numbers(args, f"{source}: ", (*MODEL_FLAGS, *IMAGE_SIZES))
     check_model(args, f"{source}: ")
 
 
 def check_finite(weights: Mapping[str, Any], source: str | Path) -> None:
-    """Raise InputError if a weight is infinite or NaN, as after a diverged training of other code."""
+    """Raise InputError if a weight is infinite or NaN, for example after training with other code diverged."""
     for key, tensor in weights.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{source}: weights are not finite, the first in {key}; use an earlier checkpoint")
 
 
 def load_model_weights(model: nn.Module, checkpoint: dict[str, Any], source: str | Path) -> None:
-    """Fill a model with a checkpoint's weights; every key must fit.
+    """Load a checkpoint's weights into a model.
 
-    Raise InputError with the first key that does not.
+    Raise InputError, which names the first wrong key, if not all keys and shapes are equal.
     """
     ours, theirs = model.state_dict(), checkpoint["model"]
     wrong = sorted(key for key in ours.keys() | theirs.keys() if not fits(ours.get(key), theirs.get(key)))
     if wrong:
         key = wrong[0]
-        here, there = shape_text(ours.get(key)), shape_text(theirs.get(key))
+        in_model, in_file = shape_text(ours.get(key)), shape_text(theirs.get(key))
         keys = counted(len(wrong), "key differs", "keys differ")
         raise InputError(
-            f"{source} does not fit the model: {key} is {here} here and {there} there ({keys})"
+            f"{source} does not fit the model: {key} is {in_model} in the model, {in_file} in the file ({keys})"
             f"{_flags_that_fit(ours, theirs, bool(checkpoint.get('args')))}"
         )
     model.load_state_dict(theirs)
 
 
 def _flags_that_fit(ours: dict[str, Tensor], theirs: dict[str, Tensor], with_flags: bool) -> str:
-    """Return the end of a message: flags that differ between weights and model, and where to set them."""
+    """Return the end of a message: the flags that the weights need, and where to set them."""
     built = flags_of(ours)
     needed = {flag: value for flag, value in flags_of(theirs).items() if built.get(flag) != value}
     if not needed:
         return ""
     texts = " ".join(f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in needed.items())
     if with_flags:
-        return f"; its weights need {texts}, correct its args"
+        return f"; its weights need {texts}: correct its args"
     return (
         f"; its weights need {texts}: pass these, --nheads and --dilation to main.py, or store them for all tools "
         'as {"model": weights, "args": {"hidden_dim": 256, ..}}'
@@ -203,7 +205,7 @@ def _flags_that_fit(ours: dict[str, Tensor], theirs: dict[str, Tensor], with_fla
 
 
 def fits(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    """Return whether a stored weight can be copied into one of a model: equal shape, and no integers for floats."""
+    """Return whether a stored weight fits a model's weight: equal shape, and no integers for floats."""
     return (
         ours is not None
         and theirs is not None
@@ -213,8 +215,8 @@ def fits(ours: Tensor | None, theirs: Tensor | None) -> bool:
 
 
 def shape_text(weight: Tensor | None) -> str:
-    """Describe a weight by its shape, and by its type if that is not the usual one."""
+    """Describe a weight by its shape, and by its type unless it is a float; None is "missing"."""
     if weight is None:
-        return "nothing"
+        return "missing"
     kind = "" if weight.is_floating_point() else f"{str(weight.dtype).removeprefix('torch.')} "
     return f"{kind}{list(weight.shape)}"

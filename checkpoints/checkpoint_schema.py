@@ -1,6 +1,6 @@
-"""The structure of the files that models and trainings are loaded from, declared once for all formats.
+"""Structure of files with models and states of training, declared once for all formats.
 
-What is not declared here is not read.
+Data that is not declared here is not read.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from util.errors import InputError
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-MOST_REPEATED = 4  # how many times larger than the file the weights may be: some are stored once under several names
+MOST_REPEATED = 4  # limit of the weights' size / stored size: a file stores weights with several names once
 
-# Numeric flags on which a model, its data, its training or a replayed step depends; `flags.limits` has their limits.
+# Numeric flags on which a model, its data, training or a replayed step depend; their limits are in `flags.limits`.
 NUMBERS = (
     *("lr", "lr_backbone", "batch_size", "weight_decay", "epochs", "lr_drop", "clip_max_norm", "accum_steps", "seed"),
     "ema_decay",
@@ -83,7 +83,7 @@ KNOWN_FLAGS = {
 
 
 def flags(value: Any, place: str) -> dict[str, Any]:
-    """Return the flags of a run: those that are used are checked; of others, only simple values are kept."""
+    """Return the flags of a run: `KNOWN_FLAGS` are checked; of other flags, only numbers, texts and bools are kept."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if not isinstance(value, dict):
@@ -100,7 +100,7 @@ def flags(value: Any, place: str) -> dict[str, Any]:
 
 
 def weights(value: Any, place: str) -> dict[str, Tensor]:
-    """Return a state dict: tensors of numbers by name, which take not much more memory than their file holds."""
+    """Return a state dict: tensors by name, which need not much more memory than the data in their file."""
     checked = table_of(text, tensor(*FLOATS, *INTEGERS), most=100_000)(value, place)
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in checked.values()}
     claimed = sum(t.numel() * t.element_size() for t in checked.values())
@@ -110,7 +110,7 @@ def weights(value: Any, place: str) -> dict[str, Tensor]:
 
 
 def scalar_tensor(value: Any, place: str) -> Tensor:
-    """Return an optimizer's number of steps for a weight; early versions of torch store an integer."""
+    """Return the optimizer's number of steps for a weight as a tensor; early versions of torch store an integer."""
     number = value.item() if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1 else value
     return torch.tensor(float(real(0, 1e12)(number, place)))
 
@@ -129,7 +129,7 @@ BYTES = integers(None, 255)
 RANDOM = record(
     {
         "torch": record({"cpu": BYTES}, {"cuda": BYTES}),
-        # NumPy does not check the position in the state's words, and would read beyond them.
+        # NumPy does not check the position in the state, and would read beyond its end.
         "numpy": items(one_of("MT19937"), integers(624, 2**32 - 1), integer(0, 624), integer(0, 1), real()),
         "python": items(one_of(3), integers(625, 2**32 - 1), either(one_of(None), real())),
     }
@@ -154,12 +154,12 @@ TRAINING = {
     "ema": record({"model": weights, "steps": COUNT}),  # averaged weights
     "train_stats": table_of(text, real(), most=10_000),
 }
-# Keys that are useful only together with others.
+# Keys that need others.
 NEEDS = {"train_stats": ("epoch",), "processes": ("epoch", "step", "skipped", "scaler", "optimizer")}
 
 
 def check_checkpoint(contents: Any, source: object, training: bool) -> dict[str, Any]:
-    """Return the checkpoint in a file's contents: `model`, `args` (empty if there are none), and what else it holds.
+    """Return the checked checkpoint in a file's contents: `model`, `args` (empty if missing), and optional keys.
 
     Args:
         contents: plain data and tensors of any structure.
@@ -167,9 +167,11 @@ def check_checkpoint(contents: Any, source: object, training: bool) -> dict[str,
         training: also keep the state of the training.
 
     Raises:
-        InputError: if something that is read from a checkpoint is missing or not of the expected kind.
+        InputError: if a required value is missing, or a value is not of the expected kind.
     """
-    if isinstance(contents, dict) and "processes" not in contents:  # of other code, whose averages are not continued
+    if (
+        isinstance(contents, dict) and "processes" not in contents
+    ):  # from other code, whose averages cannot be continued
         contents = {key: value for key, value in contents.items() if key != "ema"}
     structure = record({"model": weights}, MODEL | TRAINING if training else MODEL)
     checkpoint = {"args": {}} | structure(contents, f"{source}:")
@@ -177,7 +179,7 @@ def check_checkpoint(contents: Any, source: object, training: bool) -> dict[str,
         if name in checkpoint and (missing := [other for other in needed if other not in checkpoint]):
             raise InputError(f"{source}: holds {name}, but not {missing[0]}")
     if "processes" in checkpoint and not {"batch_size", "accum_steps"} <= checkpoint["args"].keys():
-        raise InputError(f"{source}: its args do not tell --batch_size and --accum_steps")
+        raise InputError(f"{source}: its args lack --batch_size or --accum_steps, which resuming needs")
     _check_sizes(checkpoint["args"], checkpoint["model"], source)
     _check_classes(checkpoint, source)
     return checkpoint
@@ -194,11 +196,11 @@ def _check_classes(checkpoint: dict[str, Any], source: object) -> None:
     """Raise InputError if class names do not fit the model's logits."""
     names, ids = checkpoint.get("class_names"), checkpoint.get("class_ids")
     if names and ids and names.keys() != ids.keys():
-        raise InputError(f"{source}: class_names and class_ids are about different labels")
+        raise InputError(f"{source}: class_names and class_ids have different labels")
     head = of_detector(checkpoint["model"]).get("class_embed.bias")
     if head is None:
         return
-    last = head.numel() - 1 - (model_of(checkpoint["model"]) == "detr")  # the last logit is "no object" there
+    last = head.numel() - 1 - (model_of(checkpoint["model"]) == "detr")  # DETR's last logit is "no object"
     for labels in filter(None, (names, ids)):
         if max(labels) > last:
-            raise InputError(f"{source}: names class {max(labels)}, but its model tells 0 to {last} apart")
+            raise InputError(f"{source}: names class {max(labels)}, but its model has classes 0 to {last}")

@@ -1,4 +1,4 @@
-"""Files named by a path or a URL; those of URLs are downloaded once per machine."""
+"""Files named by a path or a URL; files at URLs are downloaded once per machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def local_path(source: str) -> Path:
-    """Return the path of a file; that of a URL is downloaded into torch.hub's folder unless it is there.
+    """Return the path of a file; a file at a URL is downloaded to torch.hub's folder unless it is already there.
 
     Raises:
-        InputError: if a URL is not one of https, a file or this machine, or cannot be downloaded.
+        InputError: if a URL is not https, file or of this machine, or if the download fails.
     """
     url = urlsplit(source)
     if "://" not in source:
@@ -44,6 +44,6 @@ def local_path(source: str) -> Path:
 
 
 def sha256_of(stem: str) -> str | None:
-    """Return the first digits of a file's SHA-256 if its name ends in them, as in torch.hub's names, else None."""
+    """Return the first digits of a file's SHA-256 if its name ends with them, as in torch.hub, else None."""
     digits = re.search(r"-([0-9a-f]{8})$", stem)
     return digits[1] if digits else None

@@ -1,6 +1,6 @@
 """Models as folders of Hugging Face transformers: `config.json`, `preprocessor_config.json` and `model.safetensors`.
 
-They are plain files, so transformers itself is not needed. Folders of versions 4 and 5 can be read, and those written
+These are plain files, so transformers itself is not needed. Folders of versions 4 and 5 can be read; folders written
 here load in both, except for learned positions, which version 4 stores under another name.
 """
 
@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-# Fields of config.json and the flags that they correspond to.
+# Fields of config.json and the corresponding flags.
 SIZES = {
     "d_model": "hidden_dim",
     "encoder_layers": "enc_layers",
@@ -41,7 +41,7 @@ SIZES = {
     "decoder_ffn_dim": "dim_feedforward",
     "num_queries": "num_queries",
 }
-# Fields with a single supported value; with auxiliary_loss, their decoder normalises the input of every next layer.
+# Fields with a single supported value. With auxiliary_loss, their decoder normalises the input of all later layers.
 FIXED = {"num_channels": 3, "activation_function": "relu", "auxiliary_loss": False}
 FIXED_RESNET = {
     "embedding_size": 64,
@@ -66,7 +66,7 @@ RESNETS: dict[str, dict[str, Any]] = {
 MOST_BYTES = 2**24  # of a JSON file
 CLASSES = {"conditional_detr": "ConditionalDetr", "detr": "Detr"}  # prefixes of transformers' class names
 BOXES_WITHOUT_REFERENCE = "transformers' ConditionalDetrForSegmentation leaves the reference points out of its boxes"
-NO_CLASS = "N/A"  # the name of a label that stands for no class
+NO_CLASS = "N/A"  # name of labels without a class
 
 
 def write_folder(folder: Path, weights: dict[str, Tensor], args: argparse.Namespace, classes: Classes) -> None:
@@ -74,15 +74,18 @@ def write_folder(folder: Path, weights: dict[str, Tensor], args: argparse.Namesp
 
     Args:
         folder: absent or empty.
-        weights: the model's, under our names.
-        args: the flags of the model, all of them.
+        weights: the weights of the model, under our names.
+        args: all flags of the model.
         classes: the classes of its labels.
 
     Raises:
         InputError: if transformers does not support the model, or the folder cannot be written.
     """
     if args.model == "conditional_detr" and args.dec_layers < 2:
-        raise InputError("a model of one decoder layer has no query_scale, which transformers' models always have")
+        raise InputError(
+            "a model of one decoder layer has no query_scale, which transformers' models always have; "
+            "use --to safetensors or --to checkpoint"
+        )
     if args.masks:
         check_mask_head(args)
     depths = None if args.dilation else RESNETS[args.backbone]["depths"]
@@ -91,14 +94,14 @@ def write_folder(folder: Path, weights: dict[str, Tensor], args: argparse.Namesp
     write_tensors(folder / WEIGHTS, tensors, {})
     write_json(folder / PREPROCESSOR, preprocessor_of(args))
     num_classes = len(of_detector(weights)["class_embed.bias"]) - (args.model == "detr")  # without "no object"
-    write_json(folder / CONFIG, config_of(args, classes, num_classes))  # last: marks it complete
+    write_json(folder / CONFIG, config_of(args, classes, num_classes))  # last, since it marks the folder as complete
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
     """Return the contents of a folder of transformers as a checkpoint: `model`, `args`, `class_ids`, `class_names`.
 
     Raises:
-        InputError: if it holds another model, one that is not supported here, or damaged files.
+        InputError: if its model is unknown or not supported here, or a file is damaged.
     """
     if not (folder / CONFIG).exists():
         raise InputError(
@@ -121,7 +124,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 
 def check_mask_head(args: argparse.Namespace) -> None:
-    """Raise InputError for a model with masks that transformers cannot build, or would compute other boxes from."""
+    """Raise InputError for a model with masks that transformers cannot build, or for which it returns other boxes."""
     dim, heads = args.hidden_dim, args.nheads
     if args.model == "conditional_detr":
         raise InputError(f"{BOXES_WITHOUT_REFERENCE}, which would be wrong; use --to safetensors or --to checkpoint")
@@ -133,14 +136,14 @@ def check_mask_head(args: argparse.Namespace) -> None:
 
 
 def _files_to_name(folder: Path) -> str:
-    """Return advice for a folder that is given instead of a file: its checkpoints, the one to resume from first."""
+    """Return advice for a folder that is named instead of a file: its checkpoints, checkpoint.pth first."""
     files = sorted(folder.glob("*.pth"), key=lambda path: (path.stem != "checkpoint", path.stem != "checkpoint_best"))
     files += [path for path in sorted(folder.glob("*.safetensors")) if path.name != WEIGHTS]
     return f"name a file in it: {', '.join(map(str, files[:2]))}" if files else "name a file"
 
 
 def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> Json:
-    """Return the config.json of a model; DC5 uses timm's ResNet, since that of transformers does not dilate."""
+    """Return the config.json of a model; DC5 uses timm's ResNet, since transformers' ResNet has no dilation."""
     names = {label: classes.names.get(label, NO_CLASS) for label in range(num_classes)}
     config = {
         "architectures": [f"{CLASSES[args.model]}{'ForSegmentation' if args.masks else 'ForObjectDetection'}"],
@@ -158,12 +161,12 @@ def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> J
         "label2id": {name: label for label, name in names.items()},
     }
     if any(label != class_id for label, class_id in classes.ids.items()):
-        config["category_ids"] = classes.ids  # a field of this code base, which transformers preserves
+        config["category_ids"] = classes.ids  # our own field, which transformers preserves
     return config
 
 
 def resnet_of(name: str, all_stages: bool) -> Json:
-    """Return the backbone_config of transformers' own ResNet, which outputs all its stages or only the last one."""
+    """Return the backbone_config of transformers' own ResNet, which outputs all stages or only the last one."""
     stages = [1, 2, 3, 4] if all_stages else [4]
     outputs = {"out_features": [f"stage{i}" for i in stages], "out_indices": stages}
     return {"model_type": "resnet", **RESNETS[name], **FIXED_RESNET, **outputs}
@@ -181,7 +184,7 @@ def preprocessor_of(args: argparse.Namespace) -> Json:
 
 
 def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
-    """Return the flags of a config.json's model, and the depths of transformers' own ResNet; None for timm's."""
+    """Return the flags of a config.json's model, and the depths of transformers' own ResNet (None: timm's ResNet)."""
     model = config.get("model_type")
     if not isinstance(model, str) or model not in CLASSES:
         raise InputError(f"{path}: model_type is {config_text(model)}, not {' or '.join(CLASSES)}")
@@ -192,14 +195,14 @@ def flags_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None
         if type(value) is not int or value < 0:
             raise InputError(f"{path}: {field} is {config_text(value)}, not a number")
         if flags.setdefault(flag, value) != value:
-            raise InputError(f"{path}: {field} is {value} and the encoder's {flags[flag]}; here both must be equal")
+            raise InputError(f"{path}: {field} is {value} and the encoder's {flags[flag]}; they must be equal here")
     flags["position_embedding"] = config.get("position_embedding_type", "sine")
     backbone, depths = backbone_of(config, path)
     return flags | backbone | {"model": model, "backbone_norm": "frozen"}, depths
 
 
 def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | None]:
-    """Return the flags of a config.json's backbone, and the depths of transformers' own ResNet; None for timm's."""
+    """Return the flags of a config.json's backbone, and the depths of transformers' own ResNet (None: timm's)."""
     backbone = config.get("backbone_config")
     if backbone is None and config.get("use_timm_backbone", True):  # version 4
         backbone = {"model_type": "timm_backbone", "backbone": config.get("backbone")}
@@ -209,7 +212,7 @@ def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | N
     stages = backbone.get("out_indices")
     last_stage = stages[-1] in (4, -1) if isinstance(stages, list) and stages else stages is None
     if last_stage and backbone.get("model_type") == "timm_backbone":
-        name = str(backbone.get("backbone")).removeprefix("timm/").split(".")[0]  # the suffix names its training
+        name = str(backbone.get("backbone")).removeprefix("timm/").split(".")[0]  # the suffix describes its training
         if name in CHANNELS and (stride := backbone.get("output_stride")) in (None, 16, 32):
             return {"backbone": name, "dilation": stride == 16}, None
     elif last_stage and backbone.get("model_type") == "resnet":
@@ -221,24 +224,22 @@ def backbone_of(config: Json, path: Path) -> tuple[dict[str, Any], list[int] | N
 
 
 def image_sizes_of(preprocessor: Json, path: Path) -> dict[str, int]:
-    """Return the flags that correspond to preprocessor_config.json; without the file, those of COCO's models."""
+    """Return the flags for image sizes of a preprocessor_config.json; if it is empty, the sizes of COCO's models."""
     check_fixed(preprocessor, FIXED_PREPROCESSOR, path)
     size = preprocessor.get("size") or 800
     if not isinstance(size, dict):  # the first versions
         size = {"shortest_edge": size}
-    if (side := size.get("max_height")) and side == size.get("max_width"):  # the largest that fits into a square
+    if (side := size.get("max_height")) and side == size.get("max_width"):  # images are scaled to fit into a square
         size = {"shortest_edge": side, "longest_edge": side}
     shortest = size.get("shortest_edge")
     longest = size.get("longest_edge") or preprocessor.get("max_size") or 1333
     if not type(shortest) is type(longest) is int:
-        raise InputError(
-            f"{path}: size is {config_text(size)}; images keep their proportions here, give a shortest_edge"
-        )
+        raise InputError(f"{path}: size is {config_text(size)}; images keep their proportions here: give shortest_edge")
     return {"min_size": shortest, "max_size": longest}
 
 
 def classes_of_config(config: Json, path: Path) -> dict[str, dict]:
-    """`class_ids` and `class_names` of a checkpoint; empty if config.json names no classes."""
+    """Return `class_ids` and `class_names` of a checkpoint; an empty dict if config.json names no classes."""
     place = f"{path}: id2label or category_ids cannot be read: a table"
     names = table_of(label, text)(config.get("id2label") or {}, place)
     names = {label: name for label, name in names.items() if name != NO_CLASS}
@@ -247,19 +248,19 @@ def classes_of_config(config: Json, path: Path) -> dict[str, dict]:
 
 
 def config_text(value: Any) -> str:
-    """Describe a field's value; texts, which are names, without quotes."""
+    """Describe the value of a field, without quotes around texts."""
     return shown(value).strip("'")
 
 
 def check_fixed(found: Json, fixed: Json, path: Path) -> None:
-    """Raise InputError for a field with a value other than the only supported one."""
+    """Raise InputError if a field does not have its only supported value."""
     for field, value in fixed.items():
         if found.get(field) not in (None, value):
             raise InputError(f"{path}: {field} is {config_text(found[field])}, only {value} is supported here")
 
 
 def read_weights(folder: Path) -> Any:
-    """Return the weights in a folder, unchecked; they should be tensors under transformers' names."""
+    """Return the weights in a folder under transformers' names, unchecked."""
     if (folder / WEIGHTS).exists():
         return read_tensors(folder / WEIGHTS)[0]
     if not (folder / OLD_WEIGHTS).exists():
@@ -268,7 +269,7 @@ def read_weights(folder: Path) -> Any:
 
 
 def read_json(path: Path) -> Json:
-    """Return the object in a JSON file. Raise InputError if it is damaged or holds something else."""
+    """Return the object in a JSON file. Raise InputError if it is damaged or contains no object."""
     check_is_file(path)
     try:
         if path.stat().st_size > MOST_BYTES:

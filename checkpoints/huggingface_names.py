@@ -1,7 +1,7 @@
-"""Names of this model's weights in Hugging Face transformers: one table, read in both directions.
+"""Names of this model's weights in Hugging Face transformers: one table for both directions.
 
-It holds the names in files, which all versions read and write. Since version 5, the modules themselves have other
-names; `FROM_MODULES` and `MASK_HEAD` map these to the names in files. Those of the mask head are equal to ours there.
+The table has the names in files, which all versions read and write. Since version 5, the modules have other names;
+`FROM_MODULES` and `MASK_HEAD` map these to the names in files. In files, the names of the mask head equal ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from checkpoints.weight_flags import DETECTOR
 
 Weights = dict[str, Tensor]
 
-# Our modules and theirs; if one is inside another, the longer name takes precedence.
+# Our names of modules and theirs; for a module within another, the longer name takes precedence.
 MODULES = {
     "class_embed": "class_labels_classifier",
     "bbox_embed": "bbox_predictor",
@@ -44,8 +44,8 @@ LAYER = {
         "norm3": "final_layer_norm",
     },
 }
-CROSS_ATTENTION = {"conditional_detr": "cross_attn", "detr": "multihead_attn"}  # theirs is encoder_attn
-# The ResNet of transformers itself: within the body, and within each block of its four stages.
+CROSS_ATTENTION = {"conditional_detr": "cross_attn", "detr": "multihead_attn"}  # our names; theirs is encoder_attn
+# transformers' own ResNet: names within the body, and within each block of its four stages.
 STEM = {"conv1": "embedder.embedder.convolution", "bn1": "embedder.embedder.normalization"}
 BLOCK = {
     **{f"conv{i + 1}": f"layer.{i}.convolution" for i in range(3)},
@@ -60,7 +60,7 @@ FROM_MODULES = (
     (r"\.o_proj\.", ".out_proj."),
     (r"\.mlp\.fc([12])\.", r".fc\1."),
 )
-# Only for Conditional DETR, whose projections are in the layers themselves.
+# Only for Conditional DETR, whose layers contain the projections directly.
 FROM_CONDITIONAL_MODULES = (
     (r"\.self_attn\.([qk])_(content|pos)_proj\.", r".sa_\1\2_proj."),
     (r"(\.decoder\..*)\.self_attn\.v_proj\.", r"\1.sa_v_proj."),
@@ -88,7 +88,7 @@ def their_modules(
     """Return our modules' names and theirs for a model with these numbers of layers.
 
     Args:
-        depths: blocks of each stage of their own ResNet; None for timm's.
+        depths: number of blocks per stage of their own ResNet; None for timm's ResNet.
         masks: the model has a mask head on top of its detector.
     """
     names = dict(MODULES)
@@ -112,7 +112,7 @@ def their_modules(
 def to_theirs(weights: Weights, modules: dict[str, str]) -> Weights:
     """Return our weights under their names in files; `modules` comes from `their_modules`.
 
-    Trained norms lose their batch counter, since theirs are frozen.
+    Batch counters of trained norms are dropped, since their norms are frozen.
     """
     return {
         renamed(key, modules): tensor
@@ -122,7 +122,7 @@ def to_theirs(weights: Weights, modules: dict[str, str]) -> Weights:
 
 
 def to_ours(weights: Weights, modules: dict[str, str], model: str = "conditional_detr") -> Weights:
-    """Return their weights, from a file or a model in memory, under our names; unknown keys stay as they are."""
+    """Return their weights, from a file or a model in memory, under our names; unknown keys stay unchanged."""
     ours = {theirs: name for name, theirs in modules.items()}
     return join_projections(
         {
@@ -134,7 +134,7 @@ def to_ours(weights: Weights, modules: dict[str, str], model: str = "conditional
 
 
 def renamed(key: str, modules: dict[str, str]) -> str:
-    """Return a key with the longest module name that it begins with replaced."""
+    """Replace the longest module name at the beginning of a key."""
     parts = key.split(".")
     for n in range(len(parts), 0, -1):
         if name := modules.get(".".join(parts[:n])):
@@ -143,7 +143,7 @@ def renamed(key: str, modules: dict[str, str]) -> str:
 
 
 def name_in_files(key: str, model: str = "conditional_detr") -> str:
-    """Return the name of a weight in files, given its name in a model in memory."""
+    """Convert the name of a weight in a model in memory to its name in files."""
     for pattern, replacement in FROM_MODULES + FROM_CONDITIONAL_MODULES * (model == "conditional_detr"):
         key = re.sub(pattern, replacement, key)
     return renamed(key, MASK_HEAD)
@@ -169,7 +169,7 @@ def join_projections(weights: Weights) -> Weights:
         elif part[2] == "q":
             keys = [f"{part[1]}{name}_proj.{part[3]}" for name in "qkv"]
             parts = [weights[key] for key in keys if key in weights]
-            # Else the whole is reported as missing.
+            # Otherwise, the fused projection is reported as missing.
             if len(parts) == 3 and all(p.dim() > 0 and p.shape == tensor.shape for p in parts):
                 joined[f"{part[1]}in_proj_{part[3]}"] = torch.cat(parts)
     return joined

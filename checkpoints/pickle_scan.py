@@ -1,8 +1,8 @@
 """Scan of the instructions of a pickle before it is loaded; nothing is built or called.
 
-`torch.load(weights_only=True)` runs no code, but builds whatever a file asks for: buffers of any size, tensors larger
-than the file that should hold them, tuples nested so deep that using them as keys overflows the stack. The scan refuses
-such a file, and names the type of an object that is not plain data.
+`torch.load(weights_only=True)` runs no code, but builds everything that a file asks for: buffers of any size, tensors
+larger than their file, tuples nested so deeply that their use as keys overflows the stack. The scan refuses such
+files, and names the type of an object that is not plain data.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import IO, Any, NamedTuple
 
 from util.errors import InputError
 
-MOST_INSTRUCTIONS = 10_000_000  # more take over a minute to load; a checkpoint of 100 processes has 1,000,000
-NEWEST_PROTOCOL = 3  # torch.save's own is 2
-MOST_NESTED = 20  # tuples within tuples; Python hashes them without a limit to the depth
-# The bytes of an element; complex and quantised numbers do not occur in models.
+MOST_INSTRUCTIONS = 10_000_000  # more would take over a minute; a checkpoint of 100 processes has 1,000,000
+NEWEST_PROTOCOL = 3  # torch.save uses 2
+MOST_NESTED = 20  # depth of tuples within tuples, which Python hashes without a limit
+# Bytes per element; complex and quantised numbers do not occur in models.
 STORAGES = {
     **dict.fromkeys(("torch.DoubleStorage", "torch.LongStorage"), 8),
     **dict.fromkeys(("torch.FloatStorage", "torch.IntStorage"), 4),
@@ -34,7 +34,7 @@ class Global(str):
 
 
 class Nested(NamedTuple):
-    """A tuple of the pickle: its items, and its depth of nested tuples."""
+    """Tuple in a pickle: its items, and the depth of tuples within it."""
 
     items: list[Any]
     depth: int
@@ -46,11 +46,11 @@ def scan_pickle(file: IO[bytes], source: object, allowed: Collection[str], bytes
     Args:
         file: positioned at the start of the pickle.
         source: the name of the file in errors.
-        allowed: the names of classes and functions that may be in it.
-        bytes_of: returns the bytes that the file holds for the storage of a key.
+        allowed: the names of classes and functions that it may use.
+        bytes_of: returns the number of bytes that the file stores for the storage of a key.
 
     Raises:
-        InputError: if it contains anything else, or asks for more memory than its file can fill.
+        InputError: if it uses other names, or asks for more memory than its file can fill.
         LookupError, TypeError, ValueError, AttributeError: if it is damaged.
     """
     stack: list[Any] = []
@@ -65,7 +65,7 @@ def scan_pickle(file: IO[bytes], source: object, allowed: Collection[str], bytes
                 "save it again by torch.save, without pickle_protocol"
             )
         if number > MOST_INSTRUCTIONS:
-            raise InputError(f"{source}: refused, besides tensors it holds more data than any checkpoint")
+            raise InputError(f"{source}: refused because it contains more data besides tensors than any checkpoint")
         if name == "MARK":
             marks.append(len(stack))
         elif name in PUTS:
@@ -90,22 +90,23 @@ def _results(
     allowed: Collection[str],
     bytes_of: Callable[[Any], int],
 ) -> list[Any]:
-    """Return what an instruction puts on the stack: names, texts, integers and tuples unchanged, None for all else."""
+    """Return the results of an instruction for the stack: names, texts, integers and tuples; None for all others."""
     name = instruction.name
     if name in ("GLOBAL", "STACK_GLOBAL"):
         wanted = argument.replace(" ", ".") if argument else ".".join(map(str, taken))
         if wanted not in allowed and wanted not in STORAGES:
             raise InputError(
-                f"{source}: refused, it carries code or objects beyond tensors and plain data: {_described(wanted)}"
+                f"{source}: refused because it contains code or objects other than tensors and plain data: "
+                f"{_described(wanted)}"
             )
         return [Global(wanted)]
     if name in TUPLES:
         depth = 1 + max((item.depth for item in taken if isinstance(item, Nested)), default=0)
         if depth > MOST_NESTED:
-            raise InputError(f"{source}: refused, it contains tuples nested more than {MOST_NESTED} deep")
+            raise InputError(f"{source}: refused because it contains tuples nested more than {MOST_NESTED} deep")
         return [Nested(taken, depth)]
     if name == "REDUCE" and taken[0] == "_codecs.encode" and taken[1].items[1] not in ("latin1", "latin-1"):
-        raise InputError(f"{source}: refused, it contains encoded data beyond tensors and plain data")
+        raise InputError(f"{source}: refused because it contains encoded data other than tensors and plain data")
     if name == "BINPERSID":
         _, kind, key, _, length, *_ = taken[0].items  # of a storage
         if length * STORAGES[kind] > bytes_of(key):

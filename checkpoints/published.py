@@ -1,4 +1,4 @@
-"""The published checkpoints and logs, by the names of the hub entries."""
+"""Published checkpoints and logs, by the names of the hub entries."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ LOGS = {
 
 
 def known_flags(source: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the flags of a model whose file does not store them: DETR's published files hold only weights.
+    """Return the flags of a published model, since DETR's published files contain only weights.
 
     Args:
-        source: a name in `PUBLISHED`, a path or a URL; files are recognised by their published names.
+        source: a name in `PUBLISHED`, a path or a URL; files are recognised by their published file names.
         weights: the state dict.
 
     Return an empty dict for weights of Conditional DETR under another name, which may have any flags.

@@ -1,4 +1,4 @@
-"""Checkpoints as safetensors files: the weights, and flags and classes as JSON in the file's metadata."""
+"""Checkpoints as safetensors files, with flags and classes as JSON in the metadata."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ DESCRIPTIONS = (
     "class_ids",
     "class_names",
     "class_isthing",
-)  # what a checkpoint for inference says about its model
+)  # entries of a checkpoint that describe its model
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """Return a file's contents as those of a checkpoint, with the flags and classes that `write_safetensors` adds.
+    """Return a file's contents as a checkpoint, with the flags and classes that `write_safetensors` adds.
 
     Raise InputError if it is damaged.
     """
     weights, metadata = read_tensors(path)
     described = {
-        name: from_json(metadata[name], f"{path}: its metadata is not that of scripts.convert: {name}")
+        name: from_json(metadata[name], f"{path}: its metadata was not written by scripts.convert: {name}")
         for name in DESCRIPTIONS
         if name in metadata
     }
@@ -36,7 +36,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint's weights, flags and classes atomically, without what only training needs."""
+    """Write a checkpoint's weights, flags and classes atomically, without the state of the training."""
     metadata = {name: json.dumps(checkpoint[name]) for name in DESCRIPTIONS if name in checkpoint}
     write_tensors(path, checkpoint["model"], metadata)
 

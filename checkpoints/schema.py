@@ -1,8 +1,8 @@
 """Checks that declare the structure of untrusted data, as in `checkpoints.checkpoint_schema`.
 
-A check takes a value and its place, such as "c.pth: args", and returns the value as the program expects it, or raises
-InputError with the place. Data without a check is dropped unread. Since checks look only as deep as they are
-declared, deep nesting, cycles and lists that contain each other many times cost neither time nor memory.
+A check is a function of a value and its place, such as "c.pth: args". It returns the value, converted if necessary, or
+raises InputError with the place. Data without a check is dropped unread. Checks read data only as deep as they are
+declared, so that deep nesting, cycles and lists that contain each other many times cost neither time nor memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def shown(value: Any) -> str:
     """Describe any value in a few words, without reading its contents."""
     if isinstance(value, str):
         return repr(value) if len(value) <= 60 else f"{value[:57]!r}.."
-    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print integers of any length
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print very long integers
         return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, bool | int | float):
         return str(value)
@@ -43,7 +43,7 @@ def described_tensor(tensor: Tensor) -> str:
 
 
 def wrong(value: Any, place: str, expected: str) -> InputError:
-    """Return the error for a value that is not what is expected."""
+    """Return the error for an unexpected value."""
     return InputError(f"{place} is {shown(value)}, not {expected}")
 
 
@@ -59,7 +59,7 @@ def integer(least: int = 0, most: int = 2**63 - 1) -> Check:
 
 
 def label(value: Any, place: str) -> int:
-    """Return an integer from 0; texts of digits, as keys of JSON objects are, are converted."""
+    """Return an integer from 0; texts of digits, such as keys of JSON objects, are converted."""
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 10:
         value = int(value)
     return integer(0, 10**9)(value, place)
@@ -95,7 +95,7 @@ def text(value: Any, place: str) -> str:
 
 
 def one_of(*choices: Any) -> Check:
-    """Return a check for one of a few values."""
+    """Return a check for a value that is one of `choices`."""
 
     def check(value: Any, place: str) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -106,7 +106,7 @@ def one_of(*choices: Any) -> Check:
 
 
 def either(*checks: Check) -> Check:
-    """Return a check that accepts what any of several checks accepts; the error is that of the last one."""
+    """Return a check that accepts a value if one of several checks does; the error comes from the last check."""
 
     def check(value: Any, place: str) -> Any:
         for attempt in checks[:-1]:
@@ -120,7 +120,7 @@ def either(*checks: Check) -> Check:
 
 
 def list_of(item: Check, least: int = 0, most: int = 10**6) -> Check:
-    """Return a check for a list or tuple of `least` to `most` items, as a list."""
+    """Return a check for a list or tuple of `least` to `most` items, which returns a list."""
 
     def check(value: Any, place: str) -> list[Any]:
         if not isinstance(value, list | tuple) or not least <= len(value) <= most:
@@ -131,20 +131,20 @@ def list_of(item: Check, least: int = 0, most: int = 10**6) -> Check:
 
 
 def integers(length: int | None, most: int) -> Check:
-    """Return a check for a list or tuple of integers from 0 to `most`, as a list; fast for thousands."""
+    """Return a check for a list or tuple of integers from 0 to `most`, which returns a list; fast for thousands."""
 
     def check(value: Any, place: str) -> list[int]:
         if not isinstance(value, list | tuple) or len(value) != (len(value) if length is None else length):
             raise wrong(value, place, "a list of integers" if length is None else f"a list of {length} integers")
         if not all(type(entry) is int for entry in value) or (value and not 0 <= min(value) <= max(value) <= most):
-            raise InputError(f"{place} holds something other than integers from 0 to {most}")
+            raise InputError(f"{place} contains other values than integers from 0 to {most}")
         return list(value)
 
     return check
 
 
 def items(*checks: Check) -> Check:
-    """Return a check for a list or tuple with one item per check, as a list."""
+    """Return a check for a list or tuple with one item per check, which returns a list."""
 
     def check(value: Any, place: str) -> list[Any]:
         entries = list_of(lambda entry, _: entry, len(checks), len(checks))(value, place)
@@ -154,7 +154,7 @@ def items(*checks: Check) -> Check:
 
 
 def table_of(key: Check, value: Check, most: int = 10**6) -> Check:
-    """Return a check for a dict with keys of one kind and values of one kind."""
+    """Return a check for a dict whose keys and values are checked by `key` and `value`."""
 
     def check(table: Any, place: str) -> dict[Any, Any]:
         if not isinstance(table, dict) or len(table) > most:
@@ -169,7 +169,7 @@ def table_of(key: Check, value: Check, most: int = 10**6) -> Check:
 
 
 def record(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
-    """Return a check for a dict with a check per key; other keys are dropped, as are optional ones that are None."""
+    """Return a check for a dict with a check per key; other keys, and optional keys that are None, are dropped."""
 
     def check(value: Any, place: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -187,13 +187,13 @@ def record(required: dict[str, Check], optional: dict[str, Check] | None = None)
 
 
 def tensor(*dtypes: torch.dtype, dims: int | None = None) -> Check:
-    """Return a check for a dense CPU tensor of one of the types with `dims` dimensions, which is detached."""
+    """Return a check for a dense CPU tensor of one of `dtypes` with `dims` dimensions; it returns it detached."""
 
     def check(value: Any, place: str) -> Tensor:
         if not isinstance(value, Tensor):
             raise wrong(value, place, "a tensor")
         if value.is_nested or value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise InputError(f"{place} is a sparse, quantised, nested or meta tensor; only plain ones are loaded")
+            raise InputError(f"{place} is a sparse, quantised, nested or meta tensor; only plain tensors are loaded")
         if value.dtype not in dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise wrong(value, place, f"a tensor of {names}")
@@ -207,7 +207,7 @@ def tensor(*dtypes: torch.dtype, dims: int | None = None) -> Check:
 
 
 def from_json(contents: str, place: str) -> Any:
-    """Return the value of a JSON text. Raise InputError if it is damaged, or nested too deep to be read."""
+    """Return the value of a JSON text. Raise InputError if it is damaged or nested too deeply."""
     try:
         return json.loads(contents)
     except (ValueError, RecursionError) as error:

@@ -1,9 +1,9 @@
-"""State dicts of a model within the dicts that training scripts wrap them in.
+"""Search for the state dict of a model in the dicts in which training scripts store it.
 
-A file may hold a state dict itself, or dicts of them: `{"model": ..}`, Lightning's `{"state_dict": ..}`, averaged
+A file may contain a state dict itself, or dicts of them: `{"model": ..}`, Lightning's `{"state_dict": ..}`, averaged
 weights next to the raw ones (`{"model_ema": ..}`, `{"ema": {"module": ..}}`). DistributedDataParallel, torch.compile
-and Lightning also prefix the names of the weights. Each state dict is named by its path: the keys that lead to it and
-the prefix, as in `state_dict.model`.
+and Lightning also add prefixes to the names of weights. The path of a state dict consists of the keys that lead to it
+and the prefix, as in `state_dict.model`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ CLASS_HEADS_OF_HUGGING_FACE = {"class_labels_classifier.bias", "detr.class_label
 
 
 def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[dict[str, Any], str]:
-    """Return the contents of a file with the weights under `model`, by their plain names, and a line about the choice.
+    """Return the contents of a file with the weights under `model`, by their plain names, and a line for the user.
 
-    The line is empty if the weights are where they usually are, and there are no others.
+    The line says which weights were chosen; it is empty if the file has only those under `model`.
 
     Args:
         contents: the contents of a file.
         source: the name of the file in messages.
-        averaged: prefer averaged weights, if there are both; else the raw ones.
+        averaged: prefer averaged to raw weights if there are both.
 
     Raises:
-        InputError: if there are none; it names what is there instead.
+        InputError: if there are no weights; the message describes the contents.
     """
     for weights in (contents, contents.get("model")) if isinstance(contents, dict) else ():
         if isinstance(weights, dict) and not CLASS_HEADS_OF_HUGGING_FACE.isdisjoint(weights):
@@ -44,9 +44,9 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
     found = dict(_state_dicts(contents, (), set()))
     if not found:
         raise InputError(f"{source}: {_description(contents)}")
-    paths = sorted(found, key=lambda path: path != ("model",))  # stable: the first one is taken, ours before all others
+    paths = sorted(found, key=lambda path: path != ("model",))  # `model` first, then the order in the file
     path = next((path for path in paths if _averages(path) == averaged), paths[0])
-    rest = contents if path and path[0] in contents else {}  # there is no other data next to the weights themselves
+    rest = contents if path and path[0] in contents else {}  # a bare state dict has no other data
     if path == ("model",) and len(found) == 1:
         return rest | {"model": found[path]}, ""
     others = [_text(other) for other in found if other != path]
@@ -61,7 +61,7 @@ def with_plain_weights(contents: Any, source: object, averaged: bool) -> tuple[d
 
 
 def _state_dicts(contents: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """Yield the state dicts in a dict, and in those that it wraps, each with its path."""
+    """Yield (path, state dict) for the state dicts in a dict and in the dicts that it wraps."""
     if not isinstance(contents, dict) or id(contents) in seen or len(path) > MOST_WRAPPED:
         return
     seen.add(id(contents))  # so that dicts that contain each other many times cost nothing
@@ -89,7 +89,7 @@ def _is_averaged(key: str) -> bool:
 
 
 def _averages(path: tuple[str, ...]) -> bool:
-    """Return whether the weights at a path are averaged ones."""
+    """Return whether the weights at a path are averaged weights."""
     return any(map(_is_averaged, path))
 
 
@@ -98,7 +98,7 @@ def _text(path: tuple[str, ...]) -> str:
 
 
 def _description(contents: Any) -> str:
-    """Describe contents without weights, and say what is expected."""
+    """Describe contents without weights, and the expected contents."""
     if not isinstance(contents, dict):
         return f"holds no 'model': it is {shown(contents)}; expected a dict with the key model"
     model = contents.get("model")

@@ -1,4 +1,4 @@
-"""Untrusted files of `torch.save`: tensors and plain data are loaded, anything else is named in an error."""
+"""Reading of untrusted files of `torch.save`: tensors and plain data are loaded, all other objects are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from util.errors import InputError, reason
 from util.files import check_is_file
 
 ZIP = b"PK\x03\x04"  # the first bytes of files of torch 1.6 and later
-PICKLES_BEFORE_ZIP = 5  # of earlier ones: magic number, version, system, contents, keys of storages
+PICKLES_BEFORE_ZIP = 5  # in files of earlier versions: magic number, version, system, contents, keys of storages
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 FACTORIES = ("dict", "float", "int", "list", "str")  # of defaultdicts
@@ -33,7 +33,7 @@ class NotPlain(Exception):
 
 
 class NumpyType:
-    """Stand-in for a `numpy.dtype` in a file; the real one would accept any memory layout from it."""
+    """Stand-in for a `numpy.dtype` in a file; the real class would accept any memory layout."""
 
     def __init__(self, code: str = "", *_: Any) -> None:
         self.name = code
@@ -42,14 +42,14 @@ class NumpyType:
         self.name = state[1].replace("|", "") + self.name
 
     def read(self, contents: bytes) -> np.ndarray:
-        """Return the numbers or texts in some bytes. Raise NotPlain for other types."""
+        """Return the numbers or texts that bytes encode. Raise NotPlain for other types."""
         if not re.fullmatch(r"[<>=]?([biuf]\d{1,2}|U\d{1,9})", self.name):
             raise NotPlain(f"NumPy data of type {self.name[:60]}")
         return np.frombuffer(contents, self.name)
 
 
 class NumpyArray(list):
-    """Stand-in for a `numpy.ndarray` in a file, as lists of Python numbers."""
+    """Stand-in for a `numpy.ndarray` in a file: nested lists of Python numbers."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, column_first, contents = state
@@ -99,16 +99,16 @@ STAND_INS: dict[str, Callable[..., Any]] = {
 
 
 def load_file(path: Path, source: str | Path) -> Any:
-    """Return what `torch.save` wrote, on the CPU: tensors and plain data.
+    """Return the contents of a file of `torch.save`, on the CPU: tensors and plain data.
 
-    NumPy's scalars and arrays become numbers and lists, paths become texts and defaultdicts dicts.
+    NumPy's scalars become numbers and its arrays lists, paths become texts, and defaultdicts become dicts.
 
     Args:
         path: the file.
         source: the name of the file in errors.
 
     Raises:
-        InputError: if it cannot be read, or contains an object of any other type, which it names.
+        InputError: if it cannot be read, or contains an object of another type, which the message names.
     """
     check_is_file(path)
     try:
@@ -119,17 +119,17 @@ def load_file(path: Path, source: str | Path) -> Any:
     except InputError:
         raise
     except NotPlain as error:
-        raise InputError(f"{source}: refused, it contains {error}") from error
+        raise InputError(f"{source}: refused because it contains {error}") from error
     except FileNotFoundError as error:
         raise InputError(f"{source}: no such file") from error
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror or reason(error)})") from error
-    except Exception as error:  # a damaged file makes torch.load raise many types
+    except Exception as error:  # for damaged files, torch.load raises errors of many types
         raise InputError(f"{source}: not a checkpoint, or a damaged one ({reason(error).split('. ')[0]})") from error
 
 
 def _scan(path: Path, source: str | Path) -> None:
-    """Scan a file for what it would build; see `scan_pickle`."""
+    """Scan the pickles of a file; see `scan_pickle`."""
     allowed = FROM_TORCH | STAND_INS.keys()
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -141,7 +141,7 @@ def _scan(path: Path, source: str | Path) -> None:
         with zipfile.ZipFile(file) as archive:
             records = {entry.filename: entry for entry in archive.infolist()}
             if sum(entry.file_size for entry in archive.infolist()) > size:  # torch compresses nothing
-                raise InputError(f"{source}: refused, it is compressed, which no checkpoint is")
+                raise InputError(f"{source}: refused because it is compressed, which no checkpoint is")
             (contents,) = (name for name in records if name.endswith("/data.pkl") or name == "data.pkl")
             folder = contents.removesuffix("data.pkl")
             with archive.open(contents) as pickle:

@@ -1,4 +1,4 @@
-"""Flags of a model that follow from its weights: sizes, layers, backbone, but not --nheads and --dilation."""
+"""Flags of a model that its weights determine: sizes, layers, backbone, but not --nheads and --dilation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-# Flags that are the first dimension of a weight, and those that are the number of layers of a stack.
+# Flags that equal the first dimension of a weight, and flags that equal the number of layers of a stack.
 SIZES = {
     "hidden_dim": "transformer.decoder.norm.weight",
     "dim_feedforward": "transformer.decoder.layers.0.linear1.weight",
 }
 STACKS = {"enc_layers": "transformer.encoder.layers.", "dec_layers": "transformer.decoder.layers."}
 QUERIES = "query_embed.weight"
-BACKBONES = {  # a block that the smaller ones below do not have
+BACKBONES = {  # a weight that the backbones below do not have
     "resnet101": "backbone.0.body.layer3.22.conv3.weight",
     "resnet50": "backbone.0.body.layer3.5.conv3.weight",
     "resnet34": "backbone.0.body.layer3.5.conv1.weight",
@@ -24,28 +24,28 @@ BATCH_COUNTER = "backbone.0.body.bn1.num_batches_tracked"
 CROSS_ATTENTION_OF_DETR = "transformer.decoder.layers.0.multihead_attn.in_proj_weight"
 LEARNED_POSITIONS = "backbone.1.row_embed.weight"
 MASK_HEAD = "mask_head.lay1.weight"
-DETECTOR = "detr."  # what the names of a detector's weights begin with in a model with masks
+DETECTOR = "detr."  # prefix of the detector's weights in a model with masks
 
 
 def has_masks(weights: Mapping[str, Any]) -> bool:
-    """Return whether a state dict is that of a model with masks."""
+    """Return whether a state dict belongs to a model with masks."""
     return MASK_HEAD in weights
 
 
 def of_detector(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the weights of the detector in a state dict, by the names that they have in a model without masks."""
+    """Return the weights of the detector in a state dict, by their names in a model without masks."""
     if not has_masks(weights):
         return dict(weights)
     return {key.removeprefix(DETECTOR): value for key, value in weights.items() if key.startswith(DETECTOR)}
 
 
 def model_of(weights: Mapping[str, Tensor]) -> str:
-    """Return the model of a state dict, by its name for `--model`."""
+    """Return the value of `--model` for a state dict."""
     return "detr" if CROSS_ATTENTION_OF_DETR in of_detector(weights) else "conditional_detr"
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the sizes of the transformer in a state dict; those that do not follow from it are left out."""
+    """Return the flags for sizes of the transformer in a state dict; flags without their weight are left out."""
     weights = of_detector(weights)
     told = {flag: weights[key].shape[0] for flag, key in SIZES.items() if key in weights and weights[key].dim() > 0}
     for flag, prefix in STACKS.items():
@@ -55,7 +55,7 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def flags_of(weights: Mapping[str, Tensor]) -> dict[str, int | str]:
-    """Return all flags that follow from a state dict; a stack without a weight has no layers."""
+    """Return all flags that a state dict determines; a stack without a weight has 0 layers."""
     told: dict[str, int | str] = {**dict.fromkeys(STACKS, 0), **sizes_of(weights)}
     if has_masks(weights):
         told["masks"] = True

@@ -1,1 +1,1 @@
-"""Measuring and showing what a model finds."""
+"""Metrics, reports and pictures of the predictions of a model."""

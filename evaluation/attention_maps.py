@@ -1,6 +1,6 @@
 """Attention maps of a decoder layer's queries over an image, split into content and spatial attention.
 
-Nothing is computed twice: the queries and keys are those that the layer's cross-attention is called with.
+The queries and keys are the inputs of the layer's cross-attention, recorded in a forward pass.
 
 Shapes: h heads, Q queries, feature map of H×W cells, S = H·W, e the width of queries and keys, K classes.
 """
@@ -26,7 +26,7 @@ class AttentionMaps(NamedTuple):
 
     spatial: the softmax of p_qᵀp_k alone.
     content: the softmax of c_qᵀc_k alone.
-    combined: the softmax of their sum, by which the model weights values.
+    combined: the softmax of their sum: the weights with which the model averages the values.
     """
 
     spatial: Tensor
@@ -37,12 +37,12 @@ class AttentionMaps(NamedTuple):
 class View(NamedTuple):
     """Attention and predictions of a model on one image.
 
-    maps: those of the requested layer, [h, Q, H, W].
+    maps: the maps of the requested layer, [h, Q, H, W].
     reference: [Q, 2], the (x, y) of each query's reference point; None for DETR, which has none.
     logits, boxes: [Q, K] and [Q, 4], the predictions of the last layer. Points and boxes (cxcywh) are relative to the
         image.
 
-    All on the CPU.
+    All tensors are on the CPU.
     """
 
     maps: AttentionMaps
@@ -52,9 +52,9 @@ class View(NamedTuple):
 
 
 def attention_maps(query: Tensor, key: Tensor) -> AttentionMaps:
-    """Return the maps of [h, Q, e] and [h, S, e]; the first half of each head is content, the second is spatial.
+    """Return the maps of queries [h, Q, e] and keys [h, S, e]: the first half of e is content, the second spatial.
 
-    The logits of both halves are scaled like those of the whole, so that they add up to the model's.
+    Both halves are scaled by the width e of the whole, so that their logits add up to the logits of the model.
     """
     query = query * query.shape[-1] ** -0.5
     content, spatial = (q @ k.mT for q, k in zip(query.chunk(2, -1), key.chunk(2, -1), strict=True))  # [h, Q, S]
@@ -80,12 +80,12 @@ def recorded(*modules: nn.Module) -> Iterator[dict[nn.Module, tuple[tuple[Any, .
 def maps_of_detr(layer: CrossAttention, inputs: tuple[Tensor, ...]) -> AttentionMaps:
     """Return the maps of DETR, whose queries q = c_q + o_q and keys are both sums (figure 1 of the paper).
 
-    The spatial map is the softmax of qᵀp_k, the content map that of qᵀc_k, after DETR's projections of the position p_k
-    and of the memory c_k; the bias of the keys, which changes no map, counts as content.
+    The spatial map is the softmax of qᵀp_k, the content map the softmax of qᵀc_k, where p_k and c_k are the projected
+    position and memory. The bias of the keys is added to c_k; it changes no map.
 
     Args:
         layer: a layer's cross-attention.
-        inputs: those of its call: x, query_pos, memory, position.
+        inputs: the inputs of its call: x, query_pos, memory, position.
     """
     x, query_pos, memory, position, *_ = inputs
     (w_q, w_k, _), (b_q, b_k, _) = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)

@@ -19,10 +19,14 @@ def coco_results(
     with_names: bool = True,
     codes: Iterable[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Yield an image's detections, given as (label, score, box as x, y, width, height), with the data's category ids.
+    """Yield an image's detections in COCO's result format, with the category ids of the data.
 
-    Detections of logits without a class are left out. Boxes and scores are rounded to about the precision of float32:
-    hundredths of a pixel, as in COCO's files, would change AP on small images. `codes` are those of the masks.
+    Detections of labels without a class are left out. Boxes and scores are rounded to about the precision of float32;
+    rounding to hundredths of a pixel, as in COCO's files, would change AP on small images.
+
+    Args:
+        detections: (label, score, box as x, y, width, height) of each detection.
+        codes: the run-length codes of their masks; empty without masks.
     """
     for (label, score, box), code in zip_longest(detections, codes):
         if label in classes.ids:
@@ -37,7 +41,7 @@ def coco_results(
 
 
 def write_coco_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON list with a line per detection, without holding all of them in memory."""
+    """Write a JSON list with one line per detection, without keeping the whole list in memory."""
     with replacing(path) as file:
         file.write(b"[")
         for number, result in enumerate(results):

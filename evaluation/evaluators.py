@@ -1,4 +1,4 @@
-"""Evaluators: each receives the detections of all images and computes metrics from them."""
+"""Evaluators: they receive the detections of all images and compute metrics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ COCO_TYPES = ("bbox", "segm")
 
 
 class Evaluator(Protocol):
-    """Methods of every evaluator, in the order in which they are called.
+    """Methods of every evaluator, in the order of their calls.
 
-    `stats` are its metrics for the log, by name.
+    `stats` returns metrics by name, for the log.
     """
 
     def update(self, predictions: dict[int, dict[str, Any]]) -> None: ...
@@ -31,6 +31,6 @@ class Evaluator(Protocol):
 
 
 def coco_evaluator(postprocessors: Mapping[str, Any], base_ds: COCO) -> CocoEvaluator:
-    """Return the evaluator of the boxes and masks that postprocessors return; `base_ds` is the ground truth."""
+    """Return the evaluator of the boxes, and masks if any, of `postprocessors`; `base_ds` is the ground truth."""
     kinds = [kind for kind in postprocessors if kind in COCO_TYPES]
     return CocoEvaluator(base_ds, kinds, postprocessors["bbox"].num_detections)

@@ -20,24 +20,24 @@ from datasets.records import Objects
 from evaluation.pictures import annotate, side_by_side
 from util.text import counted
 
-MIN_SCORE = 0.5  # of a detection that counts
-MIN_IOU = 0.5  # of a correct detection with its object
-EXAMPLES, EXAMPLES_MIN_SCORE = 4, 0.3  # pictures while a model learns, when it is not yet confident
-PANEL = (480, 800)  # pixels: the limits of a picture's long side, to which other images are scaled
+MIN_SCORE = 0.5  # of detections that count
+MIN_IOU = 0.5  # between a correct detection and its object
+EXAMPLES, EXAMPLES_MIN_SCORE = 4, 0.3  # pictures during training, when scores are still low
+PANEL = (480, 800)  # pixels: minimum and maximum long side of pictures; other images are scaled
 
 Masks = Sequence[dict[str, Any]]  # COCO's run-length codes
 
 
 @dataclass
 class Comparison:
-    """An image's N confident detections, the best first, and its M objects.
+    """Comparison of an image's N confident detections, sorted by score, with its M objects.
 
     Attributes:
-        found: [N, 6] label, score, x, y, width, height.
-        false: [N] bool, those that match no object.
+        found: [N, 6] label, score, x, y, width, height of the detections.
+        false: [N] bool, True for detections that match no object.
         objects: the ground truth without crowds.
-        missed: [M] bool, those that match no detection.
-        masks: those of the M objects and of the N detections, empty without masks.
+        missed: [M] bool, True for objects that match no detection.
+        masks: the masks of the M objects and of the N detections, empty without masks.
     """
 
     found: np.ndarray
@@ -52,9 +52,9 @@ class Comparison:
         return int(self.missed.sum() + self.false.sum())
 
     def draw(self, picture: Picture, classes: Classes, sides: tuple[int, int] = PANEL) -> Image.Image:
-        """Draw the ground truth next to the detections, with masks, names and scores, and mark what is missed or false.
+        """Draw ground truth and detections next to each other, with masks, names, scores, "missed" and "false".
 
-        `sides` are the smallest and largest long side that both are drawn with.
+        `sides` are the minimum and maximum long side of each of the two pictures, in pixels.
         """
         scale = np.clip(max(picture.size), *sides) / max(picture.size)
         image = to_pil_image(picture.pixels).resize([max(1, round(side * scale)) for side in picture.size])
@@ -75,16 +75,16 @@ class Comparison:
 def compare(
     rows: np.ndarray, objects: Objects, min_score: float = MIN_SCORE, masks: tuple[Masks, Masks] = ((), ())
 ) -> Comparison:
-    """Match the detections of an image with its objects, as COCO does at one threshold.
+    """Match the detections of an image with its objects, as COCO does at a single IoU threshold.
 
-    In the order of their scores, every detection of at least `min_score` is matched with the object of its class with
-    the highest IoU, at least `MIN_IOU`, that no better detection has taken. A detection in a crowd region of its class
-    is not false. Objects without area are left out. With masks, the IoU is that of masks, else of boxes.
+    Detections with a score of at least `min_score` are matched in descending order of their scores. Each takes the free
+    object of its class with the highest IoU, if this is at least `MIN_IOU`. A detection in a crowd region of its class
+    is not false. Objects without area are left out. The IoU is computed from masks if there are any, else from boxes.
 
     Args:
         rows: the detections, in the format of the evaluator's `Detections.rows`.
         objects: the ground truth.
-        masks: those of the objects and of the detections.
+        masks: the masks of the objects and of the detections.
     """
     order = np.argsort(-rows[:, 1], kind="stable")
     order = order[rows[order, 1] >= min_score]
@@ -106,7 +106,7 @@ def compare(
 
 
 def select_masks(masks: Masks, rows: Iterable[int]) -> Masks:
-    """Return the masks at some indices; none if there are none."""
+    """Return the masks at some indices; an empty tuple if there are no masks."""
     return [masks[i] for i in rows] if masks else ()
 
 
@@ -125,7 +125,7 @@ def evaluated(evaluator: CocoEvaluator, dataset: CocoDetection) -> list[int]:
 
 
 def worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, number: int) -> list[tuple[int, Comparison]]:
-    """Return the positions and comparisons of the images with the most mistakes, at most `number`, ties by id.
+    """Return positions and comparisons of at most `number` images with the most mistakes, ties by id.
 
     A mistake is a missed object, or a false detection with a score of at least `MIN_SCORE`; images without any are left
     out.
@@ -136,14 +136,14 @@ def worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, number: int) 
 
 
 def draw_image(dataset: CocoDetection, classes: Classes, position: int, comparison: Comparison) -> Image.Image:
-    """Return the picture of an image of a data set with its comparison."""
+    """Return the picture of a comparison, drawn on its image."""
     return comparison.draw(dataset.load_image(position), classes)
 
 
 def draw_examples(
     dataset: CocoDetection, classes: Classes, evaluator: CocoEvaluator
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Draw the first few images with objects, the same ones after every evaluation; yield them by file name."""
+    """Draw the first few images with objects, the same in every evaluation; yield (file name, picture)."""
     with_objects = (p for p in evaluated(evaluator, dataset) if len(dataset.records.objects_of(p).labels))
     for position in islice(with_objects, EXAMPLES):
         comparison = compare_image(evaluator, dataset, position, EXAMPLES_MIN_SCORE)

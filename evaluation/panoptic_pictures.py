@@ -13,18 +13,18 @@ from evaluation.pictures import colour_of, draw_texts
 
 TINT = 0.6  # opacity of segments
 BORDER = (255, 255, 255)
-MIDDLE_SIDE = 200  # pixels, of the masks in which middles are looked for, since this takes time
+MIDDLE_SIDE = 200  # pixels: larger masks are reduced before the search for their middle, to save time
 
 
 def draw_segments(
     image: Image.Image, ids: np.ndarray, segments: Iterable[tuple[int, int]], classes: Classes
 ) -> Image.Image:
-    """Return a copy of an RGB image with its segments in colour, and with names, the largest segments first.
+    """Return a copy of an RGB image with coloured segments and their names; the largest ones are named first.
 
     Args:
         image: of any size.
-        ids: [H, W], the segment of each pixel; scaled to the image.
-        segments: the id and the label of each segment; pixels of others stay as they are.
+        ids: [H, W], the segment id of each pixel; scaled to the image.
+        segments: (id, label) of each segment; pixels of other ids stay unchanged.
         classes: the names of the labels.
     """
     ids = np.asarray(Image.fromarray(ids.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
@@ -46,7 +46,7 @@ def draw_segments(
 
 
 def borders(ids: np.ndarray) -> np.ndarray:
-    """Return which pixels [H, W] differ from their right or lower neighbour."""
+    """Return a mask [H, W] of the pixels that differ from their right or lower neighbour."""
     edges = np.zeros(ids.shape, dtype=bool)
     edges[:, :-1] |= ids[:, :-1] != ids[:, 1:]
     edges[:-1] |= ids[:-1] != ids[1:]
@@ -54,7 +54,7 @@ def borders(ids: np.ndarray) -> np.ndarray:
 
 
 def middle_of(mask: np.ndarray) -> tuple[int, int]:
-    """Return the (x, y) of a pixel in the middle of a mask [H, W]: one that is far from its border."""
+    """Return the (x, y) of the pixel of a mask [H, W] that is farthest from its border."""
     step = max(1, max(mask.shape) // MIDDLE_SIDE)
     distances = distance_transform_edt(np.pad(mask[::step, ::step], 1))[1:-1, 1:-1]
     row, column = np.unravel_index(distances.argmax(), distances.shape)

@@ -19,24 +19,24 @@ from util.errors import InputError, reason
 from util.logger import log
 from util.text import counted
 
-GROUPS = {"All": "PQ_all", "Things": "PQ_th", "Stuff": "PQ_st"}  # hotcoco's names, and those of the log
+GROUPS = {"All": "PQ_all", "Things": "PQ_th", "Stuff": "PQ_st"}  # hotcoco's name: name in the log
 PARTS = ("pq", "sq", "rq", "n")
 
 
 class PanopticEvaluator:
-    """Evaluator that scores exactly the images that `update` was given, each once.
+    """Evaluator that scores exactly the images passed to `update`, each once.
 
     Call `update` for every batch, then `synchronize_between_processes`, `accumulate` and `summarize`.
 
     Args:
-        dataset: the ground truth; its PNG files are read again to score.
-        folder: receives a PNG file per image and `predictions.json`, in COCO's format; None: they are not kept.
-        classes: those of the model and of the data; by default, those of the data.
+        dataset: the ground truth; its PNG files are read again for scoring.
+        folder: the folder for a PNG file per image and `predictions.json`, in COCO's format; None: they are not kept.
+        classes: the classes of the model and the data; by default, the classes of the data.
 
     Attributes:
-        predictions: by image id, the PNG file and the segments, whose category ids are labels.
-        results: after `accumulate`, those of hotcoco: PQ, SQ, RQ and the number of classes in `All`, `Things` and
-            `Stuff`, and `per_class` by label, as texts.
+        predictions: by image id, the PNG file and the segments, with labels as category ids.
+        results: after `accumulate`, hotcoco's results: PQ, SQ, RQ and the number of classes for `All`, `Things` and
+            `Stuff`, and `per_class` by label (as a text).
     """
 
     def __init__(self, dataset: PanopticDetection, folder: Path | None, classes: Classes | None = None) -> None:
@@ -52,7 +52,7 @@ class PanopticEvaluator:
             self.predictions[image_id] = png_and_segments(prediction["panoptic"])
 
     def synchronize_between_processes(self) -> None:
-        """Give every process the predictions of all; an image that several processes saw counts once."""
+        """Give every process the predictions of all processes; an image that several of them saw counts once."""
         own = [[image_id, len(png), segments] for image_id, (png, segments) in self.predictions.items()]
         files = bytearray().join(png for png, _ in self.predictions.values())  # tensors are made of writable bytes
         all_files = all_gather_rows(torch.tensor(files, dtype=torch.uint8)).numpy().tobytes()
@@ -71,7 +71,7 @@ class PanopticEvaluator:
         self.results = all_gather_plain(results)[0]
 
     def _score(self, folder: Path) -> dict[str, Any]:
-        """Write the predictions and return hotcoco's results, which reads the PNG files."""
+        """Write the predictions and return the results of hotcoco, which reads the PNG files."""
         truth = self.dataset.truth(self.predictions.keys(), self.classes)
         predicted = [self.entry_of(image_id) for image_id in sorted(self.predictions)]
         try:
@@ -94,13 +94,13 @@ class PanopticEvaluator:
         return evaluation.results()
 
     def quality_of_image(self, image_id: int) -> float | None:
-        """Return the PQ of an image alone, after `accumulate` with a folder; None if it has no segments."""
+        """Return the PQ of a single image, after `accumulate` with a folder; None if it has no segments."""
         assert self.folder is not None
         results = self._compare(self.dataset.truth({image_id}, self.classes), [self.entry_of(image_id)], self.folder)
         return results["All"]["pq"] if results["All"]["n"] else None
 
     def entry_of(self, image_id: int) -> dict[str, Any]:
-        """Return an image's prediction as an entry of a panoptic file, with labels as category ids."""
+        """Return an image's prediction as an entry of a panoptic annotation file, with labels as category ids."""
         return {
             "image_id": image_id,
             "file_name": f"{image_id:012}.png",
@@ -108,7 +108,7 @@ class PanopticEvaluator:
         }
 
     def summarize(self) -> None:
-        """Print PQ, SQ and RQ of all classes, of things and of stuff, and PQ per class that has ground truth."""
+        """Print PQ, SQ and RQ of all classes, of things and of stuff, and the PQ of each class."""
         log("panoptic quality")
         for group, key in GROUPS.items():
             values = self.stats[key]
@@ -123,6 +123,6 @@ class PanopticEvaluator:
         return {key: {name: self.results[group][name] for name in PARTS} for group, key in GROUPS.items()}
 
     def quality_by_class(self) -> dict[int, float]:
-        """Return PQ by label, of the classes that have ground truth or predictions."""
+        """Return {label: PQ} of the classes that have ground truth or predictions."""
         per_class = self.results["per_class"]
         return {int(label): values["pq"] for label, values in per_class.items() if values["pq"] >= 0}

@@ -1,4 +1,4 @@
-"""Report of panoptic quality: PQ per class, and the images that are segmented worst."""
+"""Report of panoptic quality: PQ per class, and the images with the lowest PQ."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from util.text import counted
 
 
 def write_panoptic_report(evaluator: PanopticEvaluator, folder: Path) -> None:
-    """Write `panoptic_quality.png`, PQ per class, and `worst_panoptic/`, on the main process only.
+    """Write `panoptic_quality.png` (PQ per class) and `worst_panoptic/`, on the main process only.
 
-    The evaluator's predictions are in its own folder.
+    The evaluator has already written its predictions to its own folder.
     """
     if not is_main_process():
         return
@@ -35,7 +35,7 @@ def write_panoptic_report(evaluator: PanopticEvaluator, folder: Path) -> None:
 
 
 def quality_by_class(evaluator: PanopticEvaluator) -> Figure:
-    """Return a figure of PQ per class, of things and of stuff, the highest first."""
+    """Return a figure of PQ per class, the highest first, with things and stuff next to each other."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     groups = {True: ("Things", "PQ_th"), False: ("Stuff", "PQ_st")}
     rows = []
@@ -51,7 +51,7 @@ def quality_by_class(evaluator: PanopticEvaluator) -> Figure:
 
 
 def write_worst_images(evaluator: PanopticEvaluator, folder: Path) -> int:
-    """Draw the images with the lowest PQ, which replace those of an earlier evaluation; return their number."""
+    """Draw the images with the lowest PQ, replace pictures of an earlier evaluation, and return their number."""
     for old in folder.glob("[0-9][0-9]_*.jpg"):
         old.unlink()
     qualities = {image_id: evaluator.quality_of_image(image_id) for image_id in sorted(evaluator.predictions)}

@@ -15,7 +15,7 @@ from util.files import replacing
 def png_and_segments(result: dict[str, Any]) -> tuple[bytes, list[dict[str, Any]]]:
     """Return the PNG file and the segments of a result of `PostProcessPanoptic`.
 
-    Ids begin with 1, since 0 stands for pixels without a segment. Category ids are labels.
+    Segment ids begin with 1, since 0 stands for pixels without a segment. Category ids are labels.
     """
     found = result["segments_info"]
     segments = [{"id": entry["id"] + 1, "category_id": entry["category_id"], "area": entry["area"]} for entry in found]
@@ -23,7 +23,7 @@ def png_and_segments(result: dict[str, Any]) -> tuple[bytes, list[dict[str, Any]
 
 
 def write_panoptic_results(path: Path, entries: Sequence[dict[str, Any]], classes: Classes) -> None:
-    """Write the JSON file; entries have labels as category ids, the file has those of the data, and names."""
+    """Write the JSON file; labels in `entries` are replaced by the category ids of the data, and names are added."""
 
     def named(segment: dict[str, Any]) -> dict[str, Any]:
         label = segment["category_id"]

@@ -1,4 +1,4 @@
-"""Pictures of images with boxes and masks."""
+"""Drawing of boxes, masks and texts on images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pycocotools import mask as mask_api
 Colour = tuple[int, int, int]
 Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
-TEXT_SCALE = 0.021  # the size of letters, relative to the side of a square of the image's area
-MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; the smallest only if a text would be wider than its image
+TEXT_SCALE = 0.021  # height of letters / square root of the image's area
+MIN_TEXT, SMALLEST_TEXT = 10, 6  # pixels; below the first only if a text would be wider than its image
 CELL, GAP = (400, 300), 8  # pixels: width and height of a picture on a sheet, and the gap between two
 TINT = 0.5  # opacity of masks
 TITLE_SIZE = 16  # pixels, of the letters above a picture
-FIRST_HUE, GOLDEN_RATIO = 0.92, 0.618034  # hues in steps of the golden ratio stay distinct
+FIRST_HUE, GOLDEN_RATIO = 0.92, 0.618034  # hues in steps of the golden ratio are easy to tell apart
 
 
 def annotate(
@@ -34,12 +34,10 @@ def annotate(
 ) -> Image.Image:
     """Return a copy of an RGB image with boxes (xyxy in pixels), a colour per label, and a text at each box.
 
-    Masks, if there are any, belong to the boxes: COCO's run-length codes, which may be of another size than the image.
-    They tint it; those of the first boxes are on top.
+    `masks`, if any, are the boxes' masks as COCO's run-length codes, which are scaled to the image and tint it.
 
-    Lines and letters grow with the image. The first boxes are drawn on top of later ones. Boxes are clipped to the
-    image, and texts lie inside it. Texts do not overlap: in dense groups, later boxes have none. It is fast
-    enough for thousands of photos.
+    The first boxes and masks are drawn on top of later ones. Lines and letters grow with the image. Boxes are clipped
+    to the image, and texts lie inside it. Texts do not overlap: in dense groups, later boxes have none.
     """
     image = tinted(image, masks, [colour_of(label) for label in labels])
     draw = ImageDraw.Draw(image)
@@ -58,7 +56,7 @@ def draw_texts(
     labels: Sequence[int],
     texts: Sequence[str],
 ) -> None:
-    """Write a text at each box (xyxy) of an image of `size`, on the colour of its label, where there is room for it."""
+    """Write a text at each box (xyxy) of an image of `size`, on the colour of its label, if there is room for it."""
     fonts = [_font_for(text, _text_size(size), size[0]) for text in texts]
     extents = [
         (math.ceil(font.getlength(text)) + 2 * _padding(font), sum(font.getmetrics()))
@@ -84,7 +82,7 @@ def tinted(image: Image.Image, masks: Sequence[dict[str, Any]], colours: Sequenc
 def place_texts(
     extents: Sequence[tuple[int, int]], boxes: Sequence[Sequence[float]], size: tuple[int, int]
 ) -> list[Region | None]:
-    """Return the region for the text of each box in an image of `size`, None if every place at its box is taken.
+    """Return the region of each box's text in an image of `size`; None if there is no room at its box.
 
     Args:
         extents: (width, height) of each text.
@@ -102,7 +100,7 @@ def place_texts(
 
 
 def side_by_side(panels: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
-    """Return RGB images of one height in a row on white, with a title above each."""
+    """Return a row of RGB images of equal height on white, with a title above each."""
     fonts = [_font_for(title, TITLE_SIZE, panel.width) for title, panel in zip(titles, panels, strict=True)]
     width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
     top = 2 * TITLE_SIZE
@@ -129,20 +127,20 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, cell: tuple[int
 
 
 def colour_of(label: int) -> Colour:
-    """Return the bright colour of a class, 8 bits per channel; those of neighbouring labels differ most."""
+    """Return the bright colour of a class, 8 bits per channel; neighbouring labels have very different colours."""
     hue = (FIRST_HUE + label * GOLDEN_RATIO) % 1
     red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.8, (1.0, 0.85)[label % 2]))
     return red, green, blue
 
 
 def text_colour(background: Colour) -> Colour:
-    """Return black or white, whichever is easier to read on a colour."""
+    """Return black or white, whichever is easier to read on this background."""
     red, green, blue = ((channel / 255) ** 2.2 for channel in background)
     return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else (255, 255, 255)
 
 
 def _places_at(box: Sequence[float], extent: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Return the possible regions [C, 4] of a box's text, the best one, above its upper left corner, first."""
+    """Return the possible regions [C, 4] of a box's text, the best first: above the upper left corner."""
     (x1, y1, x2, y2), (width, height) = box, extent
     rows = (y1 - height, y1, y2, y2 - height)  # above the box, in it, below it, in it
     columns = (x1, x2 - width, (x1 + x2 - width) / 2, x1 - width, x2)  # at its ends, its middle, and next to it

@@ -22,10 +22,10 @@ from util.files import replacing, save_on_master
 from util.logger import log
 from util.text import counted
 
-Bar = tuple[str, float | None]  # the name and the score of a class; None: no bar
+Bar = tuple[str, float | None]  # name and score of a class; None: no bar
 
 WORST = 16  # images
-MOST_BARS = 30  # one per class; of more classes, the best and worst are shown
+MOST_BARS = 30  # one per class; with more classes, only the best and worst are shown
 LONGEST_NAME = 24  # characters next to a bar
 SUFFIXES = {"bbox": "", "segm": "_masks"}  # of the files about boxes and masks
 TEST_RESULTS = "detections_test-dev2017_conddetr_results.json"  # COCO's detections_[testset]_[alg]_results.json
@@ -34,9 +34,9 @@ TEST_RESULTS = "detections_test-dev2017_conddetr_results.json"  # COCO's detecti
 def write_report(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Classes, folder: Path) -> None:
     """Write the results of an evaluation, on the main process only.
 
-    - `detections.json`: all detections in COCO's result format, and `category_name`;
-    - `precision_recall.png`: precision over recall, and AP by class;
-    - `worst/`: the images with the most mistakes (`evaluation.mistakes`), `01_ID.jpg` that with the most of all;
+    - `detections.json`: all detections in COCO's result format, with `category_name`;
+    - `precision_recall.png`: precision over recall, and AP per class;
+    - `worst/`: the images with the most mistakes (`evaluation.mistakes`), the worst one as `01_ID.jpg`;
     - `eval.pth`: the evaluator's arrays;
     - `precision_recall_masks.png` and `eval_masks.pth`: the same for masks, if there are any.
     """
@@ -69,7 +69,7 @@ def results_of(
     with_names: bool = False,
     own_id: Callable[[int], int | str] = lambda image_id: image_id,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the COCO results of all detections, with the file's own id of each image."""
+    """Yield all detections in COCO's result format; `own_id` returns the id of an image in the annotation file."""
     for image_id in sorted(evaluator.detections):
         detections = evaluator.detections[image_id]
         found = ((int(label), score, box) for label, score, *box in detections.rows[:, :6].tolist())
@@ -77,7 +77,7 @@ def results_of(
 
 
 def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes: Classes, folder: Path) -> int:
-    """Draw the worst images, which replace those of an earlier evaluation; return their number."""
+    """Draw the worst images, replace pictures of an earlier evaluation, and return their number."""
     for old in folder.glob("[0-9][0-9]_*.jpg"):
         old.unlink()
     worst = worst_images(evaluator, dataset, WORST)
@@ -89,7 +89,7 @@ def write_worst_images(evaluator: CocoEvaluator, dataset: CocoDetection, classes
 
 
 def precision_recall(evaluator: CocoEvaluator, classes: Classes, iou_type: str = "bbox") -> Figure:
-    """Return a figure of precision over recall, averaged over classes, next to AP per class, the highest first."""
+    """Return a figure of precision over recall (mean of all classes), next to AP per class, the highest first."""
     by_class = {label: ap for label, ap in evaluator.average_precision(iou_type).items() if not np.isnan(ap)}
     best_first = sorted(by_class.items(), key=lambda item: -item[1])
     shown = shown_bars([(classes.name_of(label), ap) for label, ap in best_first])
@@ -118,7 +118,7 @@ def _draw_curves(axes: Axes, coco_eval: COCOeval) -> None:
 
 
 def shown_bars(bars: list[Bar]) -> list[Bar]:
-    """Return the bars of a ranking that there is room for: all, or the first and the last ones."""
+    """Return at most `MOST_BARS` bars of a ranking: all, or the first and last ones with a line between them."""
     half = MOST_BARS // 2
     if len(bars) <= MOST_BARS:
         return bars

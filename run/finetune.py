@@ -130,7 +130,7 @@ def describe_classes(classes: Classes, rows: Iterable[tuple[int, int]]) -> str:
 def describe_misfits(names: list[str], ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
     """Describe the first few tensors with their shapes on both sides."""
     shapes = ((name, shape_text(ours.get(name)), shape_text(theirs.get(name))) for name in names)
-    return shortened([f"{name} is {here} here and {there} there" for name, here, there in shapes], 3)
+    return shortened([f"{name} is {here} in the model, {there} in the checkpoint" for name, here, there in shapes], 3)
 
 
 def shortened(texts: list[str], most: int = 8) -> str:

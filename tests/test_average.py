@@ -118,7 +118,7 @@ def test_resuming_with_and_without_the_average(shapes, averaged, tmp_path, capsy
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ema: ema["model"].pop("class_embed.bias"), "class_embed.bias is [4] here and nothing there"),
+        (lambda ema: ema["model"].pop("class_embed.bias"), "class_embed.bias is [4] in the model, missing in the file"),
         (lambda ema: ema.pop("steps"), "ema has no 'steps'"),
         (lambda ema: ema.update(steps=-1), "ema.steps is -1"),
         (lambda ema: ema.update(model=3), "ema.model is 3"),

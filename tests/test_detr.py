@@ -129,7 +129,7 @@ def test_a_checkpoint_cannot_name_more_classes_than_its_model_has(model, last, p
     assert load_checkpoint(tmp_path / "c.pth")["class_names"] == names
     contents["class_names"][last + 1], contents["class_ids"][last + 1] = "one more", last + 1
     torch.save(contents, tmp_path / "c.pth")
-    with pytest.raises(InputError, match=f"names class {last + 1}, but its model tells 0 to {last} apart"):
+    with pytest.raises(InputError, match=f"names class {last + 1}, but its model has classes 0 to {last}"):
         load_checkpoint(tmp_path / "c.pth")
 
 

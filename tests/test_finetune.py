@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_reported(build, capsys):
     new, more_queries = build("--num_classes", 4, "--num_queries", 9, "--dec_layers", 3)
     start_from(new, classes(_1="cat"), checkpoint(old, args, classes(_1="cat")), "old.pth", more_queries)
     report = capsys.readouterr().out
-    assert "query_embed.weight is [9, 32] here and [8, 32] there" in report
+    assert "query_embed.weight is [9, 32] in the model, [8, 32] in the checkpoint" in report
     assert "--dec_layers is 3 now, 2 in the checkpoint; --num_queries is 9 now, 8 in the checkpoint" in report
     assert_close(new.transformer.decoder.layers[1].linear1.weight, old.transformer.decoder.layers[1].linear1.weight)
 

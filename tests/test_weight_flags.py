@@ -34,7 +34,7 @@ def build(*flags: object) -> torch.nn.Module:
 )
 @pytest.mark.parametrize("args", [{}, {"num_queries": 9}])
 def test_flags_that_weights_need(flags, args):
-    end = ", correct its args" if args else ": pass these, --nheads and --dilation to main.py"
+    end = ": correct its args" if args else ": pass these, --nheads and --dilation to main.py"
     with pytest.raises(InputError, match=rf"^c\.pth does not fit the model: .* its weights need {flags}{end}") as error:
         load_model_weights(build(), {"model": build(*flags.split()).state_dict(), "args": args}, "c.pth")
     assert len(str(error.value)) < 500

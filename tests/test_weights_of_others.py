@@ -146,7 +146,7 @@ def test_averages_of_parameters_alone(args, save, capsys):
     )
     load_detector(str(path))
     del learned["module.input_proj.bias"]  # of what is learned, nothing is mixed
-    with pytest.raises(InputError, match=r"input_proj.bias is \[32\] here and nothing there"):
+    with pytest.raises(InputError, match=r"input_proj.bias is \[32\] in the model, missing in the file"):
         load_detector(str(save({"model": model.state_dict(), "ema": learned})))
 
 
@@ -216,7 +216,7 @@ def test_code_is_named_and_does_not_run(value, name, zipped, raw, tmp_path, monk
     for contents in ({"model": raw, "args": value}, {"model": raw | {"x": value}}, value):
         torch.save(contents, "c.pth", _use_new_zipfile_serialization=zipped)
         with pytest.raises(
-            InputError, match=rf"c.pth: refused, it carries code or objects .*: an object of type {name}$"
+            InputError, match=rf"c.pth: refused because it contains code or objects .*: an object of type {name}$"
         ):
             load_checkpoint("c.pth")
     assert not (tmp_path / "executed").exists()
