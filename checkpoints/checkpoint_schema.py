@@ -169,9 +169,7 @@ def check_checkpoint(contents: Any, source: object, training: bool) -> dict[str,
     Raises:
         InputError: if a required value is missing, or a value is not of the expected kind.
     """
-    if (
-        isinstance(contents, dict) and "processes" not in contents
-    ):  # from other code, whose averages cannot be continued
+    if isinstance(contents, dict) and "processes" not in contents:  # averages of other code cannot be continued
         contents = {key: value for key, value in contents.items() if key != "ema"}
     structure = record({"model": weights}, MODEL | TRAINING if training else MODEL)
     checkpoint = {"args": {}} | structure(contents, f"{source}:")

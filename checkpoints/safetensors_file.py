@@ -13,12 +13,7 @@ from util.command import need
 from util.errors import InputError, reason
 from util.files import check_is_file, replacing
 
-DESCRIPTIONS = (
-    "args",
-    "class_ids",
-    "class_names",
-    "class_isthing",
-)  # entries of a checkpoint that describe its model
+DESCRIPTIONS = ("args", "class_ids", "class_names", "class_isthing")  # entries of a checkpoint about its model
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

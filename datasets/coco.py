@@ -105,9 +105,7 @@ class CocoDetection(Dataset):
         self.on_bad_image = on_bad_image
         self.max_megapixels = max_megapixels
         self.seed = seed
-        self._epoch = torch.zeros(
-            (), dtype=torch.int64
-        ).share_memory_()  # in shared memory, so that running workers see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that running workers see changes
         if len(self) == 0:
             raise InputError(f"{annotation_file}: lists no images")
         self._skipped = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # set by workers, read by this process

@@ -171,7 +171,7 @@ class CocoEvaluator:
 def numbered(dataset: dict[str, Any], image_ids: Sequence[int], kind: str) -> dict[str, Any]:
     """Return the ground truth of some images, numbered from 1: arrays of float64 do not hold all 64-bit ids.
 
-    Only the fields that scoring boxes ("bbox") or masks ("segm") needs are kept; files may have anything in others.
+    Only the fields that the scores of boxes ("bbox") or masks ("segm") need are kept; others may contain anything.
     """
     numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
     fields = ["id", "category_id", "bbox", "area", "iscrowd", *["segmentation"] * (kind == "segm")]

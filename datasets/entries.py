@@ -18,9 +18,7 @@ from util.text import counted
 MAX_PIXELS = 10**9  # of a coordinate or side: no image is larger, and sums and areas stay finite in float32
 SMALLEST_SHARE = 0.01  # of a box: a smaller 'area' without a segmentation is probably in another unit
 MISSPELT_ISCROWD = frozenset({"is_crowd", "isCrowd", "IsCrowd", "is-crowd"})
-CONTROL_CHARACTERS = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
-)  # line breaks and characters that cannot be printed
+CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and line breaks
 
 
 class Checker:

@@ -21,8 +21,8 @@ def find_split(
     """Return the annotation file and the image folder of a split, unless `annotations` or `images` gives it.
 
     COCO's and DETR's layouts come first, then those of common exporters: `train/_annotations.coco.json` next to its
-    images, `annotations/train.json` with `images/train/`, `train/` or `images/`. A match must be unique
-    if its name differs in case, or if the export has a folder per split.
+    images, `annotations/train.json` with `images/train/`, `train/` or `images/`. A match must be unique if
+    its name differs in case, or if the export has a folder per split.
 
     Args:
         alone: no other split is expected in `root`, so an export without a split in its names is taken for this one.

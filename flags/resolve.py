@@ -103,9 +103,7 @@ def given_flags(args: argparse.Namespace) -> frozenset[str]:
     """
     if isinstance(args, Flags):
         return args.given
-    default = vars(
-        get_args_parser().parse_args([], argparse.Namespace(device=""))
-    )  # the default, "auto", would import torch
+    default = vars(get_args_parser().parse_args([], argparse.Namespace(device="")))  # "auto" would import torch
     changed = {name for name, value in vars(args).items() if name not in default or value != default[name]}
     return getattr(args, "given", frozenset()) | changed
 

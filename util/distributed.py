@@ -70,7 +70,7 @@ def leave_process_group(orderly: bool = True) -> None:
 
 
 def init_distributed_mode(args: argparse.Namespace) -> None:
-    """Join the process group that torchrun, torch.distributed.launch or srun sets in environment variables.
+    """Join the process group that environment variables of torchrun, torch.distributed.launch or srun describe.
 
     Set `args.rank`, `args.world_size`, `args.gpu` (the local rank) and `args.distributed`. Without a launcher, there is
     no group and `args.distributed` is False.
@@ -178,7 +178,7 @@ def broadcast_state(model: nn.Module) -> None:
 def settle_buckets(model: DistributedDataParallel) -> None:
     """Run a backward pass without a step, so that DistributedDataParallel lays out its gradient buckets again.
 
-    The layout decides the order in which they are summed; a resumed run must start with the same layout as the run
+    The layout decides the order in which gradients are summed; a resumed run must start with the same layout as the run
     that it continues.
     """
     device = next(model.parameters()).device

@@ -15,8 +15,8 @@ from torch import Tensor
 class NestedTensor:
     """Images padded to one size: `tensors` [B, 3, H, W] and `mask` [B, H, W], True on padding.
 
-    `has_padding` is False if the mask is False everywhere; attention is then faster. To read this from
-    a mask on a GPU, the host would have to wait.
+    `has_padding` is False if the mask is False everywhere; attention is then faster. To read this from a
+    mask on a GPU, the host would have to wait.
     """
 
     def __init__(self, tensors: Tensor, mask: Tensor, has_padding: bool = True) -> None:

@@ -113,9 +113,8 @@ class StopRequest:
         If no command line has called `install`, as in a notebook, signals are handled only within the block.
         """
         self.raise_if_asked()
-        here = (
-            not self.installed and threading.current_thread() is threading.main_thread()
-        )  # others may not set handlers
+        # Only the main thread may set handlers.
+        here = not self.installed and threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, self) for number in SIGNALS if here}
         self.deferring = True
         try:
