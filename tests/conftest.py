@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import main
 from datasets.shapes import write_dataset
@@ -20,6 +21,11 @@ from tests import forked, predicting
 from tests.narrow import make_narrow, narrowed
 
 ROOT = Path(__file__).parent.parent
+
+# Generated examples are the same in every run, on a machine of any speed.
+checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("reproducible", derandomize=True, deadline=None, suppress_health_check=checks)
+settings.load_profile("reproducible")
 
 # A model and images so small that a step takes a fraction of a second.
 TINY = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -162,23 +162,20 @@ def check(folder, data) -> None:
     evaluate(dataset)
 
 
-reproducible = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@settings(reproducible, max_examples=250)
+@settings(max_examples=250)
 @given(data=mistaken())
 def test_annotations_with_mistakes(data, folder):
     check(folder, data)
 
 
 @pytest.mark.slow
-@settings(reproducible, max_examples=4000)
+@settings(max_examples=4000)
 @given(data=mistaken())
 def test_annotations_with_many_mistakes(data, folder):
     check(folder, data)
 
 
-@settings(reproducible, max_examples=50)
+@settings(max_examples=50)
 @given(data=values)
 def test_files_of_any_json(data, folder):
     with pytest.raises(InputError, match=r"instances.json: not (JSON|a COCO instance file)"):

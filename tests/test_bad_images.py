@@ -21,7 +21,7 @@ from datasets.images import read_image
 from datasets.records import Records
 from engine import report_skipped
 from tests.conftest import TINY
-from tests.test_bad_annotations import TRAIN, VAL, assert_usable, reproducible, write
+from tests.test_bad_annotations import TRAIN, VAL, assert_usable, write
 from tests.test_transforms import blank, whole_image
 from util.errors import InputError
 
@@ -126,14 +126,14 @@ def check(build, file: bytes, size: tuple[int, int], known: bool, name: str) -> 
 files = {"damage": damaged(), "known": st.booleans(), "name": st.sampled_from(["1.jpg", "1.png", "1"])}
 
 
-@settings(reproducible, max_examples=250)
+@settings(max_examples=250)
 @given(**files)
 def test_damaged_files(damage, known, name, build):
     check(build, *damage, known, name)
 
 
 @pytest.mark.slow
-@settings(reproducible, max_examples=4000)
+@settings(max_examples=4000)
 @given(**files)
 def test_many_damaged_files(damage, known, name, build):
     check(build, *damage, known, name)
@@ -151,7 +151,7 @@ def test_every_mode_becomes_rgb(kind, mode, build):
     assert difference.abs().mean() < (2 if kind == "JPEG" else 1e-6)
 
 
-@settings(reproducible, max_examples=150)
+@settings(max_examples=150)
 @given(damage=damaged())
 def test_the_fast_decoder_agrees_with_pil(damage, root):
     """On every pixel, and about what is too damaged to be used."""

@@ -3,13 +3,12 @@
 import argparse
 import gzip
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,7 +24,8 @@ from run.log_file import append_log
 from scripts import check_data, predict
 from tests.conftest import TINY, assert_same_end, log_lines
 from tests.forked import run_on_several
-from util.distributed import init_distributed_mode, leave_process_group
+from tests.two_processes import join
+from util.distributed import leave_process_group
 from util.errors import InputError
 
 NAMES = {1: "cat", 2: "dog", 7: "sky", 9: "grass"}
@@ -185,7 +185,7 @@ def test_entries_that_are_left_out_are_counted(two, capsys):
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just([]) | st.just({})
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_value_is_read_or_named(two, data):
     """A value of any kind in the place of any other gives samples or one line that names the file."""
@@ -293,8 +293,7 @@ def score_a_part(
     rank: int, world_size: int, meeting: dict, args: argparse.Namespace, root: Path, predictions: dict
 ) -> None:
     """Score every other image on this process, and the first one on both."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | meeting
-    init_distributed_mode(args)
+    join(rank, world_size, meeting, args)
     evaluator = PanopticEvaluator(read(root), None)
     evaluator.update({i: found for i, found in predictions.items() if i == 1 or i % world_size == rank})
     evaluator.synchronize_between_processes()
