@@ -34,11 +34,6 @@ class Segmentations(NamedTuple):
     sizes: np.ndarray
 
     @classmethod
-    def from_annotations(cls, annotations: Sequence[dict[str, Any]]) -> Segmentations:
-        """Return the segmentations of COCO's annotations, in the same order."""
-        return cls.from_packed([pack(entry.get("segmentation")) for entry in annotations])
-
-    @classmethod
     def from_packed(cls, packed: Sequence[tuple[bytes, tuple[int, int]]]) -> Segmentations:
         """Return the segmentations in a list of results of `pack`."""
         return cls(

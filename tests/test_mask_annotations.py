@@ -36,7 +36,7 @@ def test_masks_are_those_of_pycocotools(segmentation):
     codes = mask_api.frPyObjects(segmentation, HEIGHT, WIDTH) if not _is_text(segmentation) else segmentation
     expected = mask_api.decode(mask_api.merge(codes) if isinstance(codes, list) else codes)
     assert expected.any()
-    kept = Segmentations.from_annotations([{"segmentation": None}, {"segmentation": segmentation}])
+    kept = Segmentations.from_packed([pack(None), pack(segmentation)])
     assert np.array_equal(kept.masks([1], HEIGHT, WIDTH)[0], expected)
     assert not kept.masks([0], HEIGHT, WIDTH).any()
     assert np.array_equal(kept.select(np.array([1, 1])).masks([1], HEIGHT, WIDTH)[0], expected)
@@ -77,7 +77,7 @@ KEYS = st.sampled_from(["size", "counts"])
 def test_any_value_is_packed_or_empty(segmentation):
     content, size = pack(segmentation)
     if content and size == (0, 0):
-        assert len(Segmentations.from_annotations([{"segmentation": segmentation}]).masks([0], 8, 8)) == 1
+        assert len(Segmentations.from_packed([(content, size)]).masks([0], 8, 8)) == 1
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=200))
