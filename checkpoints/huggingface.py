@@ -162,6 +162,8 @@ def config_of(args: argparse.Namespace, classes: Classes, num_classes: int) -> J
     }
     if any(label != class_id for label, class_id in classes.ids.items()):
         config["category_ids"] = classes.ids  # our own field, which transformers preserves
+    if classes.isthing:
+        config["category_isthing"] = classes.state_dict()["class_isthing"]  # another one
     return config
 
 
@@ -239,12 +241,14 @@ def image_sizes_of(preprocessor: Json, path: Path) -> dict[str, int]:
 
 
 def classes_of_config(config: Json, path: Path) -> dict[str, dict]:
-    """Return `class_ids` and `class_names` of a checkpoint; an empty dict if config.json names no classes."""
-    place = f"{path}: id2label or category_ids cannot be read: a table"
+    """Return `class_ids`, `class_names` and `class_isthing` of a checkpoint; an empty dict if there are no names."""
+    place = f"{path}: id2label, category_ids or category_isthing cannot be read: a table"
     names = table_of(label, text)(config.get("id2label") or {}, place)
     names = {label: name for label, name in names.items() if name != NO_CLASS}
     ids = table_of(label, either(text, integer(-(2**63))))(config.get("category_ids") or {}, place)
-    return {"class_ids": {label: ids.get(label, label) for label in names}, "class_names": names} if names else {}
+    isthing = table_of(label, integer(0, 1))(config.get("category_isthing") or {}, place)
+    tables = {"class_ids": {label: ids.get(label, label) for label in names}, "class_names": names}
+    return tables | ({"class_isthing": isthing} if isthing else {}) if names else {}
 
 
 def config_text(value: Any) -> str:

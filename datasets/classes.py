@@ -59,7 +59,7 @@ class Classes:
         of_coco = {NUM_CLASSES["coco"]: COCO_NAMES, NUM_CLASSES["coco_panoptic"]: COCO_NAMES | COCO_STUFF}
         names = checkpoint.get("class_names") or of_coco.get(num_classes) or {i: str(i) for i in range(num_classes)}
         isthing = checkpoint.get("class_isthing", {})
-        if not checkpoint.get("class_names") and num_classes == NUM_CLASSES["coco_panoptic"]:
+        if not isthing and names == COCO_NAMES | COCO_STUFF:
             isthing = {label: label in COCO_NAMES for label in names}
         names = {label: printable(name) for label, name in names.items()}
         ids = checkpoint.get("class_ids") or {label: label for label in names}

@@ -8,7 +8,11 @@ from main import get_args_parser
 from models import build_model
 from tests.reference import reference_weights, sharpened
 
-OWN_CLASSES = {"class_ids": {0: "ant", 1: 70_000, 2: 4}, "class_names": {0: "Ameise", 1: "bee", 2: "N/A?"}}
+OWN_CLASSES = {
+    "class_ids": {0: "ant", 1: 70_000, 2: 4},
+    "class_names": {0: "Ameise", 1: "bee", 2: "N/A?"},
+    "class_isthing": {0: 1, 1: 0, 2: 1},  # as those of panoptic data
+}
 
 
 def save(path: Path, *flags: object, num_classes: int = 91, sharp: bool = False, **more) -> Path:

@@ -118,6 +118,12 @@ def test_classes_of_checkpoints():
     coco = Classes.from_checkpoint({}, NUM_CLASSES["coco"])
     assert coco.names == COCO_NAMES
     assert len(COCO_NAMES) == 80
+    panoptic = Classes.from_checkpoint({}, NUM_CLASSES["coco_panoptic"])
+    assert len(panoptic.names) == 133
+    assert [panoptic.isthing[label] for label in (1, 90, 92, 200)] == [True, True, False, False]
+    named = panoptic.state_dict() | {"class_isthing": {}}
+    assert Classes.from_checkpoint(named, 250).isthing == panoptic.isthing  # as in folders of transformers
+    assert not coco.isthing
     assert coco.ids == {label: label for label in COCO_NAMES}
     assert Classes.from_checkpoint({}, 3).names == {0: "0", 1: "1", 2: "2"}
     mine = Classes.from_categories(categories("cat", 5))

@@ -197,7 +197,7 @@ def test_evaluation_takes_a_folder(shapes, tmp_path, capsys):
         ("config.json", {"d_model": 64}, "does not fit the model"),
         ("config.json", {"auxiliary_loss": True}, "auxiliary_loss is True, only False is supported"),
         ("config.json", {"position_embedding_type": "fourier"}, "fourier: choose one of sine, learned"),
-        ("config.json", {"id2label": ["cat"]}, "id2label or category_ids cannot be read"),
+        ("config.json", {"id2label": ["cat"]}, "id2label, category_ids or category_isthing cannot be read"),
         ("config.json", {"decoder_layers": 3}, "does not fit the model"),
         ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean is .* only .*0.485"),
         ("preprocessor_config.json", {"size": {"height": 640, "width": 640}}, "images keep their proportions"),
