@@ -22,7 +22,6 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageStat
 
 from flags.limits import check_numbers, check_texts
@@ -107,20 +106,20 @@ def write_segments(folder: Path, image_id: int, scene: Scene) -> dict[str, Any]:
     stuff = len(CLASSES) + 1 + STUFF.index(scene.background)
     categories = [stuff, *(category for category, _ in scene.objects)]
     ids = [1000 * category + number for number, category in enumerate(categories)]
-    id_map = Image.new("I", scene.image.size, ids[0])
-    draw = ImageDraw.Draw(id_map)
-    for segment_id, (_, outline) in zip(ids[1:], scene.objects, strict=True):
-        draw.polygon(outline, fill=segment_id)
-    pixels = np.asarray(id_map)
+    colours = [(i % 256, i // 256 % 256, i // 65536) for i in ids]
+    picture, numbers = Image.new("RGB", scene.image.size, colours[0]), Image.new("L", scene.image.size, 0)
+    for number, (_, outline) in enumerate(scene.objects, start=1):
+        ImageDraw.Draw(picture).polygon(outline, fill=colours[number])
+        ImageDraw.Draw(numbers).polygon(outline, fill=number)
     name = f"{image_id:06}.png"
-    colours = np.stack([pixels % 256, pixels // 256 % 256, pixels // 65536], axis=-1)
-    Image.fromarray(colours.astype(np.uint8)).save(folder / name)
+    picture.save(folder / name)
     segments = []
-    for segment_id, category in zip(ids, categories, strict=True):
-        rows, columns = np.nonzero(pixels == segment_id)
-        left, top = int(columns.min()), int(rows.min())
-        box = [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1]
-        segments.append({"id": segment_id, "category_id": category, "iscrowd": 0, "bbox": box, "area": len(rows)})
+    for number, (segment_id, category) in enumerate(zip(ids, categories, strict=True)):
+        box = numbers.point([255 * (value == number) for value in range(256)]).getbbox()
+        assert box is not None  # objects overlap little
+        left, top, right, bottom = box
+        entry = {"id": segment_id, "category_id": category, "iscrowd": 0, "area": numbers.histogram()[number]}
+        segments.append(entry | {"bbox": [left, top, right - left, bottom - top]})
     return {"file_name": name, "segments_info": segments}
 
 
