@@ -1,4 +1,4 @@
-"""Yes-or-no answers of all processes about a step, without a wait for the device."""
+"""Agreement of all processes on yes-or-no questions about a step, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from util.distributed import reduce_sum
 
 
 class Agreement:
-    """Agreement of all processes on yes-or-no answers: yes if any of them says yes.
+    """Agreement of all processes on yes-or-no questions: the common answer is yes if any process says yes.
 
-    Reading a tensor of a GPU makes the host wait for it. The device therefore uses the answers at once, and the host
+    Reading a tensor on a GPU makes the host wait for it. The device therefore uses the answers at once, and the host
     reads them one step later, when the matching has just waited for the device anyway.
     """
 
     def __init__(self) -> None:
-        self.answers = torch.zeros(0)  # on the host, once `copied`
+        self.answers = torch.zeros(0)  # on the host after the event `copied`
         self.copied: torch.cuda.Event | None = None
 
     def reach(self, *answers: Tensor) -> Tensor:

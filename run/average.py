@@ -1,4 +1,4 @@
-"""Average of a model's weights over its training, which detects better than the weights of any single step."""
+"""Moving average of a model's weights during training, which detects better than the weights of a single step."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from run.step_guard import running_statistics
 
 
 class MovingAverage:
-    """Exponential moving average of what training changes in a model: trained weights and running statistics.
+    """Exponential moving average of the tensors that training changes: trained weights and running statistics.
 
-    After n steps, the average keeps min(decay, (1 + n) / (10 + n)) of itself and takes the rest from the model: at
-    first it follows the model closely, so that the initial weights are soon forgotten.
+    Step n, counted from 1, sets average = d * average + (1 - d) * model with d = min(decay, (1 + n) / (10 + n)). At
+    first, the average follows the model closely, so that the initial weights are soon forgotten.
 
     Args:
         model: the model that is trained, with its initial weights.
-        decay: the final share that the average keeps in each step, below 1.
+        decay: the largest value of d, below 1.
 
     Attributes:
         model: a copy of the model with the averaged weights, for inference.
-        steps: the number of steps so far, [] on the model's device, so that the host never waits for it.
+        steps: the number of steps so far, a tensor [] on the model's device, so that the host never waits for it.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -36,7 +36,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, left_out: Tensor) -> None:
-        """Include the model after a step, unless `left_out`, [] on the device, is 1: the step was skipped."""
+        """Update the average after a step, unless the step was skipped: `left_out`, a tensor [] on the device, is 1."""
         taken = 1 - left_out.to(self.steps)
         self.steps += taken
         share = taken * (1 - ((1 + self.steps) / (10 + self.steps)).clamp(max=self.decay))

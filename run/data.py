@@ -22,10 +22,10 @@ class Data:
     """Batches for training and evaluation.
 
     Attributes:
-        train: None if the run only evaluates.
-        val: the split for evaluation.
-        instances: the data whose boxes and masks AP is measured with; None for panoptic data without an instance file.
-        classes: those of the model: the checkpoint's, else those of the first data set.
+        train: the batches for training; None if the run only evaluates.
+        val: the batches for evaluation.
+        instances: the boxes and masks with which AP is measured; None for panoptic data without an instance file.
+        classes: the classes of the model, from the checkpoint; without a checkpoint, from the first data set.
         num_classes: the size of the class head.
     """
 
@@ -37,12 +37,12 @@ class Data:
 
     @property
     def datasets(self) -> list[CocoDetection]:
-        """Data sets of the run, that of training first."""
+        """Data sets of the run: for training, if it trains, and for evaluation."""
         return [loader.dataset for loader in (self.train, self.val) if loader is not None]
 
     @property
     def all_classes(self) -> Classes:
-        """Return the model's classes and those of the data: each may have some that the other does not."""
+        """Return the classes of the model and of the evaluation data; each may have classes that the other lacks."""
         return self.classes | self.val.dataset.classes
 
 
@@ -79,4 +79,5 @@ def check_trains(flags: Flags, loader: CocoLoader) -> None:
         raise InputError(f"--accum_steps {flags.accum_steps}: an epoch has only {batches}; lower it")
     if (images := len(set(dataset.ids))) < flags.batch_size * get_world_size():
         batch = counted(flags.batch_size, "image")
-        warn(f"--overfit {flags.overfit}: a batch of {batch} repeats the {images} with boxes")
+        usable = counted(images, "image has", "images have")
+        warn(f"--overfit {flags.overfit}: only {usable} boxes, so that a batch of {batch} repeats some")

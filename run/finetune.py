@@ -22,16 +22,16 @@ from util.text import counted
 HEADS = ("class_embed.", "bbox_embed.")
 CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 QUERIES = "query_embed.weight"
-BATCH_COUNTER = "num_batches_tracked"  # of trained norms; frozen ones have none, and nothing depends on it
+BATCH_COUNTER = "num_batches_tracked"  # only trained norms have this counter, and nothing depends on it
 
 
 @torch.no_grad()
 def start_from(
     model: Detector | DETRsegm, classes: Classes, checkpoint: dict[str, Any], source: str, args: argparse.Namespace
 ) -> bool:
-    """Fill a model with all weights of a checkpoint that fit it, and name those that did not.
+    """Copy all weights of a checkpoint that fit a model into it, and log the names of those that do not fit.
 
-    The checkpoint and the model may have a mask head or not.
+    Both the checkpoint and the model may be with or without a mask head.
 
     Rows of the class head are matched by the names of the classes, not by their ids; a class that the checkpoint does
     not know keeps its initial row.
@@ -40,10 +40,10 @@ def start_from(
         model: newly built.
         classes: the classes of the model.
         checkpoint: the result of `checkpoints.checkpoint.load_checkpoint`.
-        source: its name in messages.
+        source: the name of the checkpoint in messages.
         args: the model's flags, which are compared with the checkpoint's if something does not fit.
 
-    Return whether the backbone was filled.
+    Return whether all weights of the backbone were copied.
 
     Raise InputError if nothing fits.
     """
@@ -53,7 +53,7 @@ def start_from(
     theirs, ours = of_detector(checkpoint["model"]), model.detector.state_dict()
     theirs = theirs | queries_of_groups(theirs.get(QUERIES), ours[QUERIES], stored_flags(checkpoint), args)
     same_model = model_of(ours) == model_of(theirs)
-    apart = CLASS_HEAD if same_model else tuple(name for name in ours if name.startswith(HEADS))  # with another meaning
+    apart = CLASS_HEAD if same_model else tuple(name for name in ours if name.startswith(HEADS))  # not comparable
     fitting = [name for name, tensor in ours.items() if name not in apart and fits(tensor, theirs.get(name))]
     if not fitting:
         raise InputError(f"--finetune {source}: none of its weights fits this model")
@@ -71,15 +71,15 @@ def start_from(
     left_out = sorted(set(wanted) - set(fitting) - set(fresh))
     log(f"starting from {source}: {counted(len(fitting), 'tensor')}; {describe_classes(classes, rows)}")
     if fresh:
-        log(f"starting from random weights, which {source} lacks: {shortened(fresh)}")
+        log(f"starting from random weights, because {source} has none for this model: {shortened(fresh)}")
     if left_out:
         changed = "".join(f"; {flag}" for flag in changed_flags(args, checkpoint, MODEL_FLAGS))
-        warn(f"not taken over: {describe_misfits(left_out, ours, theirs)}{changed}")
+        warn(f"not copied: {describe_misfits(left_out, ours, theirs)}{changed}")
     return not any(name.startswith("backbone.0.") for name in left_out)
 
 
 def fill_head(model: DETRsegm, theirs: dict[str, Tensor], source: str) -> None:
-    """Fill the mask head with the weights of a checkpoint that fit it, and print where it starts from."""
+    """Copy the weights of a checkpoint that fit the mask head into it; log how many they are if some do not fit."""
     ours = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(DETECTOR)}
     fitting = [name for name, tensor in ours.items() if fits(tensor, theirs.get(name))]
     for name in fitting:
@@ -91,10 +91,10 @@ def fill_head(model: DETRsegm, theirs: dict[str, Tensor], source: str) -> None:
 def queries_of_groups(
     theirs: Tensor | None, ours: Tensor, stored: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, Tensor]:
-    """Return the queries of a checkpoint for a model with another number of groups (Group DETR), by their key.
+    """Return the queries of a checkpoint, by their key, for a model with another number of groups (Group DETR).
 
-    Both begin with the same groups; those that the checkpoint lacks are as in the new model. There are none if the
-    groups are as many, or not of the same size.
+    The first groups come from the checkpoint; groups that it lacks keep their initial queries. The result is empty if
+    the numbers of groups are equal, or if the sizes of the groups differ.
     """
     groups = stored.get("group_detr", 1)
     if theirs is None or groups == args.group_detr or theirs.shape[0] * args.group_detr != ours.shape[0] * groups:
@@ -104,7 +104,7 @@ def queries_of_groups(
 
 
 def has_head(weights: dict[str, Tensor], width: int) -> bool:
-    """Return whether weights contain a whole class head, whose rows a model of this width can use."""
+    """Return whether the weights contain a complete class head whose rows fit a model of this width."""
     weight, bias = (weights.get(name) for name in CLASS_HEAD)
     if weight is None or bias is None or bias.dim() != 1:
         return False
@@ -112,14 +112,14 @@ def has_head(weights: dict[str, Tensor], width: int) -> bool:
 
 
 def matching_rows(ours: Classes, theirs: Classes) -> list[tuple[int, int]]:
-    """Return the pairs of labels whose names agree, except for case and blanks."""
+    """Return the pairs (our label, their label) of classes with the same name, ignoring case and blanks."""
     label_of = {normalized(name): label for label, name in theirs.names.items()}
     pairs = [(label, label_of.get(normalized(name))) for label, name in ours.names.items()]
     return [(label, their_label) for label, their_label in pairs if their_label is not None]
 
 
 def describe_classes(classes: Classes, rows: Iterable[tuple[int, int]]) -> str:
-    """Describe which classes the head already knows, and which are new to it."""
+    """Describe which classes the class head knows from the checkpoint (`rows`), and which are new."""
     kept = {label for label, _ in rows}
     known = [name for label, name in classes.names.items() if label in kept]
     new = [name for label, name in classes.names.items() if label not in kept]
@@ -128,7 +128,7 @@ def describe_classes(classes: Classes, rows: Iterable[tuple[int, int]]) -> str:
 
 
 def describe_misfits(names: list[str], ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
-    """Describe the first few tensors with their shapes on both sides."""
+    """Describe the first few tensors with their shapes in the model and in the checkpoint."""
     shapes = ((name, shape_text(ours.get(name)), shape_text(theirs.get(name))) for name in names)
     return shortened([f"{name} is {here} in the model, {there} in the checkpoint" for name, here, there in shapes], 3)
 

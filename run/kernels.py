@@ -41,8 +41,9 @@ def keep_freed_memory() -> None:
 def compile_model(model: Detector | DETRsegm, **options: Any) -> None:
     """Compile a model's transformer in place, so that its keys stay; `options` are those of `nn.Module.compile`.
 
-    One compilation then serves images of all sizes, another one batches without padding. The backbone is not compiled:
-    its convolutions would be compiled again for every size, for minutes, and after eight sizes not any more.
+    One compilation then serves images of all sizes, and a second one serves batches without padding. The backbone is
+    not compiled: its convolutions would be compiled again for every size, which takes minutes, and torch stops doing so
+    after eight sizes.
     """
     model.detector.transformer.compile(dynamic=True, **options)
 

@@ -1,6 +1,6 @@
-"""log.txt: one line of JSON per epoch, none twice and none missing, however often a run is interrupted.
+"""log.txt: one line of JSON per epoch; interruptions of a run neither repeat nor lose a line.
 
-A log may also come from elsewhere, or be damaged: readers skip what they cannot use.
+A log may also come from elsewhere, or be damaged: readers skip lines that they cannot use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from util.files import check_folder, replacing, special_file
 from util.logger import warn
 from util.text import counted
 
-# The metrics by which models are compared, the first one that an entry has: names, and their places in the log.
+# Metrics by which models are compared, with their places (key, index) in an entry; the first that an entry has counts.
 SCORES: dict[str, tuple[str, int | str]] = {
     "PQ": ("test_PQ_all", "pq"),
     "mask AP": ("test_coco_eval_masks", 0),
@@ -30,13 +30,13 @@ LONGEST_LINE = 2**20  # bytes; an epoch takes a few thousand
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Return the entries of a log file in order, without lines that are not entries.
 
-    There are none in a missing file, nor in anything other than a file.
+    The list is empty if the file is missing, or is not a regular file.
     """
     return [entry for _, entry in _lines(Path(path)) if entry]
 
 
 def number_in(entry: dict[str, Any], key: str, index: int | str | None = None) -> float | None:
-    """Return the number that an entry has under a key, or in the list or the dict there; None if it has none."""
+    """Return the number at `entry[key]`, or at `entry[key][index]` with an index; None if there is no number."""
     value = entry.get(key)
     if isinstance(index, int):
         value = value[index] if isinstance(value, list) and len(value) > index else None
@@ -54,7 +54,7 @@ class Score(NamedTuple):
 
 
 def score_of(entry: dict[str, Any]) -> Score | None:
-    """Return the score in the entry of an epoch; None without an evaluation, or if there was nothing to find (-1)."""
+    """Return the score in the entry of an epoch; None without an evaluation, or if val has no objects (-1)."""
     for metric, place in SCORES.items():
         value = number_in(entry, *place)
         if value is not None:
@@ -73,7 +73,7 @@ def best_score(path: str | Path) -> Score | None:
 
 
 def append_log(path: str | Path, entry: dict[str, Any]) -> None:
-    """Add an entry, on the main process only."""
+    """Append an entry to a log file, on the main process only."""
     if not is_main_process():
         return
     check_folder(Path(path))
@@ -87,9 +87,9 @@ def append_log(path: str | Path, entry: dict[str, Any]) -> None:
 
 
 def trim_log(path: str | Path, epoch: int) -> None:
-    """Drop entries of `epoch` and later ones, which are about to be trained again, and lines that are not entries.
+    """Remove the entries of `epoch` and later, which will be trained again, and lines that are not entries.
 
-    Anything other than a file, such as a named pipe, is replaced by an empty log.
+    Anything other than a regular file, such as a named pipe, is replaced by an empty log.
     """
     path = Path(path)
     if not is_main_process() or not path.exists():
@@ -111,7 +111,7 @@ def trim_log(path: str | Path, epoch: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Yield the lines of a log that are not blank, ended by a line feed, each with its entry, or None."""
+    """Yield each line of a log that is not blank, with a line feed at its end, and its entry (None if it has none)."""
     if not path.exists() or special_file(path):
         return
     try:
@@ -128,7 +128,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def _without_nan(value: Any) -> Any:
-    """Return a value of an entry with null for numbers that JSON lacks: NaN and infinity."""
+    """Return a value of an entry with None in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, list):
         return list(map(_without_nan, value))
     if isinstance(value, dict):
@@ -147,5 +147,5 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file; a named pipe without a reader is an error instead of a wait."""
+    """Open a file; raise OSError for a named pipe without a reader, instead of waiting for one."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)

@@ -13,7 +13,7 @@ from util.errors import InputError
 
 
 def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
-    """Return AdamW over the trained parameters: group 0 all except the backbone's, group 1 these, decay on all."""
+    """Return AdamW for the trained parameters: group 0 without the backbone, group 1 the backbone; decay on both."""
     parameters: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_deca
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: str) -> None:
     """Restore the moments of a saved optimizer state; learning rates and decay stay those of this run.
 
-    Raise InputError if the saved one trained other parameters.
+    Raise InputError if the saved state belongs to other parameters.
     """
     state = optimizer.state_dict()
     here, there = (
@@ -33,15 +33,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
     )
     if here != there:
         raise InputError(
-            f"{source} trained {there} tensors of transformer and backbone, this run would train {here}: "
-            "--lr_backbone 0 or --backbone_weights none are given on one side only"
+            f"{source}: its run trained {there} tensors of transformer and backbone, this run would train {here}: "
+            "use --lr_backbone 0 and --backbone_weights none in both runs or in neither"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, moments in saved["state"].items():
         shape = parameters[number].shape if number < len(parameters) else None
         if moments["exp_avg"].shape != shape or moments["exp_avg_sq"].shape != shape:
             raise InputError(
-                f"{source}: the optimizer's moments number {number} do not have the shape of a trained weight"
+                f"{source}: the optimizer's moments of parameter {number} do not have the shape of a trained weight"
             )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": state["param_groups"]})
 
@@ -49,16 +49,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
 def build_schedule(optimizer: torch.optim.Optimizer, flags: Flags, start_epoch: int = 0) -> LRScheduler:
     """Return the schedule of `--lr_schedule` at `start_epoch`; call `step()` after every epoch.
 
-    The rates are those of a run from the start, bit for bit.
+    The learning rates equal those of an uninterrupted run, bit for bit.
 
-    step: a tenth of the learning rates after every `--lr_drop` epochs, as published.
-    linear: in epoch n, counted from 0, (1 - n / `--epochs`) of them.
+    step: the learning rates are multiplied by 0.1 after every `--lr_drop` epochs, as published.
+    linear: in epoch n, counted from 0, the initial learning rates are multiplied by 1 - n / `--epochs`.
     """
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     if flags.lr_schedule == "linear":
         return LambdaLR(optimizer, lambda epoch: max(1 - epoch / flags.epochs, 0), last_epoch=start_epoch - 1)
     for group in optimizer.param_groups:
-        for _ in range(max(start_epoch - 1, 0) // flags.lr_drop):  # StepLR itself steps once, into `start_epoch`
+        for _ in range(max(start_epoch - 1, 0) // flags.lr_drop):  # StepLR itself makes the drop at `start_epoch`
             group["lr"] *= 0.1
     return StepLR(optimizer, flags.lr_drop, last_epoch=start_epoch - 1)

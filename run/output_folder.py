@@ -20,10 +20,10 @@ from util.files import check_is_file, folder_checks, remove_leftovers, special_f
 from util.locks import try_lock
 from util.logger import log, warn
 
-# An evaluation has a separate lock: it writes other files than a training run, which may use the folder meanwhile.
+# An evaluation has a separate lock: it writes other files than training, which may use the folder at the same time.
 TRAINING_LOCK, EVALUATION_LOCK = ".train.lock", ".eval.lock"
 TRAINING_FILES = ("checkpoint.pth", "checkpoint_previous.pth", "checkpoint_best.pth", "log.txt")
-PATIENCE = 60  # seconds for the end of the process that holds the lock
+PATIENCE = 60  # seconds to wait until the process that holds the lock has ended
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")  # set by schedulers, which restart jobs when nobody is watching
 LONGEST_COMMAND = 200  # characters
@@ -31,12 +31,12 @@ LONGEST_COMMAND = 200  # characters
 
 @contextlib.contextmanager
 def claim_output_dir(args: argparse.Namespace) -> Iterator[Path | None]:
-    """Create the folder of `--output_dir` if necessary and keep other runs out of it within the block; None if unset.
+    """Yield the folder of `--output_dir`, created if necessary and locked against other runs; None without the flag.
 
     The main process holds the lock, and all processes wait for it. Temporary files of dead runs are removed.
 
     Raises:
-        InputError: on all processes, if another run uses the folder, or it cannot be used.
+        InputError: on all processes, if another run uses the folder, or the folder cannot be used.
     """
     if not args.output_dir:
         yield None
@@ -74,7 +74,7 @@ def make_output_dir(name: str) -> Path:
 
 
 def check_contents(folder: Path, args: argparse.Namespace) -> None:
-    """Raise InputError if a run could not write its files: for folders instead of files, and the reverse."""
+    """Raise InputError if a folder is in the place of a file that the run writes, or the reverse."""
     for path in (folder / name for name in TRAINING_FILES if not args.eval):
         if path.is_dir():
             raise InputError(f"{path}: is a folder, not a file; move it elsewhere")
@@ -104,10 +104,10 @@ class FolderLock:
         self.description = describe_this_process()
 
     def acquire(self, patience: float = 0) -> None:
-        """Take the lock, within `patience` seconds if another process holds it.
+        """Take the lock; if another process holds it, wait up to `patience` seconds.
 
         Raises:
-            InputError: if another process holds it, which the message names.
+            InputError: if another process still holds the lock; the message names that process.
         """
         deadline = time.monotonic() + patience
         waiting = False
@@ -119,14 +119,14 @@ class FolderLock:
                     f"--output_dir {self.folder}: in use by {holder}{waited}; end that run, or name another folder"
                 )
             if not waiting:
-                log(f"--output_dir {self.folder}: in use by {holder}; waiting up to {patience:g} seconds for its end")
+                log(f"--output_dir {self.folder}: in use by {holder}; waiting up to {patience:g} seconds for it to end")
             waiting = True
             time.sleep(0.5)
         folder_checks[self.folder.absolute()] = self.check
 
     def check(self) -> None:
-        """Raise InputError if the folder was deleted since the lock was taken, even if it was made again."""
-        # Some file systems change the number of a file now and then; a file with the same text is ours.
+        """Raise InputError if the folder was deleted since the lock was taken, even if it was created again."""
+        # Some file systems change the inode number of a file now and then; a file with the same text is ours.
         if self._is_in_place(self.file) or self._holder() == self.description:
             return
         user = f" and is in use by {self._holder()}" if self.path.exists() else ""
@@ -153,7 +153,7 @@ class FolderLock:
                     file.write(self.description.encode())
                     self.file = file
                     return True
-                file.close()  # its holder has deleted it at its end
+                file.close()  # the process that held the lock has deleted this file
         except OSError as error:
             raise InputError(f"--output_dir {self.folder}: not writable ({error.strerror})") from error
         return False
@@ -174,7 +174,7 @@ class FolderLock:
         return None
 
     def _is_in_place(self, file: FileIO | None) -> bool:
-        """Return whether a file, if it is open, is the one at the lock's path."""
+        """Return whether a file is open and is the one at the lock's path."""
         try:
             return file is not None and os.path.samestat(os.fstat(file.fileno()), self.path.stat())
         except (FileNotFoundError, NotADirectoryError):
@@ -183,9 +183,9 @@ class FolderLock:
             return True
 
     def _holder(self) -> str:
-        """Return the file's description of its holder, who must not call this while the file exists.
+        """Return the description that the lock's holder has written to the file.
 
-        Closing any handle of the file would release the lock.
+        The holder itself must not call this while the file exists: closing any handle of it would release the lock.
         """
         try:
             with self.path.open("rb") as file:
@@ -196,7 +196,7 @@ class FolderLock:
 
 
 def describe_this_process() -> str:
-    """Return process, host, start and command, as part of a line."""
+    """Return id, host, start time and command of this process, as part of a line."""
     command = shlex.join(sys.orig_argv)
     if len(command) > LONGEST_COMMAND:
         command = f"{command[:LONGEST_COMMAND]}.."

@@ -1,4 +1,4 @@
-"""Position of a training run within an epoch: what exact resume needs besides weights and optimizer."""
+"""Position of a training run within an epoch, which exact resume needs in addition to weights and optimizer."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from util.rng import all_rng_states, set_all_rng_states
 
 
 class Progress:
-    """Position within an epoch, and what has been gathered up to there.
+    """Position within an epoch, and the averages up to this position.
 
     Attributes:
         step: the number of finished steps of the current epoch.
-        logger: the running averages over these steps, of this process.
+        logger: the averages over these steps, on this process.
     """
 
     def __init__(self) -> None:
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        """Start an epoch with nothing gathered."""
+        """Start an epoch: no steps, and empty averages."""
         self.step = 0
         self.logger = MetricLogger()
         self.logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data; `processes` holds what differs by process, in rank order. Call this on all processes."""
+        """Return plain data; `processes` lists what differs per process, by rank. Call this on all processes."""
         mine = {"random": all_rng_states(), "meters": self.logger.state_dict()}
         return {"step": self.step, "processes": all_gather_plain(mine)}
 
     def restore(self, checkpoint: dict[str, Any], images_per_step: int, source: str) -> None:
-        """Continue from a checkpoint with this state; a published one, which has none, is the end of an epoch.
+        """Continue from a checkpoint; a published one has no position, and is from the end of an epoch.
 
         If the number of processes or their `images_per_step` changed, the position is after the images already seen.
 
         Raises:
-            InputError: if a generator does not accept its state; `source` names the checkpoint.
+            InputError: if a random generator does not accept its state; `source` names the checkpoint.
         """
         if "processes" not in checkpoint:
             return
@@ -53,9 +53,9 @@ class Progress:
                 set_all_rng_states(mine["random"])
             except (RuntimeError, ValueError) as error:
                 raise InputError(
-                    f"{source}: a random state is not one of this version's generators ({reason(error)})"
+                    f"{source}: a random state does not fit the generators of this version ({reason(error)})"
                 ) from error
             self.logger.load_state_dict(mine["meters"])
-        else:  # a process that the run did not have starts with the same names and nothing gathered
+        else:  # the saved run had fewer processes: this one starts with the same names and empty averages
             nothing = SmoothedValue().state_dict()
             self.logger.load_state_dict(dict.fromkeys(processes[0]["meters"], nothing))

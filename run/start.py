@@ -1,4 +1,4 @@
-"""Start of a run: from random weights, from another model's, or from where a checkpoint was written."""
+"""Start of a run: from random weights, from another model's weights, or from a checkpoint of the run."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ class Start:
     """Start of a run: its flags, its checkpoint and its first epoch.
 
     Attributes:
-        flags: those of the run; the ones that define the model are the checkpoint's.
+        flags: the flags of the run; flags that define the model come from the checkpoint.
         checkpoint: the checkpoint that is resumed or evaluated; None for a new training.
         source: the name of the checkpoint in messages.
-        other_model: the checkpoint from whose fitting weights a new training starts; None without one.
-        frozen: the checkpoint of the detector under a mask head that is trained alone; None without one, or if resumed.
+        other_model: the checkpoint of `--finetune`, for a new training; else None.
+        frozen: the checkpoint of `--frozen_weights`, for a new training; else None.
         epoch: the first epoch to train.
-        unlogged: the statistics of an epoch, if the run was interrupted between its checkpoint and its line in the log.
+        unlogged: the statistics of the epoch before, if the run ended after its checkpoint and before its line in the
+            log; else None.
     """
 
     flags: Flags
@@ -64,7 +65,7 @@ class Start:
 
     @property
     def given_model(self) -> tuple[Checkpoint | None, str]:
-        """The checkpoint whose classes are those of the run, and its name; None if the run chooses its classes."""
+        """The checkpoint that determines the classes of the run, and its name; None if the data do."""
         return (self.checkpoint, self.source) if self.checkpoint else (self.frozen, self.flags.frozen_weights or "")
 
     @property
@@ -81,11 +82,13 @@ class Start:
             return needed if wanted is None else wanted
         stored = num_classes_of(checkpoint, source)
         if wanted not in (None, stored):
-            raise InputError(f"--num_classes {wanted} contradicts the {counted(stored, 'class')} of {source}")
+            raise InputError(
+                f"--num_classes {wanted} contradicts the {counted(stored, 'class')} of {source}: drop the flag"
+            )
         return stored
 
     def fill(self, model: Detector | DETRsegm, classes: Classes) -> None:
-        """Give a model the initial weights of the run; those of a new training are read only by the main process.
+        """Load the initial weights of the run into a model; in a new training, only the main process reads them.
 
         Args:
             model: newly built.
@@ -98,7 +101,7 @@ class Start:
             load_model_weights(model.detector, self.frozen, self.given_model[1])
         elif flags.eval:
             warn("evaluating random weights: name a checkpoint with --resume")
-        elif is_main_process():  # which sends the model's weights to the others
+        elif is_main_process():  # the other processes receive the weights from it
             other = self.other_model
             has_backbone = other and start_from(model, classes, other, flags.finetune, flags)
             if flags.backbone_weights != "none" and not has_backbone:
@@ -137,7 +140,7 @@ def find_start(flags: Flags, output_dir: Path | None) -> Start:
 
 
 def load_detector_to_freeze(source: str) -> Checkpoint:
-    """Return the checkpoint of a detector without masks, with the flags of one with them.
+    """Return the checkpoint of a detector without masks, with the flags of a model with masks.
 
     Raises:
         InputError: if it cannot be used, or has a mask head itself.
@@ -146,7 +149,7 @@ def load_detector_to_freeze(source: str) -> Checkpoint:
     if has_masks(checkpoint["model"]):
         raise InputError(
             f"--frozen_weights {source}: already has a mask head (its detector's weights begin with detr.); "
-            "continue it by --finetune, or name a model without masks"
+            "continue its training by --finetune, or name a model without masks"
         )
     check_finite(checkpoint["model"], source)
     return checkpoint | {"args": checkpoint["args"] | {"masks": True}}
@@ -176,14 +179,14 @@ def read_checkpoint(flags: Flags) -> tuple[Checkpoint | None, str]:
 
 
 def what_to_resume(flags: argparse.Namespace) -> str:
-    """Return `--resume`; runs that torchrun may restart continue by themselves, as with "auto"."""
+    """Return the value of `--resume`; without it, "auto" for a training that torchrun may restart, else ""."""
     if flags.resume or flags.eval or not flags.output_dir:
         return flags.resume
     return "auto" if launcher.number("TORCHELASTIC_MAX_RESTARTS", 0) > 0 else ""
 
 
 def check_folder_is_new(flags: Flags) -> None:
-    """Raise InputError for a new run in the folder of another one, since it would replace its checkpoints."""
+    """Raise InputError for a new run in the folder of another run, whose checkpoints it would replace."""
     if not flags.eval and flags.output_dir and all_gather_plain(has_checkpoint(flags.output_dir))[0]:
         raise InputError(
             f"--output_dir {flags.output_dir} holds the checkpoints of a run: continue it by --resume auto, "
@@ -192,12 +195,12 @@ def check_folder_is_new(flags: Flags) -> None:
 
 
 def with_model_flags(flags: Flags, checkpoint: Checkpoint, source: str) -> Flags:
-    """Return the flags with those of the checkpoint's model, and print what that changes.
+    """Return the flags with the model flags of the checkpoint, and log those that change.
 
-    An evaluation also takes the size of images from it, unless one was set on purpose.
+    An evaluation also takes the image sizes from the checkpoint, unless the user has set one.
 
     Raises:
-        InputError: if a flag that was set on purpose contradicts the checkpoint's model; it gives both values.
+        InputError: if a flag that the user has set contradicts the checkpoint's model; the message gives both values.
     """
     stored = stored_flags(checkpoint)
     if contradictions := changed_flags(flags, checkpoint, [flag for flag in MODEL_FLAGS if flag in flags.given]):
@@ -213,7 +216,7 @@ def with_model_flags(flags: Flags, checkpoint: Checkpoint, source: str) -> Flags
 
 
 def announce(flags: Flags, checkpoint: Checkpoint, source: str) -> None:
-    """Print what is loaded, and warn about a training that continues with other flags."""
+    """Log which checkpoint is loaded, and warn if a training continues with other flags."""
     if not flags.eval and (changed := changed_flags(flags, checkpoint, TRAINING_FLAGS)):
         warn(f"continuing from {source} with other flags: {'; '.join(changed)}")
     epochs = f", {counted(checkpoint['epoch'] + 1, 'epoch')} trained" if "epoch" in checkpoint else ""
@@ -253,7 +256,7 @@ def holds_training(checkpoint: Checkpoint) -> bool:
 
 
 def first_epoch(checkpoint: Checkpoint | None, source: str, flags: Flags) -> int:
-    """Return the first epoch to train: after the checkpoint's, or `--start_epoch` if it holds only a model."""
+    """Return the first epoch to train: after the checkpoint's epoch, or `--start_epoch` if it has only a model."""
     if checkpoint and holds_training(checkpoint):
         return checkpoint["epoch"] + 1
     if checkpoint:
@@ -262,7 +265,7 @@ def first_epoch(checkpoint: Checkpoint | None, source: str, flags: Flags) -> int
 
 
 def unlogged_epoch(checkpoint: Checkpoint | None, source: str, output_dir: Path | None) -> dict[str, float] | None:
-    """Return the statistics of an epoch, if the run was interrupted between its checkpoint and its line in the log."""
+    """Return the statistics of the checkpoint's epoch if the log in the same folder lacks this epoch, else None."""
     if not checkpoint or "train_stats" not in checkpoint or not output_dir:
         return None
     logged = [entry["epoch"] for entry in read_log(output_dir / "log.txt")]

@@ -1,4 +1,4 @@
-"""The training step of training, replay and benchmark."""
+"""Training step, which training, replay and benchmark share."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Step:
 
     Args:
         model: the model, wrapped if there are several processes.
-        criterion: its losses.
-        optimizer: the optimizer of its parameters.
+        criterion: the losses of the model.
+        optimizer: the optimizer of the model's parameters.
         max_norm: gradients are clipped to this total norm; 0: no clipping.
         amp: the precision of the model's forward pass, none or a key of `AUTOCAST`.
-        accum_steps: the number of batches.
-        guard: decides about steps that are not finite; by default the first one ends the run.
+        accum_steps: the number of batches per step.
+        guard: decides what happens after a step that is not finite; by default, the first one ends the run.
         stop_request: true once this process is asked to stop.
-        average: follows the model.
+        average: the moving average of the model's weights, updated after each step; None: no average.
 
     `stopping` becomes true on all processes in the same step, once one of them is asked to stop.
     """
@@ -68,12 +68,12 @@ class Step:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
 
     def __call__(self, batches: Batches, epoch: int = 0, number: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-        """Take the step on batches that are on the device, the `number`-th of an epoch.
+        """Train on batches that are on the device, in step `number` of an epoch.
 
-        Return its losses, and 1 if it was skipped because it was not finite on some process, else 0.
+        Return the losses of the step, and 1 if it was skipped because it was not finite on some process, else 0.
 
         Raises:
-            InputError: if the previous step was skipped, and this exceeds the limit.
+            InputError: if the previous step was not finite, and this exceeds the limit of such steps.
         """
         targets = [target for _, of_batch in batches for target in of_batch]
         totals = self.criterion.totals(targets, self.device)
@@ -95,9 +95,9 @@ class Step:
     def compute_gradients(
         self, batches: Batches, totals: Totals, after_matching: Callable[[], None] = lambda: None
     ) -> dict[str, Tensor]:
-        """Add the scaled gradients of the batches to those of the parameters, and return the losses of the step.
+        """Add the scaled gradients of the batches to the parameters' gradients, and return the losses of the step.
 
-        `totals` are those of all batches; `after_matching` is called for each batch before its gradients are
+        `totals` are computed over all batches; `after_matching` is called for each batch before its gradients are
         computed, when the matching has just waited for the device.
         """
         parts: list[dict[str, Tensor]] = []
@@ -134,9 +134,9 @@ class Step:
         return {"scaler": self.scaler.state_dict(), "skipped": self.guard.skipped, **average}
 
     def restore(self, checkpoint: dict[str, Any], source: str) -> None:
-        """Continue from a checkpoint with this state; a published one has none.
+        """Restore this state from a checkpoint; published checkpoints have none.
 
-        Raise InputError if its averaged weights do not fit; `source` names it.
+        Raise InputError if the averaged weights do not fit; `source` names the checkpoint.
         """
         if self.average and "ema" in checkpoint:
             self.average.restore(checkpoint["ema"], source)
@@ -145,10 +145,10 @@ class Step:
             self.scaler.load_state_dict(checkpoint["scaler"])
 
     def settle(self) -> None:
-        """Read and handle the answers of the processes about the previous step.
+        """Read the common answers about the previous step, and act on them.
 
         Raises:
-            InputError: if it was not finite, and this exceeds the limit.
+            InputError: if the step was not finite, and this exceeds the limit of such steps.
         """
         taken, self.unsettled = self.unsettled, None
         if taken is None:
@@ -177,7 +177,7 @@ def logged_losses(losses: dict[str, Tensor], weights: dict[str, float]) -> dict[
 
 
 def sum_of_losses(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the losses of a step from those of its batches, which share their totals; errors are averaged."""
+    """Return the losses of a step: sums over its batches, which share their totals, and means of the errors."""
     if len(parts) == 1:
         return parts[0]
     totals = {name: total_of(part[name].detach() for part in parts) for name in parts[0]}

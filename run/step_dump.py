@@ -36,7 +36,9 @@ def batch(value: Any, place: str) -> tuple[Tensor, Tensor, list[dict[str, Tensor
         if target["boxes"].shape != (objects, 4) or target["image_id"].numel() != 1:
             raise InputError(f"{place}: a target's boxes, labels and image_id do not belong together")
         if "masks" in target and len(target["masks"]) != objects:
-            raise InputError(f"{place}: a target has {counted(objects, 'box')} and {len(target['masks'])} masks")
+            raise InputError(
+                f"{place}: a target has {counted(objects, 'box')} and {counted(len(target['masks']), 'mask')}"
+            )
     return images, mask, targets
 
 
@@ -66,6 +68,6 @@ def load_dump(source: str) -> dict[str, Any]:
     for _, _, targets in dump["batches"]:
         for labels in (target["labels"] for target in targets):
             if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-                raise InputError(f"{source}: a target's label is none of the model's {num_classes}")
+                raise InputError(f"{source}: a target's label is not one of the model's {num_classes} class ids")
     text(dump["args"].get("device"), f"{source}: args.device")
     return dump

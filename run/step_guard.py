@@ -43,9 +43,9 @@ class StepGuard:
         model: its weights and running statistics stay unchanged by steps that are not finite.
         max_skipped: the number of such steps in a run that are only reported; one more ends it.
         dump_dir: the folder to which the step that ends the run is written for `scripts.replay`; None: no dump.
-        description: stored in that dump next to the weights: the flags.
+        description: the flags, which are stored in this dump next to the weights.
 
-    `skipped` is the number of such steps so far.
+    `skipped` is the number of steps so far that were not finite.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class StepGuard:
         """Return two bools [] on the device: this process's step must be skipped, and it counts as a failure.
 
         Args:
-            step: stores the other arguments for a report.
-            losses: with the total `loss`.
+            step: the record of the step, which stores the other arguments for a report.
+            losses: the losses, with the total `loss`.
             norm: the total norm of the gradients.
-            scale: of the loss. float16 gradients may overflow: the scaler then tries a smaller scale, and this only
-                counts as a failure at a scale of 1.
+            scale: the scale of the loss. float16 gradients may overflow: the scaler then tries a smaller scale, and
+                this only counts as a failure at a scale of 1.
         """
         step.losses = {name: value.detach() for name, value in losses.items()} | {"gradient norm": norm}
         step.scale = scale
@@ -108,7 +108,7 @@ class StepGuard:
             warn(f"not finite in {place}, skipped ({self.skipped} of at most {self.max_skipped}): {story}")
             return
         advice = self._dump(step) + "lower --lr, or continue without such steps by --skip_nonfinite N"
-        barrier()  # the end of one process may end the others, and some still write
+        barrier()  # the end of one process may end others, which may still be writing their dump
         raise InputError(f"training diverged in {place}, weights are as before: {story}; {advice}")
 
     def _dump(self, step: TakenStep) -> str:

@@ -1,4 +1,4 @@
-"""Summary of a training run: what it achieved, where its files are, and the commands to use its model."""
+"""Summary of a training run: its best result, its files, and the commands that use its model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def summary(flags: Flags, output_dir: Path) -> list[str]:
     """Return the lines at the end of a run.
 
     Args:
-        flags: those of the run.
+        flags: the flags of the run.
         output_dir: the folder of its files.
     """
     latest, log = output_dir / "checkpoint.pth", output_dir / "log.txt"

@@ -1,4 +1,4 @@
-"""Curves and pictures of a run for TensorBoard, which is needed only here."""
+"""Curves and pictures of a run for TensorBoard, a library that only this module needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from util.logger import MetricLogger, is_shown
 from util.text import printable
 
 COCO_NUMBERS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR_1", "AR_10", "AR_100", "AR_S", "AR_M", "AR_L")
-COCO_GROUPS = {"coco_eval_bbox": "coco", "coco_eval_masks": "coco_masks"}  # the charts of the log's lists
+COCO_GROUPS = {
+    "coco_eval_bbox": "coco",
+    "coco_eval_masks": "coco_masks",
+}  # the group of charts for each list in the log
 FLUSH_SECONDS = 10  # so that curves are almost live
 PARTS = {"train": "train_", "val": "test_"}  # TensorBoard's runs, and the prefix of their keys in the log
 
@@ -27,12 +30,12 @@ class TensorBoard:
     """Writer of TensorBoard's runs: `train` and `val` per epoch, in the same charts, and `steps` per step.
 
     Args:
-        folder: None writes nothing.
-        draw: returns the pictures of an evaluation, by name.
+        folder: the folder to write to; None: nothing is written.
+        draw: returns the pictures of an evaluation, each with its name.
 
-    As a context manager, it writes everything that is still buffered at its end.
+    At the end of a `with` block, everything that is still buffered is written.
 
-    Its methods raise InputError if the folder cannot be written to, or was deleted.
+    The methods raise InputError if the folder cannot be written to, or was deleted.
     """
 
     def __init__(self, folder: Path | None, draw: Callable[[Any], Iterable[tuple[str, Image.Image]]]) -> None:
@@ -41,7 +44,7 @@ class TensorBoard:
         self.writers: dict[str, Any] = {}
 
     def begin(self, epochs: int, steps: int) -> None:
-        """Continue after `epochs` and `steps`: what an earlier run wrote beyond these is no longer shown."""
+        """Continue after `epochs` and `steps`; TensorBoard hides later values of an earlier run."""
         if self.folder:
             writer = need("torch.utils.tensorboard", "tensorboard", "--tensorboard").SummaryWriter
             for name, finished in {**dict.fromkeys(PARTS, epochs), "steps": steps}.items():
@@ -49,13 +52,13 @@ class TensorBoard:
                     self.writers[name] = writer(self.folder / name, purge_step=finished + 1, flush_secs=FLUSH_SECONDS)
 
     def write_step(self, steps: int, logger: MetricLogger) -> None:
-        """Write the averages over the latest steps, after `steps` of the run."""
+        """Write the averages over the latest steps; the run has taken `steps` in all."""
         if self.writers:
             averages = {name: meter.avg for name, meter in logger.shown().items() if meter.window}
             self._write("steps", "steps", averages, steps)
 
     def write_epoch(self, epochs: int, entry: dict[str, Any], evaluator: Any) -> None:
-        """Write the epoch's line of the log, and the pictures of its evaluation, if it had one (else None)."""
+        """Write the epoch's entry of the log, and pictures of its evaluation; `evaluator` is None without one."""
         if not self.writers:
             return
         for part, prefix in PARTS.items():

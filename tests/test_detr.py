@@ -145,7 +145,7 @@ def test_fine_tuning_from_the_other_model_takes_what_both_have(parse, capsys):
     )
     for name in ("class_embed.bias", "bbox_embed.layers.0.weight"):  # their outputs mean something else
         assert torch.equal(after[name], before[name])
-    assert "starting from random weights, which old.pth lacks: class_embed" in capsys.readouterr().out
+    assert "random weights, because old.pth has none for this model: class_embed" in capsys.readouterr().out
 
 
 def test_detections_are_the_best_class_of_each_query():

@@ -175,7 +175,7 @@ def test_flags_with_which_nothing_would_be_trained(shapes, trained, tmp_path):
 
 def test_overfitting_fewer_images_than_a_batch(shapes, tmp_path, capsys):
     train(shapes, tmp_path, "--epochs", 1, "--overfit", 2, "--eval_every", 9)
-    assert "--overfit 2: a batch of 4 images repeats the 2 with boxes" in capsys.readouterr().out
+    assert "--overfit 2: only 2 images have boxes, so that a batch of 4 images repeats some" in capsys.readouterr().out
 
 
 def test_weights_that_are_not_finite_are_not_evaluated(shapes, trained, tmp_path):

@@ -117,7 +117,7 @@ def test_a_restarted_run_waits_until_the_killed_one_is_gone(shapes, tmp_path, st
     second = start(ROOT / "main.py", *flags(shapes, "--output_dir", tmp_path, *more), TORCHELASTIC_RESTART_COUNT="1")
     line = second.stdout.readline()
     assert f"in use by process {first.pid} on " in line
-    assert "waiting up to 60 seconds for its end" in line
+    assert "waiting up to 60 seconds for it to end" in line
     workers = family(first.pid) - {first.pid}
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)
