@@ -14,7 +14,6 @@ from pathlib import Path
 if not __package__:  # run as a file: Python then searches only datasets/ for modules
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import argparse
 import colorsys
 import json
 import math
@@ -208,7 +207,6 @@ def get_parser() -> Parser:
     parser = Parser(
         prog="python -m datasets.shapes",
         description="Write a generated data set in COCO format.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--train", default=2400, type=int, help="number of training images")

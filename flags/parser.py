@@ -55,7 +55,7 @@ def of_detr(flag: str) -> str:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags; flags of the published code keep their names and defaults."""
-    parser = Parser("Conditional DETR and DETR", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Conditional DETR and DETR", add_help=False)
     add = parser.add_argument_group("training").add_argument
     add("--lr", default=1e-4, type=float, help="learning rate")
     add("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
@@ -301,7 +301,6 @@ def command_line(flags: argparse.Namespace) -> argparse.Namespace:
         usage="%(prog)s --coco_path PATH [flags]",
         description="Train and evaluate Conditional DETR and DETR.",
         parents=[get_args_parser()],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     return parse_flags(parser, None, flags)
 

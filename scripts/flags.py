@@ -62,7 +62,6 @@ def parser_of(tool: str, description: str) -> Parser:
     return Parser(
         prog=f"python -m scripts.{tool}",
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
 
@@ -98,7 +97,6 @@ def check_data() -> Parser:
         usage="python -m scripts.check_data --coco_path PATH [flags of main.py]",
         description="Check a data set before a training.",
         parents=[get_args_parser()],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
 

@@ -244,6 +244,13 @@ def test_main_answers_before_its_imports(run_light):
         assert done.stderr.splitlines() == [message]
 
 
+def test_help_shows_defaults_of_flags_with_values_only():
+    text = " ".join(get_args_parser().format_help().split())
+    assert "(default: 50)" in text
+    for misleading in ("(default: True)", "(default: False)", "(default: None)", "(default: )"):
+        assert misleading not in text  # of switches, of which --no_aux_loss stores False, and of flags that are unset
+
+
 @pytest.mark.parametrize("tool", [f"scripts.{tool}" for tool in sorted(PARSERS)])
 def test_tools_answer_before_their_imports(tool, run_light):
     done = run_light("-m", tool, "--help")

@@ -16,8 +16,18 @@ from util.preemption import stop_request
 from util.text import printable
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Formatter of help texts that adds the defaults of flags, except of switches and of flags that are unset."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.nargs == 0 or action.default in (None, "") else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors take one line."""
+    """Argument parser with defaults in the help text, whose errors take one line."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, formatter_class=HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, as argparse does."""
