@@ -37,7 +37,7 @@ def train_one_epoch(
     Return the means over steps and processes of the learning rate and of all losses, weighted and unweighted.
 
     Raises:
-        InputError: if the loss or a gradient is not finite; the weights are those before that step.
+        InputError: if the loss or a gradient is not finite; the weights are then as before this step.
     """
     return take_steps(Step(model, criterion, optimizer, max_norm), data_loader, device, epoch, Progress())
 
@@ -51,13 +51,13 @@ def take_steps(
     after_step: Callable[[], None] = lambda: None,
     later_steps: int = 0,
 ) -> dict[str, float]:
-    """Train like `train_one_epoch`, with any step function, from any position within the epoch.
+    """Train like `train_one_epoch`, with any settings of the step, from any position within the epoch.
 
     Args:
-        step: called with the batches of each step; those at the end that are too few for a step are dropped.
-        progress: the state of an interrupted epoch; the loader then yields the remaining batches.
+        step: called with the batches of each step; batches at the end that are too few for a step are dropped.
+        progress: the position within the epoch; in an interrupted epoch, the loader yields the remaining batches.
         after_step: called after every step.
-        later_steps: number of steps in the epochs after this one, for the remaining time of the run in the log.
+        later_steps: the number of steps in later epochs, for the remaining time of the run in the log.
     """
     step.model.train()
     step.criterion.train()
@@ -91,11 +91,11 @@ def evaluate(
 
     Args:
         base_ds: the ground truth, from `datasets.get_coco_api_from_dataset`; None: AP is not measured.
-        output_dir: "" writes nothing.
+        output_dir: the folder of the run; "": nothing is written.
         amp: the precision of the model's forward pass, none or a key of `AUTOCAST`.
-        panoptic: evaluator that measures panoptic quality as well.
+        panoptic: the evaluator of panoptic quality, if this is measured as well.
 
-    Return the means of all losses and, as `coco_eval_bbox`, the 12 COCO numbers; and the evaluator of AP.
+    Return a dict with the means of all losses and, as `coco_eval_bbox`, the 12 COCO numbers; and the evaluator of AP.
     """
     criterion.eval()
     logger = MetricLogger()
@@ -130,7 +130,7 @@ def detect(
     logger: MetricLogger | None = None,
     on_batch: Callable[[dict[str, Tensor], list[dict[str, Tensor]]], None] = lambda outputs, targets: None,
 ) -> None:
-    """Give evaluators a model's detections in all images, from all processes; they are not scored yet.
+    """Pass a model's detections in all images, on all processes, to evaluators, which do not score them yet.
 
     Args:
         logger: shows the progress, and the values that `on_batch` adds.
@@ -172,7 +172,7 @@ class InGroups:
 
 
 def report_skipped(data_loader: SizedIterable) -> None:
-    """Print which images the processes have skipped, if the loader's data set can skip images."""
+    """Warn about the images that the processes have skipped, if the loader's data set can skip images."""
     dataset: Any = getattr(data_loader, "dataset", None)
     take_skipped = getattr(dataset, "take_skipped", list)
     if positions := set().union(*all_gather_plain(take_skipped())):
@@ -180,6 +180,6 @@ def report_skipped(data_loader: SizedIterable) -> None:
 
 
 def to_device(samples: Any, targets: Iterable[dict[str, Tensor]], device: torch.device) -> tuple[Any, list[dict]]:
-    """Return a batch on the device; from pinned memory, this does not wait for the copy."""
+    """Copy a batch to the device and return it; with pinned memory, the host does not wait for the copy."""
     targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets]
     return samples.to(device, non_blocking=True), targets

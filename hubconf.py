@@ -1,10 +1,10 @@
-"""torch.hub entries: the published models in one line each.
+"""torch.hub entries, each of which loads a published model in one line.
 
     model = torch.hub.load("OWNER/REPOSITORY", "conditional_detr_resnet50", pretrained=True)
     outputs = model([image])  # uint8 [3, h, w], or float and normalised
 
-Models come in evaluation mode, without auxiliary outputs. torch, torchvision and scipy are all they need. Names of this
-file without an underscore are what `torch.hub.list` shows.
+Models are in evaluation mode, without auxiliary outputs, and need only torch, torchvision and scipy. `torch.hub.list`
+shows all functions of this file whose names do not begin with an underscore.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _ROOT = pathlib.Path(__file__).resolve().parent
 _MODEL_PACKAGES = ("models", "util")
 _LOADING_PACKAGES = ("checkpoints", "datasets", "flags")  # not needed by a loaded model
 _PACKAGES = (*_MODEL_PACKAGES, *_LOADING_PACKAGES)
-_NUM_CLASSES = 91  # COCO's ids run to 90
-_PANOPTIC_CLASSES = 250  # ids of stuff run to 200
-_set_aside: dict[str, types.ModuleType] = {}  # our modules, while those of another project have their names
+_NUM_CLASSES = 91  # COCO's ids end at 90
+_PANOPTIC_CLASSES = 250  # the ids of stuff end at 200
+_set_aside: dict[str, types.ModuleType] = {}  # our modules, while another project's modules have their names
 
 
 def conditional_detr_resnet50(
@@ -136,9 +136,9 @@ def _build(
 def _own_packages() -> _Iterator[None]:
     """Import the packages of this repository within the block, and free their names after it.
 
-    Many projects have packages with these names, and the program that asks for a model may have imported them, or may
-    do so later. Afterwards, our modules are therefore not in `sys.modules`; those of the model stay, since pickling a
-    model looks for them, unless the program has others with these names.
+    Many projects have packages with these names, and the program that loads a model may have imported its own, or may
+    do so later. After the block, our modules are therefore removed from `sys.modules`, except for the model's modules,
+    which pickling a model looks for; these are removed, too, if the program has its own with these names.
     """
     before = _modules()
     foreign = {name: module for name, module in before.items() if not _is_ours(before[name.partition(".")[0]])}
@@ -158,7 +158,7 @@ def _own_packages() -> _Iterator[None]:
 
 
 def _modules() -> dict[str, types.ModuleType]:
-    """Return the imported modules whose names are those of our packages, and those within them."""
+    """Return the imported modules that have the names of our packages, and their submodules."""
     return {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] in _PACKAGES}
 
 

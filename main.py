@@ -1,4 +1,4 @@
-"""Train and evaluate detectors: the outline of a run.
+"""Train and evaluate detectors: the main steps of a run.
 
 Usage:
     python main.py --coco_path /path/to/coco --output_dir output/run
@@ -67,11 +67,11 @@ __all__ = ["get_args_parser", "main", "run"]
 def main(args: argparse.Namespace) -> None:
     """Train, or with `args.eval` only evaluate.
 
-    With `args.resume`, the flags of the model come from the checkpoint. Those that were given must agree with it: the
-    flags that the command line sets and, in a namespace from Python code, those that differ from their default.
+    With `args.resume`, the flags of the model come from the checkpoint. Flags that the user has set must agree with it:
+    those on the command line or, in a namespace from Python code, those that differ from their default.
 
     Raises:
-        InputError: if flags, files or annotations are not usable; before any long work if possible.
+        InputError: if flags, files or annotations are not usable; if possible, before any long work.
         Stopped: if a signal asked the run to stop.
     """
     flags = resolve(args)
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def set_up(flags: Flags) -> torch.device:
-    """Check the flags, join the other processes, seed, choose kernels, and return the device."""
+    """Check the flags, connect to the other processes, set the seed, choose kernels, and return the device."""
     check_args(flags)
     check_device(flags.device)
     if flags.tensorboard:
@@ -152,7 +152,7 @@ def train_or_evaluate(start: Start, device: torch.device, output_dir: Path | Non
 
 
 def print_summary(flags: Flags, data: Data, model: nn.Module) -> None:
-    """Print the data and the model."""
+    """Log the data sets and the model, and warn about data that limit the results."""
     names = (flags.image_set,) if flags.eval else ("train", flags.image_set)
     for name, dataset in zip(names, data.datasets, strict=True):
         log(f"{name + ':':<7}{dataset.summary()}")
@@ -170,7 +170,7 @@ def print_summary(flags: Flags, data: Data, model: nn.Module) -> None:
 
 
 def print_training(start: Start, loader: CocoLoader) -> None:
-    """Print the size of the training, and warnings about its settings."""
+    """Log the size of the training, and warn about settings with which it learns little."""
     flags = start.flags
     accumulated = f" × {flags.accum_steps} batches" if flags.accum_steps > 1 else ""
     images = images_per_step(flags)
@@ -190,7 +190,7 @@ def print_training(start: Start, loader: CocoLoader) -> None:
 
 @record  # so that torchrun shows the error that ended a process
 def run() -> None:
-    """Run the command line: a user's mistake ends in one line, a request to stop in a special exit code."""
+    """Run the command line: report a user's mistake in one line, and a requested stop by a special exit code."""
     stop_request.install(EXIT_CODE)
     replace_unprintable_characters()
     ignore_image_warnings()
@@ -203,7 +203,7 @@ def run() -> None:
     ignore_signals()  # nothing is left to stop, and the exit code must be that of the run
     if status:
         end_now(status)
-    kill_workers()  # else the data loader would wait for each of them at exit
+    kill_workers()  # otherwise, the data loader waits for each of them at exit
     leave_process_group()
 
 

@@ -41,19 +41,19 @@ KEPT = {"conditional_detr": 10, "detr": 100}  # epochs between numbered checkpoi
 
 
 class TrainingRun:
-    """The epochs of a run, its checkpoints and its log.
+    """Training run: trains and evaluates epochs, and writes checkpoints and the log.
 
     Args:
-        start: its start.
+        start: the start of the run: flags, checkpoint and first epoch.
         loader: the batches of the training data.
         num_classes: the size of the class head.
-        model, parallel_model: the model, and the same one wrapped for several processes.
+        model, parallel_model: the model, and the same model wrapped for several processes.
         criterion: the losses.
-        device: of the model.
-        evaluate_val: evaluates a model; its first result are the statistics for the log.
-        output_dir: the folder of checkpoints and the log; None: they are not written.
+        device: the device of the model.
+        evaluate_val: evaluates a model on val; returns the statistics for the log, and the evaluator of AP.
+        output_dir: the folder for checkpoints and the log; None: they are not written.
         stop_request: true once this process is asked to stop.
-        board: receives the curves.
+        board: the writer of curves for TensorBoard.
     """
 
     def __init__(
@@ -101,10 +101,11 @@ class TrainingRun:
         )
         self.scores: list[Score] = []  # of the evaluations so far
         self.progress = Progress()
-        seed_everything(flags.seed + get_rank())  # the random numbers drawn before depend on the source of the weights
+        # Again, since the start of the run draws more or fewer random numbers, depending on the source of the weights.
+        seed_everything(flags.seed + get_rank())
 
     def train(self) -> None:
-        """Train all remaining epochs, and print how to use the model."""
+        """Train all remaining epochs, and log the commands that use the model."""
         begin = time.time()
         start = self.start
         if start.resumed is not None:
@@ -137,7 +138,7 @@ class TrainingRun:
             save_on_master(checkpoint, numbered)  # the run was interrupted before this was written
 
     def train_epoch(self, epoch: int) -> None:
-        """Train an epoch, or the rest of an interrupted one, write its checkpoint, evaluate, and log."""
+        """Train an epoch, or the rest of an interrupted epoch; write its checkpoint, evaluate, and log it."""
         begin, is_whole = time.time(), self.progress.step == 0
         self.loader.set_epoch(epoch, start=self.progress.step * self.images_per_step)
         stats = take_steps(
@@ -167,7 +168,7 @@ class TrainingRun:
         return epoch * self.steps_per_epoch + self.progress.step
 
     def after_step(self, epoch: int) -> None:
-        """Write a checkpoint every `--save_every` steps and before a requested end; write curves with each line."""
+        """Write a checkpoint every `--save_every` steps and before a requested stop, and curves per printed line."""
         if (self.progress.step - 1) % PRINT_FREQ == 0:
             self.board.write_step(self.steps_done(epoch), self.progress.logger)
         every = self.flags.save_every
@@ -178,13 +179,13 @@ class TrainingRun:
         self.end_if_asked()
 
     def end_if_asked(self) -> None:
-        """End the run on all processes, after a checkpoint."""
+        """End the run on all processes if one of them was asked to stop; call this after writing a checkpoint."""
         if self.step.stopping:
-            # Wait for the process that still writes, since the end of one process may end the others.
+            # This also waits for the process that writes, since the end of one process may end the others.
             raise Stopped(max(all_gather_plain(self.stop_request.exit_code)))
 
     def save(self, epoch: int, **more: Any) -> None:
-        """Write everything needed to resume; `epoch` is the last finished one."""
+        """Write a checkpoint with everything needed to resume; `epoch` is the last finished epoch."""
         if not self.output_dir:
             return
         checkpoint = {
@@ -204,7 +205,7 @@ class TrainingRun:
             save_on_master(checkpoint, numbered)
 
     def numbered(self, checkpoint: dict[str, Any], folder: Path) -> Path | None:
-        """Return the path of a permanent checkpoint, before a drop of the learning rate or every 10 epochs."""
+        """Return the path of a numbered checkpoint, if one is due: before a learning rate drop, or as `KEPT` says."""
         epochs = checkpoint["epoch"] + 1
         before_drop = self.flags.lr_schedule == "step" and epochs % self.flags.lr_drop == 0
         stays = before_drop or epochs % KEPT[self.flags.model] == 0
@@ -213,7 +214,7 @@ class TrainingRun:
         return folder / f"checkpoint{checkpoint['epoch']:04}.pth"
 
     def finish_epoch(self, epoch: int, entry: dict[str, Any]) -> None:
-        """Evaluate if this is due, and log the epoch; `entry` holds the results of its training."""
+        """Evaluate if this is due, and log the epoch; `entry` has the statistics of its training."""
         evaluator = None
         if (epoch + 1) % self.flags.eval_every == 0 or epoch + 1 == self.flags.epochs:
             with self.stop_request.at_once():
@@ -226,7 +227,7 @@ class TrainingRun:
             append_log(self.output_dir / "log.txt", entry | {"epoch": epoch, "n_parameters": trained})
 
     def evaluate(self) -> tuple[dict[str, Any], CocoEvaluator | None]:
-        """Return the results of the model on val; of its average, if there is one."""
+        """Evaluate the model on val, or the average of its weights with `--ema_decay`; return the results."""
         average = self.step.average
         if average is None:
             return self.evaluate_val(self.parallel_model)
@@ -235,7 +236,7 @@ class TrainingRun:
         return self.evaluate_val(average.model)
 
     def save_if_best(self, score: Score | None) -> None:
-        """Keep the model, or its average, for inference if no score on val was as high; None: nothing was measured."""
+        """Write checkpoint_best.pth if no earlier score on val was as high; `score` is None if there is none."""
         if score is None:
             return
         if self.output_dir and all(score.value > earlier.value for earlier in self.scores):
@@ -246,7 +247,7 @@ class TrainingRun:
         self.scores.append(score)
 
     def out_of_patience(self) -> bool:
-        """Return whether the last `--patience` evaluations were not better than an earlier one, and say so."""
+        """Return whether the last `--patience` evaluations were not better than an earlier one; if so, log it."""
         patience, scores = self.flags.patience, self.scores
         if not patience or not scores:
             return False
@@ -266,6 +267,6 @@ def images_per_step(flags: Flags) -> int:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of all parameters and of the trained ones."""
+    """Return the number of all parameters and the number of trained parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
