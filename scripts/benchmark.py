@@ -5,8 +5,8 @@ Usage:
     python -m scripts.benchmark --parts counts        # parameters and multiply-adds of all models, in seconds
     python -m scripts.benchmark --variants r50 r50dc5 r101 r101dc5 --parts inference --json speed.json
 
-Competitors take turns, and medians are shown, because machines are noisy: Hugging Face `transformers` (R50), and on
-CPUs the models' ONNX files in ONNX Runtime and OpenVINO. Weights and images are random.
+Since the speed of machines varies, all competitors run in turns, and medians are shown. Competitors are Hugging Face
+`transformers` (R50) and, on CPUs, the models' ONNX files in ONNX Runtime and OpenVINO. Weights and images are random.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe_machine(device: torch.device, precisions: list[str]) -> dict[str, Any]:
-    """Return what the numbers depend on, and the measured rates of large matrix products."""
+    """Return the hardware and versions that the numbers depend on, and the measured rates of large matrix products."""
     names = [line for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
     cpu = names[0].split(":")[1].strip() if names else platform.processor()
     size = 8192 if device.type == "cuda" else 2048
@@ -110,8 +110,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def count_gflop(variant: str, size: tuple[int, int]) -> float:
-    """Return the multiply-adds per image × 2 / 10⁹, counted in training mode, whose operators all have a known cost."""
-    meta = torch.device("meta")  # shapes without values, so that nothing is computed
+    """Return GFLOP per image: 2 × multiply-adds / 10⁹, counted in training mode, whose operators have known costs."""
+    meta = torch.device("meta")  # tensors with shapes but without values, so that nothing is computed
     model, _ = build(variant, meta)
     model.train().requires_grad_(True)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -125,7 +125,7 @@ def count_parameters(model: nn.Module) -> float:
 
 
 def count_models(flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the parameters and multiply-adds of all models, for one image, and the published ones."""
+    """Return parameters and multiply-adds per image of all models, next to the published numbers."""
     rows = []
     for variant, (parameters, multiply_adds) in PUBLISHED.items():
         model, _ = build(variant, torch.device("meta"))
@@ -158,7 +158,7 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
     runs = {(amp, kind): inference(model, image, amp) for amp in flags.amp for kind, model in models.items()}
     if "none" in flags.amp:
         runs["none", ", attention weights in full"] = sdpa_kernel(SDPBackend.MATH)(runs["none", ""])
-    if "bf16" in flags.amp:  # weights that the forward passes do not have to convert
+    if "bf16" in flags.amp:  # with these weights, forward passes need no conversion
         converted = build(variant, device, "--no_aux_loss")[0].eval().bfloat16()
         runs["bf16", ", weights in bfloat16"] = inference(converted, image, "none")
     makers = {"transformers": inference_of_transformers}

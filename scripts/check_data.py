@@ -1,9 +1,9 @@
-"""Check a data set before a training: what it holds, what will be left out, what is suspicious, how it looks.
+"""Check a data set before a training: count its objects, find mistakes, and draw some images with their objects.
 
     python -m scripts.check_data --coco_path /path/to/coco --output_dir output/check_data
 
-It takes main.py's flags; those of data, batches and model sizes count. It prints a report, and writes a page of
-pictures with boxes for each split. Every image is read. The exit code is 1 if some cannot be.
+The tool takes main.py's flags, and uses those for data, batches and model sizes. It reads every image, prints a report,
+and writes a page of pictures with boxes for each split. The exit code is 1 if some images cannot be read.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from util.logger import log, warn
 from util.text import counted
 
 PICTURES, COLUMNS = 12, 4  # per page
-FEW_BOXES = 10  # per class: fewer are hardly enough to learn it
-BATCHES = 2_000  # that are drawn to estimate the padding
+FEW_BOXES = 10  # fewer boxes of a class are hardly enough to learn it
+BATCHES = 2_000  # random batches that estimate the padding
 MOST_LINES = 10  # per list
-AREAS = (32**2, 96**2)  # COCO's bounds between small, medium and large
+AREAS = (32**2, 96**2)  # COCO's bounds between small, medium and large objects, in pixels
 
 
 @dataclass
@@ -60,10 +60,10 @@ class Split:
     """Findings in one split.
 
     Attributes:
-        sizes: [M, 2] width and height of the images, 0 if they cannot be read.
-        digests: hashes of the image files, by position; None if there is no file.
+        sizes: [M, 2], width and height of the images, 0 for images that cannot be read.
+        digests: a hash per image file, None for images that cannot be read.
         unreadable: the problem of each image that cannot be used.
-        notes: name and notes of each image that can be used.
+        notes: the name of each image, and notes on how it was read.
     """
 
     name: str
@@ -75,11 +75,11 @@ class Split:
 
     @cached_property
     def targets(self) -> np.ndarray:
-        """Mask [N] of the objects that become targets."""
+        """Mask [N] over all objects: those that training or evaluation uses as targets."""
         return self.dataset.visible_objects()[1]
 
     def boxes_of(self, label: int) -> tuple[int, int]:
-        """Return the number of targets of a class, and the number of images that have one."""
+        """Return the number of targets of a class, and the number of images with such targets."""
         of_class = self.targets & (self.dataset.records.objects.labels == label)
         return int(of_class.sum()), len(np.unique(self.dataset.records.image_of_object[of_class]))
 
@@ -124,7 +124,7 @@ def look_through(name: str, dataset: CocoDetection) -> Split:
 
 
 def unlearnable(dataset: CocoDetection, index: int, picture: Picture) -> Iterator[str]:
-    """Yield a note on an image of panoptic data that lists segments of which nothing is learned."""
+    """Yield a note on an image of panoptic data if some of its segments cannot become targets."""
     if isinstance(dataset, PanopticDetection):
         listed, learned = dataset.records.objects_of(index).labels, dataset.target_of(index, *picture.size)["labels"]
         if missing := len(listed) - len(learned):
@@ -132,7 +132,7 @@ def unlearnable(dataset: CocoDetection, index: int, picture: Picture) -> Iterato
 
 
 def describe(split: Split, args: Flags) -> Iterator[str]:
-    """Yield the report's lines on one split: images, boxes, what is left out, sizes, padding."""
+    """Yield the report's lines on one split: images, targets, annotations that are left out, areas, padding."""
     dataset, records = split.dataset, split.dataset.records
     visible, targets = dataset.visible_objects()
     counts = np.bincount(records.image_of_object[targets], minlength=len(dataset))
@@ -162,7 +162,7 @@ def describe(split: Split, args: Flags) -> Iterator[str]:
 
 
 def describe_sizes(sizes: np.ndarray) -> str:
-    """Describe the sizes of images, [M, 2], in a few words."""
+    """Describe the smallest and the largest of the sizes [M, 2] of images."""
     if len(sizes) == 0:
         return "none of which can be read"
     by_area = sorted({tuple(size) for size in sizes.tolist()}, key=lambda size: size[0] * size[1])
@@ -205,7 +205,7 @@ def class_table(train: Split, val: Split) -> Iterator[str]:
 
 
 def suspect(train: Split, val: Split, args: Flags) -> Iterator[str]:
-    """Yield a line for everything that is wrong, or may be."""
+    """Yield a line for everything in the data that is wrong or may be wrong."""
     for split in (train, val):
         if bad := split.unreadable:
             yield f"{counted(len(bad), f'{split.name} image')} cannot be used: {listed(bad)}"
@@ -227,7 +227,8 @@ def suspect(train: Split, val: Split, args: Flags) -> Iterator[str]:
         classes = counted(len(few), "class has", "classes have")
         yield f"{classes} fewer than {FEW_BOXES} boxes to learn from: {listed(few)}"
     if unscored := [named(label) for label, (n, m) in counts.items() if n and not m]:
-        yield f"AP says nothing of {counted(len(unscored), 'class')} without a box in the val split: {listed(unscored)}"
+        classes = counted(len(unscored), "class that has", "classes that have")
+        yield f"AP leaves out {classes} no box in the val split: {listed(unscored)}"
     others = val.dataset.classes.names.keys() - train.dataset.classes.names.keys()
     if unknown := [val.dataset.classes.name_of(label) for label in sorted(others) if val.boxes_of(label)[0]]:
         classes = counted(len(unknown), "class of the val split is", "classes of the val split are")
@@ -246,7 +247,7 @@ def listed(texts: Sequence[str]) -> str:
 
 
 def write_page(split: Split, folder: Path) -> Path:
-    """Write a page of random images that have boxes, with these, as `folder`/{split}.jpg."""
+    """Write a page of random images with their boxes as `folder`/{split}.jpg; images without boxes are left out."""
     dataset = split.dataset
     readable = np.flatnonzero(split.sizes[:, 0])
     shown = np.intersect1d(np.unique(dataset.records.image_of_object[split.targets]), readable).tolist()

@@ -2,8 +2,8 @@
 
     python -m scripts.convergence --runs output/convergence
 
-It reads DIR/MODEL/seed*/log.txt, draws AP over epochs into DIR/convergence.png and .svg, and writes two tables into
-DIR/convergence.md: AP at equal epochs, and epochs until equal AP. `scripts/convergence.sh` makes such runs.
+The tool reads DIR/MODEL/seed*/log.txt, draws AP over epochs into DIR/convergence.png and .svg, and writes two tables
+into DIR/convergence.md: AP at equal epochs, and epochs until equal AP. `scripts/convergence.sh` makes such runs.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from util.errors import InputError
 from util.files import replacing
 from util.text import counted
 
-NAMES = MODEL_NAMES | {"group_detr": "Group DETR"}  # by folder
-MOST_ROWS = 12  # of the table of AP at equal epochs
+NAMES = MODEL_NAMES | {"group_detr": "Group DETR"}  # by the name of the folder
+MOST_ROWS = 12  # in the table of AP at equal epochs
 
 
 class Curve(NamedTuple):
-    """AP of a model's runs on val: S seeds, evaluated after E epochs.
+    """AP on val of a model's runs with S seeds, after each of E epochs.
 
-    epochs: [E], counted from 1; those that all runs have.
-    aps: [S, E].
+    epochs: [E], the epochs, counted from 1, in which all runs were evaluated.
+    aps: [S, E], AP of each run after each epoch.
     """
 
     epochs: np.ndarray
@@ -53,10 +53,10 @@ class Curve(NamedTuple):
 
 
 def read_curves(runs: Path) -> dict[str, Curve]:
-    """Return a curve per model of which all runs have been evaluated, in the order of the folders' names.
+    """Return the curves of all models whose runs have been evaluated after a common epoch, sorted by folder name.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no such model.
     """
     curves = {}
     for folder in sorted({log.parent.parent for log in runs.glob("*/seed*/log.txt")}):
@@ -110,18 +110,18 @@ def tables(curves: dict[str, Curve]) -> str:
 
 
 def describe(values: np.ndarray) -> str:
-    """Return the mean and the range of some values of AP."""
+    """Return the mean and the range of values of AP."""
     return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 
 def describe_epochs(epochs: Sequence[float], last: int) -> str:
-    """Return the range of the epochs at which runs reached something; infinity: not until the last one."""
+    """Return the range of the epochs in which runs reached an AP; infinity: not until the last epoch."""
     low, high = (f"more than {last}" if np.isinf(epoch) else str(int(epoch)) for epoch in (min(epochs), max(epochs)))
     return low if low == high else f"{low} to {high}"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table."""
+    """Return the lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 

@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def convert(source: str, target: Path, to: str) -> None:
-    """Write the model of `source`, as `load_checkpoint` reads it, to `target`, in a format of `SUFFIXES`.
+    """Write the model of `source`, anything that `load_checkpoint` reads, to `target`, in a format of `SUFFIXES`.
 
     Raises:
-        InputError: if the target exists or has the wrong suffix, the source is not usable, or the format cannot hold
-            its model.
+        InputError: if the target exists or has the wrong suffix, the source is not usable, or the format does not
+            support its model.
     """
     check_target(target, to)
     checkpoint = load_checkpoint(source)
@@ -60,11 +60,11 @@ def convert(source: str, target: Path, to: str) -> None:
 
 
 def check_target(target: Path, to: str) -> None:
-    """Raise InputError for a target that exists, except for an empty folder to fill, or has another format's suffix."""
+    """Raise InputError if the target exists and is not an empty folder, or if its suffix is not the format's."""
     if SUFFIXES[to] and target.suffix != SUFFIXES[to]:
         raise InputError(f"{target}: --to {to} writes a file, name it *{SUFFIXES[to]}")
     if target.exists() and (SUFFIXES[to] or not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists already; move it away or name another")
+        raise InputError(f"{target}: exists already; move it away, or name another target")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m scripts.demo_pictures --output_dir output/demo
 
-It reads checkpoint.pth and log.txt in the run's folder, and writes predictions.png, curves.png and curves.svg there.
+The tool reads checkpoint.pth and log.txt in the run's folder, and writes predictions.png, curves.png and curves.svg
+there.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from scripts.plot_logs import plot_logs
 from util.command import run_command
 from util.files import replacing
 
-PICTURES, COLUMNS = 6, 2  # of the page, each the ground truth and the detections of an image
-SIDE = 320  # pixels, the long side of both
+PICTURES, COLUMNS = 6, 2  # of the page; a picture shows an image twice: with ground truth, and with detections
+SIDE = 320  # pixels, the long side of an image
 
 
 def draw_predictions(run: Path, threshold: float) -> Path:
-    """Draw the first val images with several objects and with one: ground truth, next to it detections above a score.
+    """Draw the first val images with several objects and with one object: ground truth next to detections.
 
-    After a few minutes of training, the model still finds some objects twice: of detections that overlap by half, only
-    the best is drawn.
+    After a few minutes of training, the model still finds some objects twice. Therefore, if detections of a class
+    overlap with an IoU above 0.5, only the best of them is drawn.
     """
     detector = load_detector(str(run / "checkpoint.pth"))
     dataset = build_dataset("val", detector.args)

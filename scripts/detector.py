@@ -1,4 +1,4 @@
-"""Detector: a trained model with everything needed to find objects in images, the basis of the tools in this folder."""
+"""Detector: a trained model with everything needed to find objects in images; most tools in this folder use it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Detector:
     """A model in evaluation mode, without auxiliary outputs.
 
     Attributes:
-        classes: the classes of its labels.
-        args: the flags of its training, completed by the current defaults.
+        classes: the classes of the model's labels.
+        args: the flags of the model's training, completed by the current defaults.
     """
 
     model: detector.Detector | DETRsegm
@@ -58,17 +58,17 @@ class Detector:
         return F.resize(image, [height, width])
 
     def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Return the detections in uint8 images [3, h, w] of any sizes: like `PostProcess`, in pixels, on the CPU.
+        """Return the detections in uint8 images [3, h, w] of any sizes: a dict per image as from `PostProcess`.
 
-        Those of a model with masks also have `codes`: COCO's run-length codes of the N masks, in the images' sizes.
-        Those of a panoptic model also have `panoptic`, a result of `PostProcessPanoptic`.
+        Boxes are in pixels, and tensors are on the CPU. A model with masks adds `codes`: COCO's run-length codes of the
+        N masks at the image's size. A panoptic model adds `panoptic`, a result of `PostProcessPanoptic`.
         """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         return self.detect([self.resize(image) for image in images], sizes)
 
     @torch.inference_mode()
     def detect(self, resized: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Return the same for images that `resize` has prepared; `sizes` are their (height, width) before it."""
+        """Return the detections in images that `resize` has resized; `sizes` are their (height, width) before it."""
         outputs = self.model([image.to(self.device) for image in resized])
         of_images = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
         codes = self.codes(outputs, of_images, resized, sizes)
@@ -88,7 +88,7 @@ class Detector:
         resized: Sequence[Tensor],
         sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, Any]]:
-        """Return {"codes": the N codes} for each image, {} for a model without masks."""
+        """Return {"codes": run-length codes of the N masks} per image; {} per image for a model without masks."""
         if self.postprocess_masks is None:
             return [{} for _ in of_images]
         in_batch = [image.shape[1:] for image in resized]
@@ -100,10 +100,11 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
     """Return the detector of a checkpoint.
 
     Args:
-        source: as for `checkpoints.checkpoint.load_checkpoint`: a file, a folder, a URL or a hub entry's name.
+        source: a file, a folder, a URL or a hub entry's name, as for `checkpoints.checkpoint.load_checkpoint`.
+        device: the device of the model.
 
     Raises:
-        InputError: if there is no checkpoint, its weights do not fit its flags, or there is no such device.
+        InputError: if there is no checkpoint, its weights do not fit its flags, or the device cannot be used.
     """
     check_device(str(device))
     try:
@@ -114,7 +115,7 @@ def load_detector(source: str, device: str | torch.device = "cpu") -> Detector:
 
 
 def build_detector(checkpoint: dict[str, Any], source: str, device: str | torch.device = "cpu") -> Detector:
-    """Return the detector of a checkpoint that is already loaded; `source` names it in errors."""
+    """Return the detector of a checkpoint that is already loaded; `source` names the checkpoint in errors."""
     check_finite(checkpoint["model"], source)
     args = resolve(argparse.Namespace(**checkpoint["args"]), aux_loss=False)
     check_stored_flags(args, source)

@@ -1,10 +1,10 @@
-"""Write a model as ONNX, if ONNX Runtime, or other software that is asked for, computes the same outputs as PyTorch.
+"""Export a model to ONNX, after checking that ONNX Runtime or OpenVINO computes the same outputs as PyTorch.
 
     python -m scripts.export_onnx --checkpoint CKPT|conditional_detr_resnet50 --output model.onnx [--postprocess]
         [--check_with onnxruntime openvino]
 
-The file takes uint8 images, which it normalises itself, and their padding mask; batch, height and width are free. It
-holds the names and ids of the classes and the size of images that the model expects. `scripts/onnx_example.py` runs it.
+The file takes uint8 images, which it normalises itself, and their padding mask, with any batch size, height and width.
+Its metadata give the names and ids of the classes and the expected image size. `scripts/onnx_example.py` runs it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from util.errors import InputError
 from util.files import replacing
 from util.nested_tensor import NestedTensor
 
-OPSET = 17  # the first with LayerNormalization
+OPSET = 17  # the first version with LayerNormalization
 FOLDED = "folded_weight", "folded_bias"  # names of initializers, by which quantizers find weights
-# Tolerance for sums in another order, in logits, scores, and boxes relative to the image. The norms amplify rounding:
-# PyTorch's own logits differ from those in 64 bits by up to 6e-5.
+# Tolerance of logits, scores, and boxes relative to the image, since runtimes add numbers in another order. The norms
+# amplify rounding: PyTorch's own logits differ from its logits in float64 by up to 6e-5.
 TOLERANCE = 1e-3
 BATCH_SIZES = (1, 2)
 SIZES = ((96, 128), (104, 112), (165, 131))  # height and width
@@ -57,7 +57,7 @@ PAPERS = {
 DOCUMENTATION = {
     "images": "uint8 RGB [B, 3, H, W], resized to the metadata's min_size and max_size; normalised inside",
     "padding_mask": "[B, H, W], True where an image is padded, at its right and bottom, to the batch's size",
-    "target_sizes": "[B, 2], the (height, width) that the boxes refer to: that of the original images",
+    "target_sizes": "[B, 2], the (height, width) of the original images, to which the boxes refer",
     "pred_logits": "[B, Q, K]; scores of labels are the sigmoids, or in DETR the softmax without the last, no object",
     "pred_boxes": "[B, Q, 4], (centre x, centre y, width, height) relative to the image without padding",
     "pred_masks": "[B, Q, H / 4, W / 4], logits of the queries' masks, for the padded image",
@@ -68,7 +68,7 @@ DOCUMENTATION = {
 
 
 class ExportedModel(nn.Module):
-    """A model as the file computes it: tensors in, tensors out, and the mask is always used."""
+    """Model in the form that is exported: inputs and outputs are tensors, and the padding mask is always used."""
 
     def __init__(self, model: detector.Detector | DETRsegm, postprocess: PostProcess | None) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class ExportedModel(nn.Module):
 
 @torch.no_grad()
 def fix_folded_weights(model: nn.Module) -> None:
-    """Keep the weights that norms and convolutions fold to, so that the file holds the result, not its computation."""
+    """Compute the weights of convolutions with folded norms once, so that the file contains only the results."""
     for body in model.modules():
         if not isinstance(body, FoldedBody):
             continue
@@ -106,12 +106,12 @@ def fix_folded_weights(model: nn.Module) -> None:
 
 
 def _kept(conv: FoldedConv2d, *_terms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `fix_folded_weights` keeps."""
+    """Return the weight and the bias that `fix_folded_weights` has computed."""
     return attrgetter(*FOLDED)(conv)
 
 
 def example_inputs(batch_size: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random images, masks that leave less of each further image, and sizes."""
+    """Return random images [B, 3, H, W], masks with more padding from image to image, and sizes [B, 2]."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (batch_size, 3, height, width), dtype=torch.uint8, generator=generator)
     padding = torch.zeros(batch_size, height, width, dtype=torch.bool)
@@ -124,7 +124,7 @@ def example_inputs(batch_size: int, height: int, width: int, seed: int = 0) -> t
 def nearest_neighbours(graph: Any, x: Any, size: Any, *_scales: Any) -> Any:
     """Compute `interpolate(mode="nearest")` with the same indices as PyTorch.
 
-    ONNX's Resize divides by the inverse of the ratio, whose rounding leads to the neighbouring pixel for some sizes.
+    ONNX's Resize divides by the inverse of the ratio; for some sizes, its rounding selects the neighbouring pixel.
     """
 
     def constant(value: float, dtype: torch.dtype) -> Any:
@@ -141,9 +141,9 @@ def nearest_neighbours(graph: Any, x: Any, size: Any, *_scales: Any) -> Any:
 
 
 def export(exported: ExportedModel) -> bytes:
-    """Return the contents of the file, without documentation.
+    """Return the contents of the ONNX file, without documentation.
 
-    They come from the tracing exporter, which all versions of PyTorch since 2.6 have; the newer one fails on older
+    This uses the tracing exporter, which all versions of PyTorch since 2.6 have; the newer exporter fails on older
     versions.
     """
     free = {"images": {0: "batch", 2: "height", 3: "width"}, "padding_mask": {0: "batch", 1: "height", 2: "width"}}
@@ -168,7 +168,7 @@ def export(exported: ExportedModel) -> bytes:
 
 @torch.no_grad()
 def describe(model: Any, exported: ExportedModel, detector: Detector) -> None:
-    """Add documentation for its users to an `onnx.ModelProto`."""
+    """Add shapes, documentation and metadata to `model`, an `onnx.ModelProto`."""
     outputs = exported(*example_inputs(1, 64, 96)[: len(exported.inputs)])
     for value, tensor in zip(model.graph.output, outputs, strict=True):
         for dim, size in zip(value.type.tensor_type.shape.dim[1:], tensor.shape[1:], strict=True):
@@ -193,11 +193,12 @@ def check(compute: Compute, title: str, exported: ExportedModel) -> None:
     """Compare a runtime's outputs with PyTorch's; print a line for each batch size and image size.
 
     Args:
-        compute: the runtime's function of the file.
+        compute: runs the file in the runtime.
         title: the runtime's name.
+        exported: the model in PyTorch.
 
     Raises:
-        InputError: for a difference beyond `TOLERANCE`.
+        InputError: if outputs differ by more than `TOLERANCE`.
     """
     print(f"largest differences between {title} and PyTorch (tolerance: {TOLERANCE:g})")
     for batch_size in BATCH_SIZES:
@@ -214,9 +215,9 @@ def check(compute: Compute, title: str, exported: ExportedModel) -> None:
 
 @torch.no_grad()
 def compare(exported: ExportedModel, found: dict[str, Tensor], inputs: Sequence[Tensor]) -> Iterator[tuple[str, float]]:
-    """Yield the largest difference between the file's and the model's values of each output.
+    """Yield each output's name, and the largest difference between the runtime's values (`found`) and PyTorch's.
 
-    Detections with nearly equal scores may swap places: each is compared with the nearest one of its label.
+    Detections with nearly equal scores may swap places: each is compared with the nearest detection of its label.
     """
     images, padding, *_ = inputs
     expected = exported.model(NestedTensor(images, padding))

@@ -1,6 +1,6 @@
 """The flags of the tools in this folder.
 
-They are separate from the tools and import nothing slow, so that --help and wrong flags are answered at once.
+This module is separate from the tools and imports nothing slow, so that --help and wrong flags are answered at once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from util.errors import InputError
 
 VARIANTS = tuple(f"{model}{name}" for model in ("", "detr_") for name in ("r50", "r50dc5", "r101", "r101dc5"))
 PARTS = ("counts", "inference", "training", "masks", "data", "evaluator")  # of the benchmark
-RUNTIMES = ("onnxruntime", "openvino")  # of ONNX files
+RUNTIMES = ("onnxruntime", "openvino")  # packages that run ONNX files
 FORMATS = ("transformers", "safetensors", "checkpoint")
 CHECKPOINT = "a checkpoint, a URL or a hub entry's name"
-MAX_DETECTIONS = "maximum number of detections per image; unset: that of its training"
+MAX_DETECTIONS = "maximum number of detections per image; unset: as in the model's training"
 
 
 def parse_flags(
@@ -74,19 +74,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def benchmark() -> Parser:
     """Return the flags of `scripts.benchmark`."""
-    parser = parser_of("benchmark", "Measure the speed of the models, next to other software that is installed.")
+    parser = parser_of("benchmark", "Measure the speed of the models, in turns with other installed software.")
     add = parser.add_argument
-    add("--parts", nargs="+", default=[*PARTS], choices=PARTS, help="what to measure")
+    add("--parts", nargs="+", default=[*PARTS], choices=PARTS, help="parts of the benchmark to run")
     add("--variants", nargs="+", default=["r50"], choices=VARIANTS, help="models to measure")
     add_device(parser)
-    add("--size", nargs=2, type=int, default=(800, 1066), metavar=("HEIGHT", "WIDTH"), help="of images")
-    add("--batch_sizes", nargs="+", type=int, default=[2], help="images of a training step")
+    add("--size", nargs=2, type=int, default=(800, 1066), metavar=("HEIGHT", "WIDTH"), help="size of images")
+    add("--batch_sizes", nargs="+", type=int, default=[2], help="images per training step")
     add("--group_detr", nargs="+", type=int, default=[1], help="groups of queries in a training step (Group DETR)")
     add("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16", "fp16"), help="precisions")
     add("--compile", action="store_true", help="also measure compiled models")
-    add("--no_peer", action="store_true", help="without transformers, ONNX Runtime and OpenVINO")
-    add("--repeats", type=int, default=5, help="measurements, whose median is reported")
-    add("--json", help="file for the numbers")
+    add("--no_peer", action="store_true", help="do not measure transformers, ONNX Runtime and OpenVINO")
+    add("--repeats", type=int, default=5, help="number of measurements, whose median is reported")
+    add("--json", help="file to which the numbers are written")
     return parser
 
 
@@ -102,10 +102,10 @@ def check_data() -> Parser:
 
 def convert() -> Parser:
     """Return the flags of `scripts.convert`."""
-    parser = parser_of("convert", "Convert a model to another format, without what only its training needs.")
+    parser = parser_of("convert", "Convert a model to another format; data that only training needs are left out.")
     add = parser.add_argument
     add("source", metavar="SRC", help="a checkpoint, .safetensors file, transformers folder, URL or hub name")
-    add("target", metavar="DST", type=Path, help="what to write: a new file, or a new or empty folder")
+    add("target", metavar="DST", type=Path, help="target: a new file, or a new or empty folder")
     add(
         "--to",
         required=True,
@@ -119,7 +119,7 @@ def convert() -> Parser:
 def convergence() -> Parser:
     """Return the flags of `scripts.convergence`."""
     parser = parser_of("convergence", "Compare how fast models learn: a figure and tables of AP over epochs.")
-    help_text = "folder with the runs in MODEL/seed*, and for the results"
+    help_text = "folder with the runs in MODEL/seed*; the results are written there, too"
     parser.add_argument("--runs", default="output/convergence", type=Path, metavar="DIR", help=help_text)
     return parser
 
@@ -156,14 +156,24 @@ def plot_attention() -> Parser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help=CHECKPOINT)
-    add("--compare", default=None, metavar="CHECKPOINT", help="a second model: its attention to the same objects")
-    add("--image", required=True, type=Path, help="the image file to look at")
+    add(
+        "--compare",
+        default=None,
+        metavar="CHECKPOINT",
+        help="second model, whose attention to the same objects is drawn, too",
+    )
+    add("--image", required=True, type=Path, help="image file")
     add("--output", default="attention.png", type=Path, help="the picture to write; its suffix sets the format")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--top", default=3, type=int, metavar="N", help="draw the queries of the N best detections")
     which.add_argument("--queries", nargs="+", type=int, metavar="Q", help="draw these queries, counted from 0")
     add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
-    add("--layer", default=-1, type=int, help="from 0, or from -1 backwards; in layer 0, content holds positions too")
+    add(
+        "--layer",
+        default=-1,
+        type=int,
+        help="decoder layer, from 0, or backwards from -1; in layer 0, content includes positions",
+    )
     add_device(parser)
     return parser
 
@@ -171,7 +181,7 @@ def plot_attention() -> Parser:
 def plot_logs() -> Parser:
     """Return the flags of `scripts.plot_logs`."""
     parser = parser_of("plot_logs", "Draw the loss and AP curves of runs.")
-    help_text = "--output_dir of a run, a log file, a URL, or a hub entry's name for DETR's published log"
+    help_text = "--output_dir of a run, a log file, its URL, or the name of a hub entry of DETR for its published log"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=help_text)
     parser.add_argument("--output", default="curves", type=Path, help="the pictures' path, without .png and .svg")
     return parser
@@ -183,13 +193,13 @@ def predict() -> Parser:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="images, videos, folders, or patterns such as 'photos/*.jpg'")
     add("--checkpoint", required=True, help=CHECKPOINT)
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for what is found")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for detections, pictures and gallery")
     add("--threshold", default=0.3, type=float, help="lowest score in pictures, and at first in the gallery")
-    add("--panoptic_threshold", default=None, type=float, help="lowest score of a segment; unset: that of the model")
-    add("--annotations", default=None, metavar="FILE", help="COCO JSON file that gives image ids; images as stored")
-    add("--every", default=1, type=int, metavar="N", help="of videos, take every N-th frame")
-    add("--min_size", default=None, type=int, help="short side for the model; unset: that of its training")
-    add("--max_size", default=None, type=int, help="largest long side; unset: that of its training")
+    add("--panoptic_threshold", default=None, type=float, help="lowest score of a segment; unset: the model's own")
+    add("--annotations", default=None, metavar="FILE", help="COCO JSON file with image ids; images are not turned")
+    add("--every", default=1, type=int, metavar="N", help="use every N-th frame of videos")
+    add("--min_size", default=None, type=int, help="short side of resized images; unset: as in the model's training")
+    add("--max_size", default=None, type=int, help="maximum long side; unset: as in the model's training")
     add("--max_detections", default=None, type=int, help=MAX_DETECTIONS)
     add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
     add("--batch_size", default=4, type=int, help="images per forward pass")
@@ -201,7 +211,7 @@ def predict() -> Parser:
 def replay() -> Parser:
     """Return the flags of `scripts.replay`."""
     parser = parser_of("replay", "Repeat a training step that was not finite.")
-    parser.add_argument("dump", help="the file that the run left")
+    parser.add_argument("dump", help="the nonfinite-*.pth file that the run wrote")
     add_device(parser)
     return parser
 

@@ -24,7 +24,7 @@ PACKAGES = tuple(name for names in LAYERS for name in names)
 
 
 def files() -> list[Path]:
-    """Return the product's Python files."""
+    """Return the Python files of the project, without its tests."""
     folders = [ROOT / name for name in PACKAGES if (ROOT / name).is_dir()]
     return sorted([*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))])
 
@@ -35,7 +35,7 @@ def module_name(path: Path) -> str:
 
 
 def imports() -> dict[str, set[str]]:
-    """Return the modules of this project that each of its modules imports, in functions as well."""
+    """Return the project's modules that each module imports, also within functions."""
     paths = {module_name(path): path for path in files()}
     found = {}
     for name, path in paths.items():
@@ -50,7 +50,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def package_of(module: str) -> str:
-    """Return the package, or the file in the project's folder, that a module belongs to."""
+    """Return the top-level package or file that a module belongs to."""
     return module.partition(".")[0]
 
 
@@ -63,7 +63,7 @@ def package_imports() -> dict[str, set[str]]:
 
 
 def diagram() -> str:
-    """Return the packages as a Mermaid diagram, without the arrows that follow from others."""
+    """Return the packages as a Mermaid diagram, without arrows that follow from other arrows."""
     direct = package_imports()
     reached: dict[str, set[str]] = {}
     for name in reversed(PACKAGES):  # from the bottom, so that imported packages come first

@@ -1,6 +1,6 @@
 """Check the words of texts, docstrings, comments and messages: `python -m scripts.language [PATH ..]`.
 
-Each line of the output is a place, what is there, and what to write instead. The exit code is 1 if there are any.
+Each line of the output gives a place, its words, and better words. The exit code is 1 if there is such a line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUFFIXES = (".md", ".py", ".sh", ".toml", ".txt", ".html")
 COUNTED = "images?|tasks?|lines?|scripts?|recipes?|checkpoints?|numbers?|faults?|bytes|ms|seconds?|minutes"
 PER = "step|epoch|image|GPU|process|node|layer|class|model|file"
 
-# What to avoid, and what to write instead. Words directly after a quotation mark are only mentioned, not used.
+# Words to avoid, and better words. Words directly after a quotation mark are only mentioned, not used.
 AVOIDED = {
     re.compile(rf'(?<!["\w])({words})\b', re.IGNORECASE): better
     for words, better in (
@@ -41,11 +41,11 @@ OPENING = re.compile(r"(What|Whether|Where|How)\b")  # of a docstring or a headi
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-Text = tuple[int, str]  # the number of its first line, and what it says
+Text = tuple[int, str]  # the number of the first line, and the text
 
 
 def texts(path: Path) -> Iterator[Text]:
-    """Yield everything in a file that people read: of Python, its comments and strings; of others, all of it."""
+    """Yield the texts of a file: comments and strings of a Python file, the whole of any other file."""
     source = path.read_text("utf-8")
     if path.suffix != ".py":
         yield 1, source
@@ -59,7 +59,7 @@ def texts(path: Path) -> Iterator[Text]:
 
 
 def openings(path: Path) -> Iterator[Text]:
-    """Yield the docstrings of a Python file, or the headings of a page."""
+    """Yield the docstrings of a Python file, or the headings of a Markdown page."""
     source = path.read_text("utf-8")
     if path.suffix == ".md":
         for number, line in enumerate(source.splitlines(), start=1):
@@ -72,7 +72,7 @@ def openings(path: Path) -> Iterator[Text]:
 
 
 def problems(path: Path) -> Iterator[str]:
-    """Yield a line for each place in a file, or in the files of a folder, that should be written differently."""
+    """Yield a line for each place in a file, or in the files of a folder, with words to avoid."""
     if path.is_dir():
         for child in sorted(path.rglob("*")):
             if child.suffix in SUFFIXES and child != Path(__file__):  # which lists the words
@@ -90,7 +90,7 @@ def problems(path: Path) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Check the paths of a command line, or those that are checked by default; return the exit code."""
+    """Check the paths of the command line, by default `PATHS`, and return the exit code."""
     found = [line for path in arguments or PATHS for line in problems((ROOT / path).resolve())]
     print("\n".join(found) or "nothing to improve")
     return int(bool(found))

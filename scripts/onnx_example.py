@@ -2,7 +2,7 @@
 
     python scripts/onnx_example.py model.onnx photo.jpg another.jpg --threshold 0.5
 
-An example to copy: it uses nothing else from this project. It takes models with and without `--postprocess`.
+This is an example to copy: it imports nothing from this project. It runs models with and without `--postprocess`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def resize(image: Image.Image, min_size: int, max_size: int) -> Image.Image:
 
 
 def batch(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-    """Pad images of any sizes at the right and bottom to `images` [B, 3, H, W], with `padding_mask` [B, H, W]."""
+    """Pad images of any sizes at the right and bottom; return them as [B, 3, H, W], and their mask [B, H, W]."""
     height, width = max(image.height for image in images), max(image.width for image in images)
     pixels = np.zeros((len(images), 3, height, width), np.uint8)
     padding = np.ones((len(images), height, width), bool)
@@ -43,7 +43,7 @@ def batch(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
 def postprocess(
     logits: np.ndarray, boxes: np.ndarray, sizes: np.ndarray, model: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return what `--postprocess` computes inside the model: scores and labels [B, N], boxes [B, N, 4] in pixels."""
+    """Return scores and labels [B, N] and boxes [B, N, 4] in pixels, as `--postprocess` computes them in the model."""
     if model == "detr":  # a softmax with "no object" as its last class; each query has one class
         exponentials = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities = (exponentials / exponentials.sum(-1, keepdims=True))[..., :-1]  # [B, Q, K]
@@ -61,8 +61,8 @@ def postprocess(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Find objects in photos, without PyTorch.")
-    parser.add_argument("model", help="file of scripts.export_onnx")
-    parser.add_argument("images", nargs="+")
+    parser.add_argument("model", help="ONNX file from scripts.export_onnx")
+    parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--threshold", default=0.5, type=float, help="lowest score that is printed")
     flags = parser.parse_args()
     if not 0 <= flags.threshold <= 1:

@@ -15,7 +15,7 @@ TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def load_onnxruntime(contents: bytes, _precision: str = "f32", threads: int = 0) -> Compute:
-    """Return the function that ONNX Runtime makes of a file's contents; it computes in the precision of the file.
+    """Return a function that runs an ONNX file's contents in ONNX Runtime, in the precision of the file.
 
     Args:
         threads: number of threads; 0: ONNX Runtime's choice.
@@ -24,7 +24,7 @@ def load_onnxruntime(contents: bytes, _precision: str = "f32", threads: int = 0)
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Else its threads keep the CPU busy for up to a second after a run, in which the benchmark measures others.
+    # Otherwise, its threads keep the CPU busy for up to a second after a run, while the benchmark measures others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(contents, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -32,10 +32,10 @@ def load_onnxruntime(contents: bytes, _precision: str = "f32", threads: int = 0)
 
 
 def load_openvino(contents: bytes, precision: str = "f32", threads: int = 0) -> Compute:
-    """Return the function that OpenVINO makes of a file's contents.
+    """Return a function that runs an ONNX file's contents in OpenVINO.
 
     Args:
-        precision: f32, or bf16 on CPUs that have it; those with AMX would choose bf16 by themselves.
+        precision: f32, or bf16 on CPUs that support it; on CPUs with AMX, OpenVINO alone would choose bf16.
         threads: number of threads; 0: OpenVINO's choice.
     """
     core = openvino_core()
@@ -45,12 +45,12 @@ def load_openvino(contents: bytes, precision: str = "f32", threads: int = 0) -> 
 
 
 def openvino_core() -> Any:
-    """Return OpenVINO's entry point; its type information does not name it."""
+    """Return OpenVINO's entry point, which is missing from its type information."""
     return import_module("openvino").Core()
 
 
 def precisions(runtime: str) -> set[str]:
-    """Return the precisions in which a runtime can compute here."""
+    """Return the precisions that a runtime supports on this machine."""
     if runtime == "onnxruntime":
         return {"f32"}
     supported = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -1,10 +1,10 @@
-"""Draw a model's attention: the paper's Figure 1 for any image.
+"""Draw a model's attention to an image, like Figure 1 of the paper.
 
     python -m scripts.plot_attention --checkpoint output/demo/checkpoint.pth --image photo.jpg --output attention.png
 
 For every query, the page shows its detection next to the spatial, the content and the combined attention of each head
-of a decoder layer. With --compare, a second model's query for the same object follows: with checkpoints of Conditional
-DETR and DETR, this is the paper's comparison.
+of a decoder layer. With --compare, a second model's query for the same object follows; with checkpoints of Conditional
+DETR and DETR, this repeats the paper's comparison.
 """
 
 from __future__ import annotations
@@ -81,11 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Subject(NamedTuple):
-    """An image as one model sees it.
+    """An image, and a model's attention and predictions for it.
 
-    name: of the model.
+    name: the name of the model.
     image: [3, H, W] uint8, at the model's evaluation size.
-    probabilities: [Q, K], those of the classes.
+    seen: attention maps, logits, boxes and reference points.
+    probabilities: [Q, K], the probabilities of the classes.
+    classes: the classes of the model.
     """
 
     name: str
@@ -96,7 +98,7 @@ class Subject(NamedTuple):
 
 
 def look(checkpoint: str, image: Tensor, args: argparse.Namespace) -> Subject:
-    """Return an image [3, h, w] as the model of a checkpoint sees it.
+    """Run the model of a checkpoint on an image [3, h, w].
 
     Raises:
         InputError: if the model has no layer `--layer`, or its outputs are not finite.
@@ -121,20 +123,20 @@ def check_queries(queries: Sequence[int], number: int) -> None:
 
 
 def best_queries(subject: Subject, number: int) -> list[int]:
-    """Return the queries with the highest scores; of boxes that overlap by half, only the best counts."""
+    """Return the queries with the highest scores; of boxes that overlap (IoU above 0.5), only the best counts."""
     boxes = box_cxcywh_to_xyxy(subject.seen.boxes)
     return nms(boxes, subject.probabilities.amax(-1), iou_threshold=0.5)[:number].tolist()
 
 
 def query_for(box: Tensor, subject: Subject) -> int:
-    """Return a model's query for the object in a box [4]: of boxes that overlap by half the best, else the closest."""
+    """Return a model's query for the object in a box [4]: the best box with an IoU of 0.5 or more, else the closest."""
     overlap = box_iou(box_cxcywh_to_xyxy(box[None]), box_cxcywh_to_xyxy(subject.seen.boxes))[0]
     scores = subject.probabilities.amax(-1)
     return int(torch.where(overlap >= 0.5, 1 + scores, overlap).argmax())
 
 
 class Layout:
-    """Layout of a page of blocks, as rectangles for `Figure.add_axes`; photo and maps keep the image's shape."""
+    """Layout of a page of blocks, as rectangles for `Figure.add_axes`; photo and maps keep the image's proportions."""
 
     def __init__(self, width: int, height: int, heads: int, blocks: int) -> None:
         scale = min(MAP_WIDTH / width, MAP_HEIGHT / height)
@@ -165,7 +167,7 @@ class Layout:
 
 
 def draw_page(blocks: Sequence[tuple[Subject, int]]) -> Figure:
-    """Draw a block per model and query: its detection, and its maps, a row per kind and a column per head."""
+    """Draw a block per model and query: the detection, and the maps with a row per kind and a column per head."""
     height, width = blocks[0][0].image.shape[1:]
     heads = max(len(subject.seen.maps.spatial) for subject, _ in blocks)
     layout = Layout(width, height, heads, len(blocks))
@@ -196,7 +198,7 @@ def draw_detection(axes: Axes, subject: Subject, query: int) -> None:
 
 
 def draw_maps(page: Figure, layout: Layout, block: int, subject: Subject, query: int) -> None:
-    """Draw the maps of a query."""
+    """Draw the attention maps of a query: a row per kind, a column per head."""
     height, width = subject.image.shape[1:]
     backdrop = rgb_to_grayscale(subject.image)[0].numpy()
     box = (box_cxcywh_to_xyxy(subject.seen.boxes[query]) * torch.tensor([width, height, width, height])).tolist()

@@ -2,8 +2,8 @@
 
     python -m scripts.plot_logs output/first output/second detr_resnet50 --output curves
 
-A run is its folder, also one of the published code; a log file or its URL; or the name of one of DETR's hub entries for
-its published log. The pictures are curves.png and curves.svg.
+A run is given by its folder, also a folder of the published code; by a log file or its URL; or by the name of one of
+DETR's hub entries, for its published log. The pictures are curves.png and curves.svg.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LEGEND_COLUMNS = 3
 COLOURS = [mpl.colors.to_rgb(mpl.colormaps["tab10"](i)) for i in range(10)]
 TRAIN: dict[str, Any] = {"linestyle": "--", "linewidth": 1.2, "markersize": 3}
 VAL: dict[str, Any] = {"linestyle": "-", "linewidth": 1.6, "markersize": 3, "marker": "o"}
-MOST_MARKERS = 60  # epochs of a run, above which points are not marked
+MOST_MARKERS = 60  # in runs with more epochs, points are not marked
 # Smallest range of an axis, so that noise looks like noise: a tenth of AP's range, and a tenth of the largest loss.
 MIN_AP_RANGE = 0.1
 MIN_LOSS_RANGE = 0.1
@@ -69,7 +69,7 @@ def plot_logs(runs: Sequence[str | Path], output: Path) -> list[Path]:
 
 
 def find_log(run: str) -> tuple[Path, Path]:
-    """Return a path whose end names a run, and the path of its log."""
+    """Return a path that names a run by its last part, and the path of the run's log."""
     if run in LOGS and not Path(run).exists():
         return Path(f"{run}, published"), local_path(LOGS[run])
     path = local_path(run)
@@ -79,14 +79,18 @@ def find_log(run: str) -> tuple[Path, Path]:
 
 
 def read_run(path: Path) -> Log:
-    """Return the entries of a log that are about training."""
+    """Return the entries of a log that have the losses of an epoch.
+
+    Raises:
+        InputError: if there is no log, or it has no such entry.
+    """
     check_is_file(path)
     if not path.exists():
         raise InputError(
             f"{path}: no such file; name the --output_dir of a run, a log file, or one of {', '.join(LOGS)}"
         )
     if not (log := [entry for entry in read_log(path) if "train_loss" in entry]):
-        raise InputError(f"{path}: it holds no finished epoch (yet)")
+        raise InputError(f"{path}: it has no finished epoch yet; try again after the first epoch")
     return log
 
 
@@ -101,14 +105,14 @@ def distinct_name(run: Path, runs: Sequence[Path]) -> str:
 
 
 def points(log: Log, key: str, index: int | None = None) -> tuple[list[int], list[float]]:
-    """Return the epochs, counted from 1, that have a value, and the values."""
+    """Return the epochs, counted from 1, that have a value under `key` (and `index`), and these values."""
     values = [(entry["epoch"] + 1, number_in(entry, key, index)) for entry in log]
     known = [(epoch, value) for epoch, value in values if value is not None]
     return [epoch for epoch, _ in known], [value for _, value in known]
 
 
 def draw(logs: dict[str, Log]) -> Figure:
-    """Draw a page with the losses and AP of all runs, by name; for a single run also AP50, and both of masks."""
+    """Draw a page with losses and AP of runs, by name; for a single run, also AP50, and AP and AP50 of masks."""
     single = len(logs) == 1
     figure = Figure(figsize=(9, 3.4 if single else 3.4 + 0.25 * -(-len(logs) // LEGEND_COLUMNS)), layout="constrained")
     loss, precision = figure.subplots(1, 2)
@@ -140,13 +144,13 @@ def draw(logs: dict[str, Log]) -> Figure:
 
 
 def widened(low: float, high: float) -> tuple[float, float]:
-    """Return the limits of the loss axis, moved apart to `MIN_LOSS_RANGE` of the larger one if they are closer."""
+    """Return the limits of the loss axis; if needed, widen its range to `MIN_LOSS_RANGE` of the larger limit."""
     missing = MIN_LOSS_RANGE * max(abs(low), abs(high)) - (high - low)
     return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 
 def add_legends(figure: Figure, colours: dict[str, tuple[float, float, float]]) -> None:
-    """Add the name of a single run above its curves, those of several below them; and the styles of the lines."""
+    """Add the name of a single run above its curves, or the names of several runs below them, and the line styles."""
     loss, precision = figure.axes
     if len(colours) == 1:
         figure.suptitle(*colours, fontsize=11, parse_math=False)

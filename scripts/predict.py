@@ -2,22 +2,23 @@
 
     python -m scripts.predict --checkpoint CHECKPOINT --output DIR INPUT...
 
-INPUT: image and video files, folders (with all below them), patterns such as 'photos/*.jpg'. DIR receives
+INPUT: image and video files, folders (with all their subfolders), patterns such as 'photos/*.jpg'. The tool writes to
+DIR:
 
-- `detections.json`: COCO's result format, all detections (100 per image), with the data's category ids and names, and
-  with run-length codes of the masks if the model has some;
-  `image_id` is the file's name or, with --annotations, its id in a COCO file; that of a video's frame is
-  `clip.mp4#000123`, counted from 0, with its `time` in seconds;
-- of a panoptic model, `panoptic/` and `panoptic.json`, the segments of images in COCO's format; `pictures/` shows them;
-- `pictures/`: every image at full size with the boxes, masks, names and scores above --threshold; videos as mp4 with
-  their frame times, without sound;
-- `index.html`, a gallery with a slider for the score, and its images in `images/`, at most 1280 pixels long;
-  up to 32 MB of them are in the page itself, too.
+- `detections.json`: all detections (100 per image) in COCO's result format, with the data's category ids and names, and
+  with run-length codes of the masks if the model has masks. `image_id` is the file's name or, with --annotations, the
+  image's id in a COCO file. A video's frame has an `image_id` such as `clip.mp4#000123`, counted from 0, and its `time`
+  in seconds.
+- `panoptic/` and `panoptic.json`, for a panoptic model: the segments of images in COCO's format.
+- `pictures/`: every image at full size with the boxes, masks, names and scores above --threshold, or with the segments
+  of a panoptic model; videos as mp4 with their frame times, without sound.
+- `index.html`: a gallery with a slider for the score; its images are in `images/`, at most 1280 pixels long, and also
+  in the page itself if all of them together have at most 32 MB.
 
 Files of an earlier prediction with the same names are replaced. Photos are turned according to their EXIF orientation;
-with --annotations they are used as stored, as in COCO's evaluation. Images of a batch have one shape, so nothing is
-padded and --batch_size does not change the detections. Files that cannot be read are named and skipped; the exit code
-is then 1.
+with --annotations they are used as stored, as in COCO's evaluation. All images of a batch have the same shape: there is
+no padding, and --batch_size does not change the detections. Files that cannot be read are named and skipped; the exit
+code is then 1.
 """
 
 from __future__ import annotations
@@ -64,14 +65,14 @@ from util.files import replacing
 from util.logger import log, warn
 from util.text import counted
 
-MOST_PIXELS = 128_000_000  # of images in each stage (read, in the model, to be drawn): 10 photos of a phone
+MOST_PIXELS = 128_000_000  # in each stage (read, detected, drawn) at the same time: 10 photos of a phone
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Prediction:
-    """Prediction: finds objects in images and videos, draws them, and keeps what is written at the end.
+    """Prediction: finds objects in images and videos, draws them, and collects the results.
 
     Args:
         args: the flags of the command line.
@@ -150,12 +151,12 @@ class Prediction:
                     yield result if time is None else result | {"time": round(float(time), 6)}
 
     def segmented(self, sources: Iterable[Source]) -> list[dict[str, Any]]:
-        """Return the panoptic annotations of all images, in the order of the sources; none if the model has none."""
+        """Return the panoptic annotations of all images, in the order of the sources; [] without a panoptic model."""
         found = (detections for source in sources for _, detections, _ in self.detections.get(source, ()))
         return [detections["panoptic"] for detections in found if "panoptic" in detections]
 
     def summary(self) -> str:
-        """Return a line with the number of boxes that are drawn or, if there are none, the highest score."""
+        """Return a line with the number of boxes that are drawn or, if no box is drawn, the highest score."""
         scores = [found["scores"] for of_source in self.detections.values() for _, found, _ in of_source]
         number = sum(int((of_image >= self.args.threshold).sum()) for of_image in scores)
         if number:
@@ -172,7 +173,7 @@ class Prediction:
         return bounded_batches(items, self.args.batch_size, weigh, MOST_PIXELS)
 
     def _detect(self, batches: Iterable[Iterable[Photo | InputError]]) -> Iterator[Photo]:
-        """Yield the photos of batches with their detections."""
+        """Yield the photos of the batches after adding their detections."""
         for batch in batches:
             photos = [photo for photo in batch if self._is_usable(photo)]
             if not photos:
@@ -183,7 +184,7 @@ class Prediction:
                 yield photos.pop(0)  # so that it is not kept after it is drawn
 
     def _is_usable(self, item: Item | InputError) -> TypeGuard[Item]:
-        """Report errors, which are passed as values, so that other threads can continue."""
+        """Return whether an item is no error, and report errors; they are values, so that other threads continue."""
         if isinstance(item, InputError):
             self.report(str(item))
         return not isinstance(item, InputError)
@@ -217,7 +218,7 @@ class Prediction:
             self.report(f"{source}: {error}")
 
     def _draw(self, photo: Photo) -> tuple[Photo, Entry]:
-        """Save the pictures of an image."""
+        """Save the pictures of a photo, and return it with its entry of the gallery."""
         name = file_name(photo.source, ".jpg")
         save(
             photo.annotated(self.args.threshold, self.detector.classes),
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.annotations:
         sources = with_annotated_ids(sources, args.annotations, report)
     if not sources:
-        raise InputError("nothing to predict on: the inputs name no image and no video that can be used")
+        raise InputError("nothing to predict on: INPUT names no image and no video that can be used; check the paths")
     detector = load_detector(args.checkpoint, args.device)
     sizes = {flag: value for flag in IMAGE_SIZES if (value := getattr(args, flag))}
     detector.args = resolve(detector.args, **sizes)
@@ -278,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log(prediction.summary())
     log(f"{len(entries)} of {counted(len(sources), 'input')} predicted; look at {args.output / 'index.html'}")
     if problems:
-        log(f"not usable, or only in part: {len(problems)}, named in the warnings above")
+        log(f"not usable, or only in part: {counted(len(problems), 'input')}, named in the warnings above")
     return 1 if problems else 0
 
 

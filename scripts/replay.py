@@ -1,4 +1,4 @@
-"""Repeat the training step that ended a run because it was not finite, and find the first module where this happens.
+"""Repeat a training step that ended a run because it was not finite, and find the first module that is not finite.
 
 Usage: python -m scripts.replay output/run/nonfinite-epoch0003-step000012-process0.pth
 """
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"note: {line}")
     losses, fault = repeat(dump, device, flags.dump)
     if missing := losses.keys() - dump["losses"].keys():
-        raise InputError(f"{flags.dump}: not the dump of this model's step, it has no {min(missing)}")
+        raise InputError(f"{flags.dump}: not a step of the model in this file, since it has no {min(missing)}")
     recorded = {name: dump["losses"][name].to(value) for name, value in losses.items()}
     for name, value in losses.items():
         print(f"  {name} {value.item():g} (recorded: {recorded[name].item():g})")
@@ -80,15 +80,15 @@ def limits_of(dump: Dump, device: torch.device) -> list[str]:
             f"the run was on --device {args['device']}, the replay is on {device}: sums are rounded differently"
         )
     if dump["processes"] > 1 and args.get("backbone_norm") == "batch" and run_device == "cuda":
-        limits.append(f"batch norms saw the images of {dump['processes']} processes, here they see those of one")
+        limits.append(f"batch norms used the images of {dump['processes']} processes, here only the images of one")
     return limits
 
 
 def repeat(dump: Dump, device: torch.device, source: str) -> tuple[dict[str, Tensor], str]:
-    """Repeat a step, of the file `source`, with the kernels, precision and flags of its run.
+    """Repeat the step of a dump with the kernels, precision and flags of its run; `source` names the dump's file.
 
-    Return the weighted losses and, unless there were several processes, whose mean gradient is not known here, the norm
-    of the gradients; and a sentence about the first module or gradient that is not finite.
+    Return the weighted losses, and a sentence about the first module or gradient that is not finite. The losses include
+    the norm of the gradients, but only for a run of one process: the mean over several is not known here.
     """
     args = resolve(argparse.Namespace(**dump["args"]))
     torch.set_num_threads(dump["threads"])
@@ -102,7 +102,7 @@ def repeat(dump: Dump, device: torch.device, source: str) -> tuple[dict[str, Ten
 
 
 def take_step(dump: Dump, args: Flags, device: torch.device, source: str, look: bool) -> tuple[dict[str, Tensor], str]:
-    """Take the step up to its gradients, as described by `repeat`: watched if `look`, else compiled."""
+    """Take the step up to its gradients and return the results of `repeat`; watch the model if `look`, else compile."""
     model, criterion, _ = build_model(args)
     load_model_weights(model, dump, source)
     model.to(device).train()
@@ -120,22 +120,22 @@ def take_step(dump: Dump, args: Flags, device: torch.device, source: str, look: 
     norm = step.clip_gradients()
     losses = {name: value.detach() for name, value in losses.items() if name in ("loss", *criterion.weight_dict)}
     if outputs:
-        fault = f"the first output that is not finite is that of {outputs[0]}"
+        fault = f"the first module whose output is not finite: {outputs[0]}"
     elif not losses["loss"].isfinite():
         fault = "the outputs of all modules are finite: look at the targets"
     elif gradients:
-        fault = f"all losses are finite; the first gradient that is not is that of {gradients[0]}"
+        fault = f"all losses are finite; the first parameter whose gradient is not finite: {gradients[0]}"
     elif not norm.isfinite():
         fault = "all losses and gradients are finite, but the gradients are too large for their norm"
     else:
-        fault = "all is finite here" + "; replay the files of the other processes" * (dump["processes"] > 1)
+        fault = "all values are finite here" + "; replay the files of the other processes" * (dump["processes"] > 1)
     if dump["processes"] == 1:
         losses["gradient norm"] = norm
     return losses, fault
 
 
 def watch(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return two lists that receive the names of modules and parameters whose outputs and gradients are not finite."""
+    """Return two lists, filled later: the modules whose outputs, and the parameters whose gradients, are not finite."""
     outputs: list[str] = []
     gradients: list[str] = []
 

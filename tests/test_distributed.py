@@ -204,7 +204,7 @@ def test_replay_on_one_process_of_a_step_of_two(shapes, tmp_path, start, run_mai
     for path in dumps:
         printed = output_of(start("-m", "scripts.replay", path, "--device", "cpu"))
         assert "all losses equal the recorded ones bit for bit" in printed
-        assert "the first output that is not finite is that of bbox_embed.layers.2" in printed
+        assert "the first module whose output is not finite: bbox_embed.layers.2" in printed
         losses.append(next(line for line in printed.splitlines() if line.startswith("  loss_ce ")))
     assert losses[0] != losses[1]
 

@@ -165,7 +165,7 @@ def test_mistakes(tmp_path):
     for name, contents in cases.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.txt").write_bytes(contents)
-        with pytest.raises(InputError, match=rf"{name}/log\.txt: it holds no finished epoch"):
+        with pytest.raises(InputError, match=rf"{name}/log\.txt: it has no finished epoch yet"):
             plot_logs.main([str(run), str(tmp_path / name)])
     with pytest.raises(InputError, match=r"nowhere/log\.txt: no such file"):
         plot_logs.main([str(run), str(tmp_path / "nowhere")])

@@ -31,7 +31,7 @@ def test_unusable_inputs_are_named_and_skipped(run_predict, photos, tmp_path):
         "*.none": "no file matches",
     }.items():
         assert [line for line in lines if f"{name}:" in line and problem in line and "warning" in line], name
-    assert lines[-1].startswith("not usable, or only in part: 6,")
+    assert lines[-1].startswith("not usable, or only in part: 6 inputs,")
 
 
 def test_what_a_file_was_taken_for_is_said(run_predict, tmp_path):

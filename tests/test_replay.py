@@ -73,7 +73,7 @@ def test_a_mask_head_that_fails_alone(fail, capsys):
     printed = capsys.readouterr().out
     assert "  loss_mask nan (recorded: nan)" in printed
     assert "all losses equal the recorded ones bit for bit" in printed
-    assert "the first output that is not finite is that of mask_head.lay3" in printed
+    assert "the first module whose output is not finite: mask_head.lay3" in printed
 
 
 def test_gradients_that_fail_alone(fail, capsys):

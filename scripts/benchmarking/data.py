@@ -1,4 +1,4 @@
-"""Benchmarks of the host's work in a run: loading images, and scoring detections."""
+"""Benchmarks of the CPU's work in a run: loading images, and scoring detections."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NUM_CATEGORIES = 80
 
 
 def random_coco(rng: np.random.Generator, images: int) -> dict[str, Any]:
-    """Return COCO instance annotations of images that need not exist."""
+    """Return random annotations of images in COCO's instance format."""
     annotations = []
     for number in range(images * OBJECTS):
         x, y, width, height = (*rng.uniform(0, 300, 2), *rng.uniform(20, 180, 2))
@@ -56,7 +56,7 @@ def random_coco(rng: np.random.Generator, images: int) -> dict[str, Any]:
 
 
 def write_photos(folder: Path, rng: np.random.Generator, images: int) -> None:
-    """Write JPEGs with edges and noise, whose size in bytes is about that of photos."""
+    """Write JPEG files with edges and noise, which have about as many bytes as photos."""
     for i in range(images):
         coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((WIDTH, HEIGHT))
         noisy = np.asarray(coarse).astype(int) + rng.integers(-12, 13, (HEIGHT, WIDTH, 1))
@@ -64,7 +64,7 @@ def write_photos(folder: Path, rng: np.random.Generator, images: int) -> None:
 
 
 def loading_runs(folder: Path, images: int, split: str) -> dict[str, Callable[[], None]]:
-    """Return runs that load all images of a folder in batches on one core, here and by PIL up to normalised floats."""
+    """Return runs that load all images of a folder in batches: this code's, and PIL's up to normalised floats."""
     annotations = folder / "annotations.json"
     annotations.write_text(json.dumps(random_coco(np.random.default_rng(0), images)), encoding="utf-8")
     dataset = CocoDetection(folder, annotations, make_coco_transforms(split))
@@ -106,7 +106,7 @@ def resize_by_pil(
 
 
 def scoring_runs(rng: np.random.Generator, images: int) -> dict[str, Callable[[], None]]:
-    """Return runs that score random detections: here all at the end, by pycocotools per image with a sum at the end."""
+    """Return runs that score random detections: this code's, all at the end, and pycocotools' image by image."""
     truth = index(random_coco(rng, images))
     corners = torch.from_numpy(rng.uniform(0, 300, (images, DETECTIONS, 2)))
     boxes = torch.cat([corners, corners + torch.from_numpy(rng.uniform(20, 180, (images, DETECTIONS, 2)))], dim=-1)

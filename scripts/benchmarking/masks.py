@@ -1,4 +1,4 @@
-"""Benchmark of the mask head: masks of the queries that are needed, in turns with masks of all queries."""
+"""Benchmark of the mask head: masks of only the needed queries, in turns with masks of all queries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {"masks needed": False, "masks of all queries": True}
 
 
 class AllQueryMasks(QueryMasks):
-    """Masks of a batch that are computed for all queries, whichever are asked for."""
+    """Masks of a batch that are always computed for all queries."""
 
     @cached_property
     def every(self) -> Tensor:
@@ -70,7 +70,7 @@ def training_run(variant: str, all_masks: bool, amp: str, flags: argparse.Namesp
 
 
 def detection_run(variant: str, all_masks: bool, amp: str, flags: argparse.Namespace) -> Callable[[], None]:
-    """Return the detection of the objects in an image, with masks at its size."""
+    """Return a run that detects the objects in an image, with masks at the image's size."""
     model, _, postprocessors = build_model(flags_of(variant, flags.device, "--masks", "--no_aux_loss"))
     model = model.to(flags.device).eval()
     network = WithAllMasks(model) if all_masks else model

@@ -1,4 +1,4 @@
-"""Benchmarks of this code: a variant's model on random images, and a step of its training."""
+"""Benchmarks of this code: forward passes of a model variant on random images, and steps of its training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PUBLISHED = {
 }
 PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by --amp
 NUM_CLASSES = 91
-BOXES = 7  # per image, about as many as COCO has
+BOXES = 7  # per image, about the mean of COCO
 
 
 def build(variant: str, device: torch.device, *more: str) -> tuple[Detector | DETRsegm, SetCriterion]:
@@ -77,7 +77,7 @@ def random_batch(
 
 
 def inference(model: nn.Module, inputs: Tensor, amp: str) -> Callable[[], None]:
-    """Return a forward pass like those of detection."""
+    """Return a run of a forward pass, as in detection."""
 
     def run() -> None:
         with torch.inference_mode(), autocast(inputs.device, amp):
@@ -87,7 +87,7 @@ def inference(model: nn.Module, inputs: Tensor, amp: str) -> Callable[[], None]:
 
 
 class TrainingStep:
-    """A step of the recipe on a batch of random images of one size."""
+    """Training step of the recipe on a batch of random images of one size."""
 
     def __init__(
         self, model: nn.Module, criterion: SetCriterion, batch_size: int, amp: str, flags: argparse.Namespace
@@ -100,7 +100,7 @@ class TrainingStep:
         self.step([(self.samples, self.targets)])
 
     def split(self, repeats: int) -> dict[str, float]:
-        """Return the median milliseconds of the parts, with a wait for the device after each."""
+        """Return the median milliseconds of each part of the step; each part waits for the device at its end."""
         times: dict[str, list[float]] = {}
         step, criterion = self.step, self.step.criterion
         nothing_left_out = torch.zeros((), device=self.device)

@@ -13,11 +13,11 @@ from scripts.benchmarking.peer import Runs
 from scripts.export_onnx import ExportedModel, export
 from scripts.onnx_runtimes import LOADERS, precisions
 
-PRECISIONS = {"none": "f32", "bf16": "bf16"}  # by --amp; CPUs have no other
+PRECISIONS = {"none": "f32", "bf16": "bf16"}  # by --amp; no other precision is measured on CPUs
 
 
 def inference_of_runtime(runtime: str, variant: str, flags: argparse.Namespace) -> Runs:
-    """Return forward passes of one image with as many threads as PyTorch has, in the precisions that there are."""
+    """Return forward passes of one image in the precisions that the runtime supports, with PyTorch's thread count."""
     cpu = torch.device("cpu")
     model, _ = build(variant, cpu, "--no_aux_loss")
     contents = export(ExportedModel(model, None).eval())

@@ -1,6 +1,6 @@
-"""The benchmark's competitors, each in a process of its own, and Hugging Face `transformers`, one of them.
+"""The benchmark's competitors, each in a process of its own; one of them is Hugging Face `transformers`.
 
-In its own process, a competitor does not reuse memory that this code has allocated, nor the other way round.
+In separate processes, a competitor and this code do not reuse memory that the other one has allocated.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PACKAGES = {
     "transformers": ("transformers",),
     "onnxruntime": ("onnx", "onnxruntime"),
     "openvino": ("onnx", "openvino"),
-}  # that a competitor needs, itself last
+}  # packages that a competitor needs; the last one is its own
 
 
 @dataclass
 class PeerRun:
-    """Run in the other process, at the other end of `pipe`."""
+    """A run in the competitor's process, at the other end of `pipe`."""
 
     pipe: Connection
     peer: str
@@ -55,7 +55,7 @@ class PeerRun:
 
 @contextmanager
 def naming(peer: str) -> Iterator[None]:
-    """Name the competitor whose process has ended in an InputError."""
+    """Raise InputError with the competitor's name if its process ends within the block."""
     try:
         yield
     except (EOFError, OSError) as error:
@@ -63,7 +63,7 @@ def naming(peer: str) -> Iterator[None]:
 
 
 def installed_version(peer: str) -> str | None:
-    """Return the version of a competitor; None if it, or what it needs, is not installed."""
+    """Return the version of a competitor; None if one of the packages that it needs is not installed."""
     try:
         return [version(package) for package in PACKAGES[peer]][-1]
     except PackageNotFoundError:
@@ -71,7 +71,7 @@ def installed_version(peer: str) -> str | None:
 
 
 def takes_part(peer: str, variant: str, flags: argparse.Namespace) -> bool:
-    """Return whether a competitor is asked for, installed, has the variant, and is measured on this device."""
+    """Return whether a competitor is wanted and installed, and supports this variant and device."""
     fits = variant == "r50" if peer == "transformers" else flags.device == "cpu"
     return fits and not flags.no_peer and installed_version(peer) is not None
 
@@ -80,9 +80,9 @@ def takes_part(peer: str, variant: str, flags: argparse.Namespace) -> bool:
 def peer_runs(
     peer: str, variant: str, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any
 ) -> Iterator[Runs]:
-    """Yield the runs that `make(flags, *args)` returns in another process, which exists within the block.
+    """Yield the runs that `make(flags, *args)` returns in another process, which ends with the block.
 
-    There are none if the competitor does not take part.
+    Yield {} if the competitor does not take part.
     """
     if not takes_part(peer, variant, flags):
         yield {}
@@ -102,7 +102,7 @@ def peer_runs(
 
 
 def serve(pipe: Connection, make: Callable[..., Runs], flags: argparse.Namespace, *args: Any) -> None:
-    """Send the precisions of the runs, then run what the other process asks for, until this one is ended."""
+    """Send the precisions of the runs, then answer the other process's requests until it ends this process."""
     device = torch.device(flags.device)
     use_fast_kernels(device)  # TF32 for both
     runs = make(flags, *args)
@@ -130,7 +130,7 @@ def training_of_transformers(flags: argparse.Namespace, batch_size: int) -> Runs
 
 
 def build_transformers(device: str) -> nn.Module:
-    """Return the R50 model of `transformers`, doing the same work."""
+    """Return the R50 model of `transformers`, configured to do the same work as this code's model."""
     from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
 
     config = ConditionalDetrConfig(
@@ -151,7 +151,7 @@ def build_transformers(device: str) -> nn.Module:
 
 
 class TransformersStep:
-    """The recipe's step on a batch of random images, with the model and losses of `transformers`."""
+    """Training step of the recipe on a batch of random images, with the model and losses of `transformers`."""
 
     def __init__(self, batch_size: int, amp: str, flags: argparse.Namespace) -> None:
         self.device = torch.device(flags.device)

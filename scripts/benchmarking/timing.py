@@ -1,4 +1,4 @@
-"""Timing that compares runs on machines whose speed varies."""
+"""Timing of runs that are compared on machines whose speed varies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def alternate(runs: Mapping[Name, Callable[[], Any]], device: torch.device, repeats: int) -> dict[Name, float]:
-    """Return the median seconds of every run; they take turns, after two rounds that do not count."""
+    """Return the median seconds of each run; the runs take turns, after two rounds that are not counted."""
     seconds: dict[Name, list[float]] = {name: [] for name in runs}
     for turn in range(-2, repeats):
         for name, run in runs.items():
@@ -32,7 +32,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
-    """Return the peak GPU memory that a run adds to what is allocated before it, in MiB; None on CPUs."""
+    """Return the peak GPU memory in MiB that a run adds to the memory allocated before it; None on CPUs."""
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)

@@ -1,8 +1,9 @@
 """The gallery: one page that shows detections over their images, with a slider for the score.
 
-The page works from disk and needs no network. It contains a small number of images itself, so that it can be sent as a
-single file; with a thousand of them, a browser would take minutes to open it. Further images, and videos, stay files in
-the page's folder, which are loaded as they come into view. The page draws the boxes, so that the slider acts at once.
+The page works from disk and needs no network. It contains the images if they are small in all, so that it can be sent
+as a single file; with a thousand images in it, a browser would take minutes to open it. Otherwise images, and always
+videos, are files in the page's folder, which are loaded as they come into view. The page itself draws the boxes, so
+that the slider acts at once.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def image_entry(name: str, file: Path, size: tuple[int, int], detections: dict[s
     """Return the entry of an image.
 
     Args:
-        name: its name on the page.
-        file: its path relative to the page's folder.
-        size: its (width, height), to which the boxes refer.
-        detections: those of `scripts.detector.Detector`.
+        name: the name of the image on the page.
+        file: the path of the image relative to the page's folder.
+        size: the (width, height) of the image, to which the boxes refer.
+        detections: the detections from `scripts.detector.Detector`.
     """
     shown = detections["scores"] >= LOWEST_SCORE
     width, height = size
@@ -56,7 +57,7 @@ def image_entry(name: str, file: Path, size: tuple[int, int], detections: dict[s
 
 
 def video_entry(name: str, file: Path) -> Entry:
-    """Return the entry of a video, into which its boxes are drawn."""
+    """Return the entry of a video, which already shows its boxes."""
     return {"name": name, "file": file, "video": True, "boxes": []}
 
 
@@ -99,7 +100,10 @@ def _contents(file: Path) -> str:
 
 
 def _mask(code: dict[str, Any], box: Sequence[float]) -> str:
-    """Return a URL that contains the part of a mask in a box, a picture that is opaque on the object; "" if none is."""
+    """Return a URL that contains the part of a mask within a box, as a picture that is opaque on the object.
+
+    The URL is empty if no pixel of the object is in the box.
+    """
     left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     mask = mask_api.decode(code)[top:bottom, left:right]
     if not mask.any():

@@ -1,4 +1,4 @@
-"""Search for the images and videos that a command line names, and reading of images ahead of their use."""
+"""Search for the images and videos that a command line names, and preparation of images ahead of their use."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Source:
     """An image or video file.
 
     Attributes:
-        path: its location.
-        name: its unique name in messages and of its picture: the path relative to the given folder, with more of the
-            path if files of several folders would have the same name.
-        image_id: its id in `detections.json`: the name, or its id in an annotation file.
+        path: the path of the file.
+        name: a unique name for messages and for the file's picture: the path relative to the given folder, with more
+            parent folders if files of several folders would have the same name.
+        image_id: the id in `detections.json`: the name, or the id in an annotation file.
     """
 
     path: Path
@@ -49,10 +49,10 @@ class Source:
 
 
 def find_sources(patterns: Iterable[str], report: Report, leave_out: Path | None = None) -> list[Source]:
-    """Return the files that paths, folders (with all below them) and glob patterns name, each once.
+    """Return the files that paths, folders (with all their subfolders) and glob patterns name, each once.
 
     Args:
-        patterns: those of the command line. In folders, only files with the suffixes of images and videos count.
+        patterns: the inputs of the command line. In folders, only files with suffixes of images and videos count.
         report: receives a line about every pattern without a file.
         leave_out: a folder that is not searched, since the tool's output goes there.
     """
@@ -70,7 +70,7 @@ def find_sources(patterns: Iterable[str], report: Report, leave_out: Path | None
 
 
 def _glob(pattern: str) -> list[Path]:
-    """Return the matches of a pattern, in which `**` stands for folders at any depth; none for an invalid pattern."""
+    """Return the paths that match a pattern, in which `**` stands for folders at any depth; [] if it is not valid."""
     root = Path(Path(pattern).anchor)
     try:
         return sorted(root.glob(str(Path(pattern).relative_to(root))))
@@ -103,10 +103,10 @@ def _distinct_names(files: dict[Path, tuple[str, ...]]) -> list[str]:
 
 
 def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Report) -> list[Source]:
-    """Return the sources with the image ids of a COCO file, which names them by any part of the end of their path.
+    """Return the sources with the image ids of a COCO file, whose file names are the last parts of their paths.
 
-    Its names may differ as those of training data may (`datasets.image_files`). Sources that it does not list,
-    and all but the first of each image, are reported and left out.
+    Names may differ from the files' names in the same ways as for training data (`datasets.image_files`). Sources that
+    the COCO file does not list, and further sources for the same image, are reported and left out.
 
     Raises:
         InputError: if the file is not usable.
@@ -126,7 +126,7 @@ def with_annotated_ids(sources: Sequence[Source], annotations: str, report: Repo
         if image_id is None:
             report(f"{source}: {annotations} does not list it, skipped")
         elif image_id in chosen:
-            report(f"{source}: is image {image_id} of {annotations}, as is {chosen[image_id]}, skipped")
+            report(f"{source}: is image {image_id} of {annotations} like {chosen[image_id]}, skipped")
         else:
             chosen[image_id] = Source(source.path, source.name, image_id)
     return list(chosen.values())
@@ -159,7 +159,7 @@ def prefetch(
 ) -> Iterator[Result]:
     """Yield `function` of every item, in order; the pool works ahead of the caller.
 
-    It works on at most `ahead` items, or fewer if their total weight would exceed `most`.
+    The pool works on at most `ahead` items, or fewer if their total weight would exceed `most`.
     """
     pending: deque[tuple[Future, int]] = deque()
     for item in items:

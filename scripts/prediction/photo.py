@@ -1,4 +1,4 @@
-"""An image on its way through `scripts.predict`, and its pictures."""
+"""An image that `scripts.predict` processes, and the pictures of its detections."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Photo:
 
     Attributes:
         source: the file of the image.
-        image_id: its id in `detections.json`.
+        image_id: the id in `detections.json`.
         pixels: uint8 [3, h, w].
-        size: the (width, height) of the file, to which boxes refer; `pixels` of huge images are fewer.
+        size: the (width, height) of the file, to which boxes refer; `pixels` of huge images are smaller.
         resized: `pixels` at the model's size.
-        frame: (time, duration) of a video's frame, in seconds.
-        notes: what a user should know about how the file was read.
-        detections: the detections of the model; empty before.
+        frame: (time, duration) of a video's frame, in seconds; None for an image file.
+        notes: notes for the user about how the file was read.
+        detections: the detections of the model; empty before the forward pass.
     """
 
     source: Source
@@ -50,7 +50,7 @@ class Photo:
     def annotated(self, threshold: float, classes: Classes) -> Image.Image:
         """Return the image with the boxes and masks that score `threshold` or more, with names and scores.
 
-        That of a panoptic model is drawn with its segments instead.
+        With a panoptic model, the image shows its segments instead.
         """
         if panoptic := self.detections.get("panoptic"):
             segments = [(entry["id"], entry["category_id"]) for entry in panoptic["segments_info"]]
@@ -67,12 +67,12 @@ class Photo:
 
 
 def weight_of(photo: Photo | InputError) -> int:
-    """Return the number of pixels that a photo holds, 0 for an error instead of a photo."""
+    """Return the number of pixels of a photo; 0 for an error in place of a photo."""
     return photo.pixels[0].numel() if isinstance(photo, Photo) else 0
 
 
 def file_name(source: Source, suffix: str) -> str:
-    """Return the name of a source's picture: its own, followed by `suffix` if it has another one."""
+    """Return the file name of a source's picture: the source's name, with `suffix` added unless it ends with it."""
     return source.name if source.name.lower().endswith(suffix) else source.name + suffix
 
 

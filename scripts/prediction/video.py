@@ -1,4 +1,4 @@
-"""Reading of videos frame by frame, and writing, by PyAV (an extra)."""
+"""Reading and writing of videos, frame by frame, with PyAV, an optional library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from util.command import need
 from util.errors import InputError, reason
 from util.text import counted
 
-MISSING_SECONDS = 1  # by which a header may overstate the pictures' length, e.g. since the sound is longer
+MISSING_SECONDS = 1  # a header may state a longer time than the pictures take, for example if the sound is longer
 MAX_DELAY = 10  # seconds; a video that begins later was cut from a longer recording, and begins at 0 here
 MPEG4_MAX_TICKS = 65_535  # per second
 
@@ -25,9 +25,9 @@ class Frame(NamedTuple):
     """A frame of a video.
 
     Attributes:
-        number: counted from 0.
-        time: the start of its display, in seconds.
-        duration: of its display, in seconds.
+        number: the position in the video, counted from 0.
+        time: the start of the frame's display, in seconds.
+        duration: the duration of the frame's display, in seconds.
         pixels: uint8 [H, W, 3], with the file's rotation applied.
     """
 
@@ -38,10 +38,10 @@ class Frame(NamedTuple):
 
 
 class VideoReader:
-    """Every `every`-th frame of a video file, each shown until the next one that is kept.
+    """Reader of every `every`-th frame of a video file; each frame lasts until the next frame that is kept.
 
-    Iterating yields `Frame`s with the time stamps of the file, and raises InputError after the last one that can be
-    read if others should follow.
+    Iterating yields `Frame`s with the time stamps of the file. It raises InputError after the last frame that can be
+    read, if more frames should follow.
 
     Attributes:
         rate: the average number of kept frames per second.
@@ -59,7 +59,7 @@ class VideoReader:
             self._file = self._av.open(str(path))
             self._stream = self._file.streams.video[0]
         except IndexError as error:
-            raise InputError("holds no pictures") from error
+            raise InputError("has no pictures") from error
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})") from error
         except ValueError as error:  # most of FFmpeg's errors
@@ -75,7 +75,7 @@ class VideoReader:
         self.length = -(-frames // every) or None
 
     def _length_of_pictures(self) -> Fraction:
-        """Return the seconds that the pictures take, or all streams together if the file says no more; 0: unknown."""
+        """Return the length of the pictures in seconds; if the file lacks it, the length of the file; 0: unknown."""
         tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", self._stream.metadata.get("DURATION", ""))  # of Matroska
         if tag:
             hours, minutes, seconds = map(Fraction, tag.groups())
@@ -114,7 +114,7 @@ class VideoReader:
         self._check_end(number + 1, end + origin, cause)
 
     def _check_end(self, frames: int, end: Fraction, cause: str) -> None:
-        """Raise InputError if more should follow the frames that were read, the last of which ends at `end`."""
+        """Raise InputError if more frames should follow those that were read; the last one ends at `end` seconds."""
         if self._frames:
             missing, read = (self._frames - frames) / self._rate, f"{frames} of about {counted(self._frames, 'frame')}"
         else:
@@ -128,7 +128,7 @@ class VideoReader:
 def write_video(
     path: Path, rate: Fraction, time_base: Fraction, size: tuple[int, int]
 ) -> Iterator[Callable[[Image.Image, Fraction, Fraction], None]]:
-    """Write an mp4 file of H.264 pictures, or of MPEG-4 ones if that is missing; sound is not written.
+    """Write an mp4 file in H.264, or in MPEG-4 if PyAV has no H.264 encoder; sound is not written.
 
     Yield the function that adds a picture, with the time and the duration of its frame in seconds.
 
@@ -139,7 +139,7 @@ def write_video(
         size: (width, height); an odd side becomes a pixel smaller, since both formats need even sides.
 
     Raises:
-        InputError: if it cannot be written.
+        InputError: if the file cannot be written.
     """
     av = need("av", "av", "writing videos")
     width, height = (max(2, side - side % 2) for side in size)
@@ -169,6 +169,6 @@ def write_video(
                     file.mux(packet)
 
             yield write
-            mux(stream.encode())  # what the encoder still holds
+            mux(stream.encode())  # the frames that the encoder has kept back
     except (OSError, av.error.FFmpegError) as error:
         raise InputError(f"{path}: cannot be written ({reason(error)})") from error
