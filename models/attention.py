@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from models.dropout import dropout
+from models.fast_linear import linear
 from models.fused_convolution import is_transformed
 from models.not_scriptable import NotScriptable
 
@@ -127,8 +128,8 @@ class SelfAttention(PackedAttention):
         dim = x.shape[-1]
         w_qk, w_v = self.in_proj_weight.split([2 * dim, dim])
         b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])
-        query, key = F.linear(x + position, w_qk, b_qk).chunk(2, dim=-1)
-        value = F.linear(x, w_v, b_v)
+        query, key = linear(x + position, w_qk, b_qk).chunk(2, dim=-1)
+        value = linear(x, w_v, b_v)
         return self.attend_projected(query, key, value, visible=visible)
 
 
@@ -144,4 +145,4 @@ class CrossAttention(PackedAttention):
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = x + query_pos, memory + position, memory
-        return self.attend_projected(*map(F.linear, inputs, weights, biases), visible=visible)
+        return self.attend_projected(*map(linear, inputs, weights, biases), visible=visible)

@@ -19,7 +19,7 @@ def can_fuse(x: Tensor, weight: Tensor, added: Tensor | None) -> bool:
     do not know it.
     """
     tensors = [x, weight] if added is None else [x, weight, added]
-    if not all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors):
+    if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False

@@ -1,0 +1,47 @@
+"""Faster linear layers for predictions on CPUs, by matrix products of oneDNN.
+
+PyTorch computes products in float32 by MKL, which needs twice oneDNN's time on AMD's CPUs with AVX-512. The plain
+versions are `F.linear` and `nn.Linear`; nothing here is needed to understand the models.
+
+Shapes: C features in, C' features out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.fused_convolution import can_fuse
+from models.not_scriptable import NotScriptable
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x wᵀ + b [.., C'] for x [.., C], w [C', C] and b [C'], like `F.linear`.
+
+    In 16 bits, `F.linear` uses oneDNN itself.
+    """
+    if can_fuse(x, weight, bias) and is_faster(x, weight, bias) and x.dim() > 1 and x.numel():
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether oneDNN's product is the faster one: in float32, for weights that are not transposed."""
+    types = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
+    return types == {torch.float32} and not torch.is_autocast_enabled("cpu") and weight.is_contiguous()
+
+
+class FastLinear(NotScriptable, nn.Linear):
+    """Linear layer that uses `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [.., C'] for x [.., C]."""
+        return linear(x, self.weight, self.bias)
+
+
+def use_fast_linear(model: nn.Module) -> None:
+    """Change the linear layers of a model to the class above; their weights stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FastLinear
