@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def can_fuse(x: Tensor, weight: Tensor, added: Tensor | None) -> bool:
-    """Return whether `fused_convolution` can be used: on a CPU, in a supported precision, if only values are needed.
+    """Return whether oneDNN's operators can be used: on a CPU, in a supported precision, if only values are needed.
 
-    Its operator has no derivatives, and tools that inspect operators (tracers, fake tensors, vmap, counters of FLOPs)
-    do not know it.
+    They have no derivatives, and tools that inspect operators (tracers, fake tensors, vmap, counters of FLOPs)
+    do not know them.
     """
     tensors = [x, weight] if added is None else [x, weight, added]
     if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors):
