@@ -80,7 +80,7 @@ class ConditionalDecoderLayer(nn.Module):
         """
         x = self.norm1(x + self.dropout(self.attend_to_queries(x, query_pos)))
         x = self.norm2(x + self.dropout(self.attend_to_image(x, query_pos, spatial, memory, position, visible)))
-        ffn = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        ffn = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.norm3(x + self.dropout(ffn))
 
     def attend_to_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:

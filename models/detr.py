@@ -40,7 +40,7 @@ class DETRDecoderLayer(nn.Module):
         """
         x = self.norm1(x + self.dropout(self.self_attn(x, query_pos)[0]))
         x = self.norm2(x + self.dropout(self.multihead_attn(x, query_pos, memory, position, visible)[0]))
-        ffn = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        ffn = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.norm3(x + self.dropout(ffn))
 
 

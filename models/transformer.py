@@ -30,7 +30,7 @@ class MLP(NotScriptable, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
+            x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
@@ -49,7 +49,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None) -> Tensor:
         """Return [B, S, C] for x and position [B, S, C]."""
         x = self.norm1(x + self.dropout(self.self_attn(x, position, visible)[0]))
-        ffn = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        ffn = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.norm2(x + self.dropout(ffn))
 
 
