@@ -19,8 +19,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p)
     dropped = int(p * 2**16)  # of the 2¹⁶ equally likely values
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = draws[: x.numel()].view(x.shape) >= dropped - 2**15
-    return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
+    kept = torch.empty(x.shape, dtype=x.dtype)  # 1 or 0, without bools in between
+    torch.ge(draws[: x.numel()].view(x.shape), dropped - 2**15, out=kept)
+    return x * kept.mul_(2**16 / (2**16 - dropped))
 
 
 class Dropout(NotScriptable, nn.Dropout):
