@@ -169,11 +169,11 @@ class SetCriterion(NotScriptable, nn.Module):
         matches = self.matcher.match(logits, boxes, targets, num_groups)
         matched = Matched(logits, boxes, outputs, targets, matches, totals)
         values = {name: value for term in self.terms for name, value in term(matched).items()}
+        by_layer = {name: value.unbind() for name, value in values.items() if value.dim()}
         losses = {
-            name + suffix: value[i]
+            name + suffix: of_layers[i]
             for i, suffix in enumerate(layer_suffixes(len(layers)))
-            for name, value in values.items()
-            if value.dim()
+            for name, of_layers in by_layer.items()
         }
         return losses | {name: value for name, value in values.items() if not value.dim()}
 

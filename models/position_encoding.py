@@ -30,7 +30,7 @@ def sine_embedding(angle: Tensor, num_features: int, temperature: float = TEMPER
 
 def point_embedding(x: Tensor, y: Tensor, dim: int) -> Tensor:
     """Return the embedding p_s [..., C] of points in [0, 1]², x and y [...], with the features of y first."""
-    return torch.cat([sine_embedding(coordinate * (2 * math.pi), dim // 2) for coordinate in (y, x)], dim=-1)
+    return sine_embedding(torch.stack((y, x), dim=-1) * (2 * math.pi), dim // 2).flatten(-2)
 
 
 class PositionEmbeddingSine(NotScriptable, nn.Module):
@@ -68,8 +68,8 @@ class PositionEmbeddingSine(NotScriptable, nn.Module):
         if self.normalize:
             y = y / (y[:, -1:, :] + self.EPS) * self.scale
             x = x / (x[:, :, -1:] + self.EPS) * self.scale
-        features = (sine_embedding(angle, self.num_pos_feats, self.temperature) for angle in (y, x))
-        return torch.cat(tuple(features), dim=-1).permute(0, 3, 1, 2)
+        features = sine_embedding(torch.stack((y, x), dim=-1), self.num_pos_feats, self.temperature)  # [B, H, W, 2, F]
+        return features.flatten(-2).permute(0, 3, 1, 2)
 
 
 class PositionEmbeddingLearned(NotScriptable, nn.Module):

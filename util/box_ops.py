@@ -20,7 +20,8 @@ __all__ = [
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert boxes [..., 4] from (centre x, centre y, width, height) to corners."""
-    return box_convert(boxes, "cxcywh", "xyxy")
+    centre, size = boxes.split(2, dim=-1)
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
 
 
 def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
