@@ -42,6 +42,7 @@ from scripts.benchmarking.data import measure_data, measure_evaluator
 from scripts.benchmarking.masks import measure_masks
 from scripts.benchmarking.model import PRECISIONS, PUBLISHED, TrainingStep, build, inference, random_images
 from scripts.benchmarking.onnx_peers import inference_of_runtime
+from scripts.benchmarking.operators import count_operators
 from scripts.benchmarking.peer import (
     PACKAGES,
     PeerRun,
@@ -234,6 +235,7 @@ PARTS = {
 }
 OTHER_PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "counts": count_models,
+    "operators": count_operators,
     "data": lambda flags: measure_data(flags.repeats),
     "evaluator": lambda flags: measure_evaluator(flags.repeats),
 }

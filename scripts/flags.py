@@ -16,7 +16,7 @@ from util.command import Parser, answer_early
 from util.errors import InputError
 
 VARIANTS = tuple(f"{model}{name}" for model in ("", "detr_") for name in ("r50", "r50dc5", "r101", "r101dc5"))
-PARTS = ("counts", "inference", "training", "masks", "data", "evaluator")  # of the benchmark
+PARTS = ("counts", "operators", "inference", "training", "masks", "data", "evaluator")  # of the benchmark
 RUNTIMES = ("onnxruntime", "openvino")  # packages that run ONNX files
 FORMATS = ("transformers", "safetensors", "checkpoint")
 CHECKPOINT = "a checkpoint, a URL or a hub entry's name"

@@ -69,6 +69,16 @@ def test_counts_of_all_models_are_the_published_ones(tmp_path):
         assert 0.92 < row["multiply-adds G"] / row["published multiply-adds G"] < 1
 
 
+def test_a_step_has_few_operators(tmp_path):
+    """Their number bounds the speed of GPUs with few images."""
+    report = tmp_path / "report.json"
+    flags = "--parts operators --device cpu --size 64 64 --batch_sizes 1 --amp none bf16"
+    benchmark.main([*flags.split(), "--json", str(report)])
+    for row, limit in zip(json.loads(report.read_text())["operators"], (2400, 3000), strict=True):
+        parts = [row[name] for name in ("forward", "matching and losses", "backward", "clip and AdamW")]
+        assert sum(parts) <= row["operators"] < limit
+
+
 def test_the_hosts_parts(tmp_path):
     data.write_photos(tmp_path, np.random.default_rng(0), images=1)
     for split in ("train", "val"):

@@ -102,12 +102,6 @@ class TrainingStep:
     def split(self, repeats: int) -> dict[str, float]:
         """Return the median milliseconds of each part of the step; each part waits for the device at its end."""
         times: dict[str, list[float]] = {}
-        step, criterion = self.step, self.step.criterion
-        nothing_left_out = torch.zeros((), device=self.device)
-
-        def clip_and_step() -> None:
-            step.clip_gradients()
-            step.step_optimizer(nothing_left_out)
 
         def timed(name: str, part: Callable[..., Any], *inputs: Any) -> Any:
             synchronize(self.device)
@@ -118,14 +112,25 @@ class TrainingStep:
             return result
 
         for _ in range(repeats):
-            outputs = timed("forward", step.forward, self.samples)
-            layers = [outputs, *outputs["aux_outputs"]]
-            predictions = [torch.stack([layer[name] for layer in layers]) for name in ("pred_logits", "pred_boxes")]
-            timed("matching", criterion.matcher.match, *predictions, self.targets, criterion.num_groups)
-            losses = timed("matching and losses", criterion, outputs, self.targets)
-            loss = logged_losses(losses, criterion.weight_dict)["loss"]
-            step.optimizer.zero_grad()
-            timed("backward", step.scaler.scale(loss).backward)
-            timed("clip and AdamW", clip_and_step)
-            step.scaler.update()
+            self.take_parts(timed)
         return {name: round(median(values), 1) for name, values in times.items()}
+
+    def take_parts(self, measured: Callable[..., Any]) -> None:
+        """Take a step whose parts are called by `measured(name, part, *inputs)`, which returns their results."""
+        step, criterion = self.step, self.step.criterion
+        nothing_left_out = torch.zeros((), device=self.device)
+
+        def clip_and_step() -> None:
+            step.clip_gradients()
+            step.step_optimizer(nothing_left_out)
+
+        outputs = measured("forward", step.forward, self.samples)
+        layers = [outputs, *outputs["aux_outputs"]]
+        predictions = [torch.stack([layer[name] for layer in layers]) for name in ("pred_logits", "pred_boxes")]
+        measured("matching", criterion.matcher.match, *predictions, self.targets, criterion.num_groups)
+        losses = measured("matching and losses", criterion, outputs, self.targets)
+        loss = logged_losses(losses, criterion.weight_dict)["loss"]
+        step.optimizer.zero_grad()
+        measured("backward", step.scaler.scale(loss).backward)
+        measured("clip and AdamW", clip_and_step)
+        step.scaler.update()
