@@ -39,6 +39,13 @@ class Detections(NamedTuple):
     rows: np.ndarray
     codes: bytes
 
+    def of_categories(self, category_ids: Sequence[int]) -> Detections:
+        """Return the detections of some categories."""
+        kept = np.isin(self.rows[:, 0], category_ids)
+        masks = self.masks()
+        codes = b"".join(mask["counts"] for mask, is_kept in zip(masks, kept, strict=True) if is_kept) if masks else b""
+        return Detections(self.rows[kept], codes)
+
     def masks(self) -> list[dict[str, Any]]:
         """Return COCO's run-length codes of the N masks; an empty list without masks."""
         if not self.codes:
@@ -122,9 +129,9 @@ class CocoEvaluator:
     def accumulate(self) -> None:
         """Match detections with the ground truth and compute precision and recall."""
         image_ids = sorted(self.detections)
-        detections = [self.detections[image_id] for image_id in image_ids]
         for iou_type, coco_eval in self.coco_eval.items():
             truth = hotcoco.COCO(numbered(self.coco_gt.dataset, image_ids, iou_type))
+            detections = [self.detections[image_id].of_categories(truth.get_cat_ids()) for image_id in image_ids]
             scorer = hotcoco.COCOeval(truth, truth.load_res(RESULTS[iou_type](detections)), iou_type)
             for name in PARAMETERS:
                 setattr(scorer.params, name, np.asarray(getattr(coco_eval.params, name)).tolist())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 
+from datasets.images import read_image
 from datasets.panoptic import ids_of_pixels
 from evaluation.panoptic_pictures import draw_segments
 from evaluation.panoptic_quality import PanopticEvaluator
@@ -69,9 +69,10 @@ def draw_image(evaluator: PanopticEvaluator, image_id: int, quality: float) -> I
     index = dataset.ids.index(image_id)
     image = to_pil_image(dataset.load_image(index).pixels)
     true_ids, true = dataset.segments_of(index)
-    png, segments = evaluator.predictions[image_id]
-    found_ids = ids_of_pixels(pil_to_tensor(Image.open(io.BytesIO(png))))
-    found = [(segment["id"], segment["category_id"]) for segment in segments]
+    entry = evaluator.entry_of(image_id)
+    assert evaluator.folder is not None  # it holds the predictions
+    found_ids = ids_of_pixels(read_image(evaluator.folder / entry["file_name"]).pixels)
+    found = [(segment["id"], segment["category_id"]) for segment in entry["segments_info"]]
     panels = [
         draw_segments(image, ids, part, evaluator.classes) for ids, part in ((true_ids, true), (found_ids, found))
     ]

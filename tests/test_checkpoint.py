@@ -227,7 +227,7 @@ def test_the_optimizer_keeps_its_moments_and_takes_this_runs_rates(parse):
     for index, moments in saved["state"].items():
         assert torch.equal(fresh.state_dict()["state"][index]["exp_avg"], moments["exp_avg"])
     frozen, _, _ = build_model(parse("--backbone", "resnet18", "--lr_backbone", 0))
-    with pytest.raises(InputError, match="--lr_backbone 0 or --backbone_weights none"):
+    with pytest.raises(InputError, match="use --lr_backbone 0 and --backbone_weights none in both runs or in neither"):
         restore_optimizer(build_optimizer(frozen, 1e-4, 0, 1e-4), saved, "c.pth")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from checkpoints import published
+from datasets.shapes import write_dataset
 from flags.parser import ParsedFlags, get_args_parser, parse_flags
 from flags.resolve import MODEL_FLAGS
 from main import main
@@ -49,6 +50,7 @@ def folder(tmp_path, shapes, trained, narrow, monkeypatch) -> Path:
     for name, target in links.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
+    write_dataset(tmp_path / "coco_panoptic", num_train=8, num_val=5, panoptic=True)  # images are among those above
     listed = json.loads((tmp_path / "mine" / "val.json").read_text())
     del listed["annotations"]
     (tmp_path / "coco" / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(listed))

@@ -156,10 +156,8 @@ def test_finetuning_without_heads(raw, save, shapes, parse, capsys):
     main.main(parse(*TINY, "--coco_path", shapes, "--epochs", 1, "--finetune", path))
     printed = capsys.readouterr().out
     assert f"starting from {path}: {len(headless)} tensors; 3 new classes (circle, square, triangle)" in printed
-    assert (
-        f"random weights, which {path} lacks: class_embed.weight, class_embed.bias, bbox_embed.layers.0.weight"
-        in printed
-    )
+    missing = "class_embed.weight, class_embed.bias, bbox_embed.layers.0.weight"
+    assert f"starting from random weights, because {path} has none for this model: {missing}" in printed
     for flags in (("--eval", "--resume"), ("--resume",)):
         with pytest.raises(
             InputError, match=r"it has no class head \(class_embed.bias\); start a training .* --finetune"
