@@ -122,7 +122,7 @@ def test_competitors_that_do_not_take_part(name, variant, changed, installed, mo
         assert runs == {}
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_runtimes_of_onnx_compute_what_is_measured(runtime, monkeypatch):
     pytest.importorskip("onnx")
     pytest.importorskip(runtime)

@@ -92,7 +92,7 @@ def test_runs_differ_in_model_and_seed_only(coco, call):
     for words in calls:
         start, given = words[: words.index("main.py")], words[words.index("main.py") + 1 :]
         assert start == (["torchrun", "--standalone", "--nproc_per_node=8"] if coco else ["python"])
-        args = vars(get_args_parser().parse_args(given))
+        args = vars(get_args_parser().parse_args([*given, "--device", "cpu"]))
         runs.append([args.pop(name) for name in ("output_dir", "model", "group_detr", "seed")])
         assert (args["num_queries"], args["resume"]) == (100 if coco else 20, "auto")
         assert (args["coco_path"], args["batch_size"]) == (("/coco", 2) if coco else ("out/data", 8))
