@@ -84,11 +84,16 @@ def load_annotations(
     notes = [f"{path}: {line}" for line in (*checker.notes(), *_repeated_names(data["categories"]))]
     if renumbered := _number_annotations(annotations):
         notes.append(f"{path}: {counted(renumbered, 'annotation')} with the id of another got a new id")
-    own = classes.of_categories if classes else Classes.from_categories
-    found = own(data["categories"], str(path))
-    if classes and (difference := found.difference(classes)):
-        notes.append(f"{path}: {difference}")
-    return Annotations(data["images"], annotations, data["categories"], found, image_ids, notes)
+    found, difference = classes_of_file(data["categories"], path, classes)
+    return Annotations(data["images"], annotations, data["categories"], found, image_ids, notes + difference)
+
+
+def classes_of_file(categories: list[dict[str, Any]], path: Path, known: Classes | None) -> tuple[Classes, list[str]]:
+    """Return the classes of a file's categories, with the labels of `known` if given, and a note on any difference."""
+    if known is None:
+        return Classes.from_categories(categories, str(path)), []
+    found = known.of_categories(categories, str(path))
+    return found, [f"{path}: {line}" for line in [found.difference(known)] if line]
 
 
 def read_annotations(

@@ -129,9 +129,10 @@ class CocoEvaluator:
     def accumulate(self) -> None:
         """Match detections with the ground truth and compute precision and recall."""
         image_ids = sorted(self.detections)
+        category_ids = [entry["id"] for entry in self.coco_gt.dataset["categories"]]
+        detections = [self.detections[image_id].of_categories(category_ids) for image_id in image_ids]
         for iou_type, coco_eval in self.coco_eval.items():
             truth = hotcoco.COCO(numbered(self.coco_gt.dataset, image_ids, iou_type))
-            detections = [self.detections[image_id].of_categories(truth.get_cat_ids()) for image_id in image_ids]
             scorer = hotcoco.COCOeval(truth, truth.load_res(RESULTS[iou_type](detections)), iou_type)
             for name in PARAMETERS:
                 setattr(scorer.params, name, np.asarray(getattr(coco_eval.params, name)).tolist())

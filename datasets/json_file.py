@@ -62,9 +62,14 @@ def check_kind(data: Any, path: Path) -> None:
             f"{path}: lists images without annotations, like COCO's image_info files, which are only for "
             "--eval --image_set test; name a COCO instance file"
         )
+    check_lists(data, path, "instance")
+
+
+def check_lists(data: Any, path: Path, kind: str) -> None:
+    """Raise InputError if the data lacks one of the lists of COCO's instance and panoptic files."""
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise InputError(f"{path}: not a COCO instance file: it has no list {key!r}")
+            raise InputError(f"{path}: not a COCO {kind} file: it has no list {key!r}")
 
 
 def other_kind(data: Any) -> str:

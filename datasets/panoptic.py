@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import box_convert, masks_to_boxes
 
 from datasets.classes import Classes
 from datasets.coco import CocoDetection
@@ -25,7 +25,7 @@ from datasets.images import read_image
 from datasets.panoptic_file import load_panoptic
 from datasets.records import Records, Segments
 from datasets.sharing import Contents
-from datasets.targets import MIN_SIDE
+from datasets.targets import as_target, visible_corners
 from datasets.transforms import Target
 from util.errors import InputError
 from util.text import counted
@@ -85,23 +85,14 @@ class PanopticDetection(CocoDetection):
         Raises:
             InputError: if the PNG file cannot be read, has another size than the image, or an unlisted segment.
         """
-        masks = torch.from_numpy(self.masks_of(index, width, height))
-        objects = self.records.objects_of(index)
-        boxes = torch.zeros(len(masks), 4)
-        areas = masks.flatten(1).sum(1)
-        boxes[areas > 0] = masks_to_boxes(masks[areas > 0])
-        kept = (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE).all(1)
-        size = torch.tensor([height, width])
-        target = {
-            "boxes": boxes[kept],
-            "labels": torch.from_numpy(objects.labels)[kept],
-            "image_id": torch.tensor([int(self.records.ids[index])]),
-            "area": areas[kept].float(),
-            "iscrowd": torch.from_numpy(objects.crowds)[kept].long(),
-            "orig_size": size,
-            "size": size,
-        }
-        return target | {"masks": masks[kept]} if self.masks else target
+        masks = self.masks_of(index, width, height)
+        areas = masks.sum((1, 2), dtype=np.int64)
+        boxes = np.zeros((len(masks), 4))
+        boxes[areas > 0] = box_convert(masks_to_boxes(torch.from_numpy(masks[areas > 0])), "xyxy", "xywh").numpy()
+        corners, kept = visible_corners(boxes, width, height)
+        objects = self.records.objects_of(index)._replace(areas=areas).select(kept)
+        image_id = int(self.records.ids[index])
+        return as_target(image_id, corners[kept], objects, width, height, masks[kept] if self.masks else None)
 
     def masks_of(self, index: int, width: int, height: int) -> np.ndarray:
         """Return the masks [N, H, W] of an image's segments, uint8 with 0 and 1; see `target_of` for errors."""

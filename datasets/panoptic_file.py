@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets.annotations import Annotations
+from datasets.annotations import Annotations, classes_of_file
 from datasets.classes import Classes
 from datasets.entries import MAX_PIXELS, Checker, as_int, is_int, is_number
-from datasets.json_file import read_json
+from datasets.json_file import check_lists, read_json
 from util.errors import InputError
 from util.text import counted
 
@@ -54,19 +54,15 @@ def load_panoptic(path: str | Path, classes: Classes | None = None) -> Annotatio
     notes = [f"{path}: {line}" for line in checker.notes()]
     if missing := len(images) - len(kept):
         notes.append(f"{path}: {counted(missing, 'image')} without an annotation left out")
-    own = classes.of_categories if classes else Classes.from_categories
-    found = own(data["categories"], str(path))
-    if classes and (difference := found.difference(classes)):
-        notes.append(f"{path}: {difference}")
+    found, difference = classes_of_file(data["categories"], path, classes)
+    notes += difference
     found = replace(found, isthing={label: bool(categories[i]["isthing"]) for i, label in found.labels.items()})
     return Annotations(kept, segments, data["categories"], found, {}, notes)
 
 
 def check_panoptic(data: Any, path: Path) -> None:
     """Raise InputError unless a file has the lists of COCO's panoptic format."""
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise InputError(f"{path}: not a COCO panoptic file: it has no list {key!r}")
+    check_lists(data, path, "panoptic")
     first = data["annotations"][0] if data["annotations"] else {}
     if isinstance(first, dict) and "bbox" in first and "segments_info" not in first:
         raise InputError(f"{path}: an instance file: name a panoptic one, or drop --dataset_file coco_panoptic")

@@ -18,17 +18,30 @@ def make_target(image_id: int, objects: Objects, width: int, height: int, masks:
     """
     corners, visible = visible_corners(objects.boxes, width, height)
     kept = visible & ~objects.crowds
+    of_kept = masks if masks is None else masks[kept]
+    return as_target(image_id, corners[kept], objects.select(kept), width, height, of_kept)
+
+
+def as_target(
+    image_id: int, corners: np.ndarray, objects: Objects, width: int, height: int, masks: np.ndarray | None
+) -> Target:
+    """Return N objects as a target of tensors.
+
+    Args:
+        corners: [N, 4], their boxes as absolute xyxy, which replace those of `objects`.
+        masks: [N, height, width], or None.
+    """
     size = torch.tensor([height, width])
     target = {
-        "boxes": torch.from_numpy(corners[kept]).float(),
-        "labels": torch.from_numpy(objects.labels[kept]),
+        "boxes": torch.from_numpy(corners).float(),
+        "labels": torch.from_numpy(objects.labels),
         "image_id": torch.tensor([image_id]),
-        "area": torch.from_numpy(objects.areas[kept]).float(),
-        "iscrowd": torch.zeros(int(kept.sum()), dtype=torch.int64),
+        "area": torch.from_numpy(objects.areas).float(),
+        "iscrowd": torch.from_numpy(objects.crowds).long(),
         "orig_size": size,
         "size": size,
     }
-    return target if masks is None else target | {"masks": torch.from_numpy(masks[kept])}
+    return target if masks is None else target | {"masks": torch.from_numpy(masks)}
 
 
 def visible_corners(

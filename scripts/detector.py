@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -72,14 +71,15 @@ class Detector:
         outputs = self.model([image.to(self.device) for image in resized])
         of_images = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
         codes = self.codes(outputs, of_images, resized, sizes)
-        panoptic: Iterable[dict[str, Any]] = repeat({})
-        if self.postprocess_panoptic:
-            in_batch = [image.shape[1:] for image in resized]
-            panoptic = ({"panoptic": result} for result in self.postprocess_panoptic(outputs, in_batch, sizes))
         of_images = [{name: value.cpu() for name, value in image.items()} for image in of_images]
         for detections in of_images:
             check_detections(detections)
-        return [found | masks | more for found, masks, more in zip(of_images, codes, panoptic, strict=False)]
+        results: list[dict[str, Any]] = [found | masks for found, masks in zip(of_images, codes, strict=True)]
+        if self.postprocess_panoptic:
+            in_batch = [image.shape[1:] for image in resized]
+            for result, panoptic in zip(results, self.postprocess_panoptic(outputs, in_batch, sizes), strict=True):
+                result["panoptic"] = panoptic
+        return results
 
     def codes(
         self,
