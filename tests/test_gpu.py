@@ -13,6 +13,7 @@ from run.kernels import compile_model
 from tests.conftest import TINY, assert_same_end
 from tests.reference import reference_images, reference_targets
 from tests.small import build_small
+from util.box_ops import box_cxcywh_to_xyxy
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -30,23 +31,34 @@ def _full_float32():
     torch.backends.cudnn.allow_tf32 = before[1]
 
 
+def masks_of(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return masks [T, h, w] that fill the boxes [T, 4]."""
+    scale = torch.tensor(size).flip(0).repeat(2)  # w, h, w, h
+    x0, y0, x1, y1 = (box_cxcywh_to_xyxy(boxes) * scale)[..., None, None].unbind(1)
+    rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    return ((columns >= x0) & (columns < x1) & (rows >= y0) & (rows < y1)).to(torch.uint8)
+
+
 def step(model, criterion, device, dtype) -> tuple[dict, dict, dict]:
     """Return the outputs, losses and gradients of one training step on two padded images, on the CPU."""
     model.to(device, dtype).train().zero_grad()
     images = [image.to(device, dtype) for image in reference_images(SIZES, seed=1)]
     targets = [
-        {"labels": target["labels"].to(device), "boxes": target["boxes"].to(device, dtype)}
-        for target in reference_targets([3, 0], seed=1)
+        {"labels": target["labels"], "boxes": target["boxes"].to(dtype), "masks": masks_of(target["boxes"], size)}
+        for target, size in zip(reference_targets([3, 0], seed=1), SIZES, strict=True)
     ]
+    targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
     outputs = model(images)
     losses = criterion(outputs, targets)
-    sum(losses[name] * weight for name, weight in criterion.weight_dict.items()).backward()
+    sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses).backward()
     gradients = {name: p.grad.to("cpu", copy=True) for name, p in model.named_parameters() if p.grad is not None}
     outputs = {name: outputs[name].detach().cpu() for name in ("pred_logits", "pred_boxes")}
     return outputs, {name: value.detach().cpu() for name, value in losses.items()}, gradients
 
 
-@pytest.mark.parametrize("flags", [(), ("--backbone_norm", "batch"), ("--backbone", "resnet50", "--dilation")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--backbone_norm", "batch"), ("--backbone", "resnet50", "--dilation"), ("--masks",)]
+)
 def test_outputs_losses_and_gradients_match_the_cpu_in_float64(flags):
     model, criterion = build_small("--dropout", 0, *flags)
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -68,6 +80,20 @@ def test_outputs_and_losses_match_the_cpu_in_float32():
     found = step(model, criterion, GPU, torch.float32)
     assert_close(found[0], expected[0], rtol=0, atol=2e-4)
     assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_in_16_bits_are_close_to_those_in_float32(dtype):
+    model, _ = build_small("--masks")
+    model.to(GPU)
+    images = [image.to(GPU) for image in reference_images(SIZES, seed=1)]
+    queries = [torch.tensor(chosen, device=GPU) for chosen in ([0, 5], [3])]
+    with torch.no_grad():
+        expected = model(images)["masks"].of(queries)
+        with torch.autocast("cuda", dtype):
+            found = model(images)["masks"].of(queries)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("keys", [64, 77])  # kernels read keys in groups of 8 and more
@@ -112,10 +138,10 @@ def test_dropout_of_activations():
     assert_close(kept[kept > 0], torch.full_like(kept[kept > 0], 1 / (1 - p)), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("amp", ["none", "fp16"])
-def test_deterministic_training_repeats_and_resumes_bit_for_bit(amp, shapes, tmp_path, run_main):
+@pytest.mark.parametrize("more", [("--amp", "none"), ("--amp", "fp16"), ("--masks", "--amp", "bf16")])
+def test_deterministic_training_repeats_and_resumes_bit_for_bit(more, shapes, tmp_path, run_main):
     """With dropout and trained norms; the third run is resumed after its first epoch."""
-    flags = [*TINY, "--device", "cuda", "--coco_path", shapes, "--deterministic", "--dropout", 0.1, "--amp", amp]
+    flags = [*TINY, "--device", "cuda", "--coco_path", shapes, "--deterministic", "--dropout", 0.1, *more]
     for name, runs in (("once", [2]), ("again", [2]), ("resumed", [1, 2])):
         for epochs in runs:
             done = run_main(*flags, "--epochs", epochs, "--output_dir", tmp_path / name, "--resume", "auto")
