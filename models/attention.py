@@ -14,6 +14,7 @@ from models.dropout import dropout
 from models.fast_linear import linear
 from models.fused_convolution import is_transformed
 from models.not_scriptable import NotScriptable
+from models.recomputed_attention import in_parts, is_large
 
 # PyTorch's counter of FLOPs has formulas only for the kernels of GPUs, and counts attention on CPUs as 0.
 for kernel, flops in (
@@ -54,10 +55,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
     if query.device.type != "cpu" and not in_full:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=p)
     if p > 0 or in_full:
-        weights = attention_weights(query, key, visible)
-        return (dropout(weights, p) if p > 0 else weights) @ value
+        if is_large(query, key) and not in_full and not torch.compiler.is_compiling():
+            return in_parts(attend_in_full, query, key, value, visible, p)  # the same with less memory
+        return attend_in_full(query, key, value, visible, p)
     widened = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # [B, h, S, e]
     return F.scaled_dot_product_attention(query, key, widened, attn_mask=visible)[..., : value.shape[-1]]
+
+
+def attend_in_full(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:
+    """Return the result of `attend`, computed from the matrix of all weights."""
+    weights = attention_weights(query, key, visible)
+    return (dropout(weights, p) if p > 0 else weights) @ value
 
 
 def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None) -> Tensor:
