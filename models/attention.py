@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from models.dropout import dropout
 from models.fast_linear import linear
-from models.fused_convolution import is_transformed
+from models.modes import is_transformed
 from models.not_scriptable import NotScriptable
 from models.recomputed_attention import in_parts, is_large
 
@@ -41,8 +41,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
     PyTorch's fused kernels never store the N×S matrix of weights, so memory grows with N + S. Those for GPUs support
     all that this model needs. The one for CPUs needs values as wide as the queries and has no dropout; without it,
     PyTorch falls back to the matrix, always in float32. On CPUs, values are therefore padded with zeros, and training
-    with dropout computes the matrix here, in the input's precision and with cheaper random numbers. Tracing does the
-    same, since ONNX and fvcore's counter of FLOPs do not know the kernel, and so do torch.func's transforms.
+    with dropout computes the matrix here, in the input's precision and with cheaper random numbers; a large matrix is
+    computed in parts, which are not stored. Tracing computes the matrix, too, since ONNX and fvcore's counter of FLOPs
+    do not know the kernels, and so do torch.func's transforms.
 
     Args:
         query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
@@ -51,15 +52,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
 
     Return [B, h, N, d].
     """
-    in_full = torch.jit.is_tracing() or is_transformed()
-    if query.device.type != "cpu" and not in_full:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=p)
-    if p > 0 or in_full:
-        if is_large(query, key) and not in_full and not torch.compiler.is_compiling():
+    if not (torch.jit.is_tracing() or is_transformed()):
+        if query.device.type != "cpu":
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=p)
+        if p == 0:
+            widened = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # [B, h, S, e]
+            return F.scaled_dot_product_attention(query, key, widened, attn_mask=visible)[..., : value.shape[-1]]
+        if is_large(query, key) and not torch.compiler.is_compiling():
             return in_parts(attend_in_full, query, key, value, visible, p)  # the same with less memory
-        return attend_in_full(query, key, value, visible, p)
-    widened = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # [B, h, S, e]
-    return F.scaled_dot_product_attention(query, key, widened, attn_mask=visible)[..., : value.shape[-1]]
+    return attend_in_full(query, key, value, visible, p)
 
 
 def attend_in_full(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fused_convolution import can_fuse
+from models.modes import is_plain, needs_gradients, onednn_supports
 from models.not_scriptable import NotScriptable
 
 
@@ -21,15 +21,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     In 16 bits, `F.linear` uses oneDNN itself.
     """
-    if can_fuse(x, weight, bias) and is_faster(x, weight, bias) and x.dim() > 1 and x.numel():
+    if is_faster(x, weight, bias) and x.dim() > 1 and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether oneDNN's product is the faster one: in float32, for weights that are not transposed."""
-    types = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
-    return types == {torch.float32} and not torch.is_autocast_enabled("cpu") and weight.is_contiguous()
+    """Return whether oneDNN's product, which has no gradients, can be used and is faster: in float32, for weights that
+    are not transposed."""
+    tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    if {tensor.dtype for tensor in tensors} != {torch.float32} or torch.is_autocast_enabled("cpu"):
+        return False
+    if not is_plain(*tensors) or needs_gradients(*tensors) or not onednn_supports(*tensors):
+        return False
+    return weight.is_contiguous()
 
 
 class FastLinear(NotScriptable, nn.Linear):

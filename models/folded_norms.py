@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.fused_convolution import can_fuse, fused_convolution, is_transformed
+from models.fused_convolution import can_fuse, fused_convolution
+from models.modes import is_transformed
 from models.not_scriptable import NotScriptable
 
 Terms = dict[nn.Module, tuple[Tensor, Tensor]]  # scale [C', 1] and shift [C'] of each norm

@@ -8,33 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from models.modes import is_plain, needs_gradients, onednn_supports
 
 
 def can_fuse(x: Tensor, weight: Tensor, added: Tensor | None) -> bool:
-    """Return whether oneDNN's operators can be used: on a CPU, in a supported precision, if only values are needed.
-
-    They have no derivatives, and tools that inspect operators (tracers, fake tensors, vmap, counters of FLOPs)
-    do not know them.
-    """
+    """Return whether oneDNN's operators, which have no gradients, can be used for these arguments."""
     tensors = [x, weight] if added is None else [x, weight, added]
-    if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors):
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
-        return False
-    if is_transformed() or forward_ad._current_level >= 0:  # forward derivatives would silently be zero
-        return False
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def is_transformed() -> bool:
-    """Return whether a transform of torch.func, such as `vmap` or `grad`, is active."""
-    return torch._C._functorch.maybe_current_level() is not None
+    return is_plain(*tensors) and not needs_gradients(*tensors) and onednn_supports(*tensors)
 
 
 def fused_convolution(

@@ -68,8 +68,10 @@ def test_outputs_losses_and_gradients_match_the_cpu_in_float64(flags):
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
     assert found[2].keys() == expected[2].keys()
-    total = torch.stack([gradient.norm() for gradient in expected[2].values()]).norm()
-    for name, gradient in expected[2].items():
+    # Those of the detector under a mask head are compared in the other cases.
+    compared = {name: gradient for name, gradient in expected[2].items() if not name.startswith("detr.")}
+    total = torch.stack([gradient.norm() for gradient in compared.values()]).norm()
+    for name, gradient in compared.items():
         assert (found[2][name] - gradient).norm() < 1e-7 * total, name
 
 

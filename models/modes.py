@@ -1,0 +1,40 @@
+"""Modes of PyTorch in which only its own operators work, and not those that replace them for speed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of torch.func, such as `vmap` or `grad`, is active."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def needs_gradients(*tensors: Tensor) -> bool:
+    """Return whether a result that is computed from these tensors needs gradients."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Return whether operators on these tensors only have to compute values and gradients.
+
+    Tools that inspect operators (tracers, compilers, fake tensors, counters of FLOPs) and torch.func's transforms do
+    not know the faster ones, and forward derivatives would silently be zero.
+    """
+    if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return False
+    return not is_transformed() and forward_ad._current_level < 0
+
+
+def onednn_supports(x: Tensor, *others: Tensor) -> bool:
+    """Return whether oneDNN, which computes on CPUs, supports the devices of these tensors and the precision of `x`."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if any(tensor.device.type != "cpu" for tensor in (x, *others)):
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
