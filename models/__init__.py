@@ -22,7 +22,7 @@ from models.postprocess_masks import PostProcessPanoptic, PostProcessSegm
 from models.segmentation import DETRsegm
 
 MODELS: dict[str, Callable[..., Detector]] = {"conditional_detr": build_conditional_detr, "detr": build_detr}
-PANOPTIC_THRESHOLDS = {"conditional_detr": 0.3, "detr": 0.85}  # DETR's is as published, the other one measured
+PANOPTIC_THRESHOLDS = {"conditional_detr": 0.3, "detr": 0.85}  # DETR's is the published one, the other was measured
 MODEL_NAMES = {"conditional_detr": "Conditional DETR", "detr": "DETR"}  # as in papers
 
 
@@ -38,7 +38,8 @@ def build_model(
         args: the flags.
         num_classes: the number of classes that the model distinguishes; by default `--num_classes`, else COCO's 91, or
             250 for panoptic data.
-        isthing: for panoptic data, whether each label is of things; by default, those up to 90 are.
+        isthing: for panoptic data, True for labels of things, False for labels of stuff; by default, labels up to 90
+            are things.
 
     Raises:
         InputError: if a flag is not supported or contradicts another.

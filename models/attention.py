@@ -26,24 +26,24 @@ for kernel, flops in (
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, N, C] to [B, h, N, C / h]."""
+    """Split [B, N, C] into heads, [B, h, N, C / h]."""
     return x.view(*x.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """[B, h, N, d] to [B, N, h * d]."""
+    """Merge heads [B, h, N, d] into [B, N, h * d]."""
     return x.transpose(1, 2).flatten(2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:
     """Return softmax(q kᵀ / sqrt(e)) v, with dropout on the weights, by the kernel that suits the device.
 
-    PyTorch's fused kernels never store the N×S matrix of weights, so memory grows with N + S. Those for GPUs support
-    all that this model needs. The one for CPUs needs values as wide as the queries and has no dropout; without it,
-    PyTorch falls back to the matrix, always in float32. On CPUs, values are therefore padded with zeros, and training
-    with dropout computes the matrix here, in the input's precision and with cheaper random numbers; a large matrix is
-    computed in parts, which are not stored. Tracing computes the matrix, too, since ONNX and fvcore's counter of FLOPs
-    do not know the kernels, and so do torch.func's transforms.
+    PyTorch's fused kernels never store the N×S matrix of weights, so memory grows with N + S. The kernels for GPUs
+    support everything that the models need. The kernel for CPUs has no dropout and needs values as wide as the queries;
+    for other inputs, PyTorch computes the matrix, always in float32. On CPUs, values are therefore padded with zeros,
+    and training with dropout computes the matrix here, in the input's precision and with cheaper random numbers. A
+    large matrix is computed in parts, which are not stored. Tracing and torch.func's transforms compute the matrix,
+    too: ONNX and fvcore's counter of FLOPs, for example, do not know the kernels.
 
     Args:
         query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
@@ -78,7 +78,7 @@ def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None) -> Ten
 
 
 class MultiHeadAttention(NotScriptable, nn.Module):
-    """Attention softmax(q kᵀ / sqrt(width of q)) v in every head, and the output projection."""
+    """Base class of attention: softmax(q kᵀ / sqrt(e)) v in every head, and the output projection."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -133,7 +133,10 @@ class SelfAttention(PackedAttention):
     """Self-attention whose queries and keys have a position added."""
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return [B, S, C] and weights [B, S, S] or None, like `attend_heads`, for x and position [B, S, C]."""
+        """Return [B, N, C] and weights [B, N, N] or None, like `attend_heads`.
+
+        x: [B, N, C]; position: [B, N, C], or [N, C] for all images.
+        """
         dim = x.shape[-1]
         w_qk, w_v = self.in_proj_weight.split([2 * dim, dim])
         b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])
@@ -148,9 +151,9 @@ class CrossAttention(PackedAttention):
     def forward(
         self, x: Tensor, query_pos: Tensor, memory: Tensor, position: Tensor, visible: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return [B, Q, C] and weights [B, Q, S] or None, like `attend_heads`.
+        """Return [B, N, C] and weights [B, N, S] or None, like `attend_heads`.
 
-        x and query_pos: [B, Q, C] and [Q, C]; memory and position: [B, S, C].
+        x: [B, N, C]; query_pos: [N, C]; memory and position: [B, S, C].
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = x + query_pos, memory + position, memory

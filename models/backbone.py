@@ -27,7 +27,7 @@ class Body(NotScriptable, nn.Sequential):
     """A ResNet up to its last stage."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the features [B, .., .., ..] of each of `STAGES` for images [B, 3, H, W]."""
+        """Return the features of each of `STAGES`, [B, channels, rows, columns], for images [B, 3, H, W]."""
         x, features = images, {}
         for name, module in self.named_children():
             x = module(x)
@@ -45,10 +45,10 @@ class Backbone(NotScriptable, nn.Module):
         return_interm_layers: return the features of all stages, not only of the last one.
         dilation: replace the stride of the last stage by dilation (DC5): twice the resolution.
         norm: "frozen" keeps the batch norms as buffers, "batch" trains them.
-        train_stem: also train what comes before layer2, which random weights need.
+        train_stem: also train the layers before layer2, which is necessary with random weights.
 
     Raises:
-        InputError: if the name is unknown, or torchvision cannot dilate this network.
+        InputError: if the name or the norm is unknown, or torchvision cannot dilate this network.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Backbone(NotScriptable, nn.Module):
             replace_stride_with_dilation=[False, False, dilation],
             norm_layer=NORMS[norm],
         )
-        # ReLU comes after the pooling: the result is the same, for a quarter of the values.
+        # ReLU comes after the pooling: the result is the same, but only a quarter of the values is left to compute.
         order = ("conv1", "bn1", "maxpool", "relu", *STAGES)
         self.body = Body(OrderedDict((key, getattr(resnet, key)) for key in order))
         self.num_channels = CHANNELS[name]
@@ -87,7 +87,7 @@ class Backbone(NotScriptable, nn.Module):
     def forward(self, tensor_list: NestedTensor) -> dict[str, NestedTensor]:
         """Return the features of the last stage [B, C', H', W'] as "0", or of all stages as "0" to "3", with masks."""
         images, padding = tensor_list.decompose()
-        # With trained norms and channels last, the gradients of plain 1×1 convolutions would come in strides that
+        # With trained norms and channels last, the gradients of 1×1 convolutions would have strides that
         # DistributedDataParallel warns about.
         images = channels_last(images) if self.folded else images.contiguous()
         features = self.body(images)
@@ -96,7 +96,7 @@ class Backbone(NotScriptable, nn.Module):
 
 
 def resized(padding: Tensor, features: Tensor) -> Tensor:
-    """Return a mask [B, H, W] at the size of features [B, .., H', W']."""
+    """Return a mask [B, H, W] resized to [B, H', W'], the size of features [B, .., H', W']."""
     return F.interpolate(padding[:, None].float(), size=features.shape[-2:], mode="nearest")[:, 0].bool()
 
 

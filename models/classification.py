@@ -18,7 +18,7 @@ EPS = 1e-8
 
 
 class Totals(NamedTuple):
-    """Numbers of targets of a training step, in all its batches.
+    """Numbers of targets in all batches of a training step.
 
     num_boxes: the number of targets, averaged over the processes.
     per_image: the number of targets in each image of this process.
@@ -46,7 +46,7 @@ class Classification(Protocol):
         Args:
             logits: [L, B, Q, K].
             pairs: layer, image and query of the matched pairs, [L, M] each.
-            labels: [L, M], their classes.
+            labels: [L, M], the classes of their targets.
             totals: the numbers of targets by which the loss is divided.
         """
         ...
@@ -56,7 +56,7 @@ class Classification(Protocol):
         ...
 
     def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the probability and the class that is best for each query, [..] each, for logits [.., K].
+        """Return the highest probability and its class for each query, [..] each, for logits [.., K].
 
         The probability is 0 if "no object" is better than all classes.
         """
@@ -81,14 +81,14 @@ class FocalSigmoid:
         self.alpha = alpha
 
     def cost(self, logits: Tensor, image: Tensor, labels: Tensor) -> Tensor:
-        """Return the focal loss of the target's class, compared with that of its absence."""
+        """Return the focal loss of predicting the target's class, minus that of not predicting it, [T, L, Q]."""
         p = logits.permute(1, 3, 0, 2)[image, labels].sigmoid()  # [T, L, Q], of the target's class
         negative = (1 - self.alpha) * p**GAMMA * -(1 - p + EPS).log()
         positive = self.alpha * (1 - p) ** GAMMA * -(p + EPS).log()
         return positive - negative
 
     def loss(self, logits: Tensor, pairs: tuple[Tensor, Tensor, Tensor], labels: Tensor, totals: Totals) -> Tensor:
-        """Return the focal loss over all queries and classes, per target."""
+        """Return the focal loss, summed over all queries and classes and divided by the number of targets, [L]."""
         one_hot = torch.zeros_like(logits)
         one_hot.index_put_((*pairs, labels), one_hot.new_ones(()))  # with a plain 1, the host would wait for the copy
         return sigmoid_focal_loss(logits, one_hot, alpha=self.alpha, gamma=GAMMA).sum((1, 2, 3)) / totals.num_boxes
@@ -120,11 +120,11 @@ class SoftmaxWithNoObject:
         self.eos_coef = eos_coef
 
     def cost(self, logits: Tensor, image: Tensor, labels: Tensor) -> Tensor:
-        """Return the negative probability of the target's class."""
-        return -logits.softmax(-1).permute(1, 3, 0, 2)[image, labels]  # [T, L, Q]
+        """Return the negative probability of the target's class, [T, L, Q]."""
+        return -logits.softmax(-1).permute(1, 3, 0, 2)[image, labels]
 
     def loss(self, logits: Tensor, pairs: tuple[Tensor, Tensor, Tensor], labels: Tensor, totals: Totals) -> Tensor:
-        """Return the weighted mean of the cross-entropy over the queries of the step."""
+        """Return the weighted mean of the cross-entropy over the queries of the step, [L]."""
         num_layers, _, num_queries, num_logits = logits.shape
         classes = torch.full(logits.shape[:3], num_logits - 1, device=logits.device)  # [L, B, Q], "no object"
         classes[pairs] = labels
@@ -140,12 +140,12 @@ class SoftmaxWithNoObject:
         return logits.softmax(-1)[..., :-1]
 
     def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the highest probability and its class; 0 if it is that of "no object"."""
+        """Return the highest probability and its class; the probability is 0 if "no object" is best."""
         scores, labels = logits.softmax(-1).max(-1)
         return scores.masked_fill(labels == logits.shape[-1] - 1, 0), labels
 
     def scores(self, logits: Tensor, num_detections: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the best class of each query, in the order of queries; those with the lowest scores are dropped."""
+        """Return the best class of the `num_detections` queries with the highest scores, in the order of queries."""
         scores, labels = self.probabilities(logits).max(-1)  # [B, Q]
         queries = torch.arange(logits.shape[1], device=logits.device).expand_as(scores)
         if num_detections < logits.shape[1]:

@@ -1,10 +1,10 @@
-"""Conditional DETR: a decoder with separate content and spatial attention, and boxes as offsets from points.
+"""Conditional DETR: separate content and spatial attention in the decoder, and boxes as offsets from reference points.
 
-Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021; the sections named below are the paper's.
+Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021; sections and equations are from this paper.
 Groups of queries: Chen et al., "Group DETR", ICCV 2023.
 
-Shapes: B images, S = H·W cells of the feature map, Q queries of G groups (one unless the model is in training mode), C
-width, h heads, L decoder layers; `visible` [B, 1, 1, S] is False on padding, or None if there is none.
+Shapes: B images, S = H·W cells of the feature map, Q queries in G groups (a single group in evaluation mode), C width,
+h heads, L decoder layers; `visible` [B, 1, 1, S] is False on padding, or None if there is none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from models.transformer import MLP, Encoder, Transformer, run_layer, share_initi
 from util.box_ops import inverse_sigmoid
 from util.precision import at_least_float32, without_autocast
 
-PRIOR_PROBABILITY = 0.01  # of every class at the start of training (focal loss, section 3.3)
+PRIOR_PROBABILITY = 0.01  # of every class at the start of training (Lin et al., ICCV 2017, section 3.3)
 
 
 class ConditionalDecoderLayer(nn.Module):
@@ -35,7 +35,7 @@ class ConditionalDecoderLayer(nn.Module):
     part p_q, and every key that of c_k and p_k, so that the logit is the sum c_qᵀc_k + p_qᵀp_k. The first layer, whose
     queries have no content yet, also adds the positions to the content parts.
 
-    In training, the queries attend only to those of their own group.
+    In training, queries attend only to queries of the same group.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class ConditionalDecoder(nn.Module):
 
         query_pos: [Q, C]; memory and position: [B, S, C]; visible: as above.
         """
-        with without_autocast(query_pos.device):  # points keep at least float32
+        with without_autocast(query_pos.device):  # reference points keep at least float32
             reference = at_least_float32(self.ref_point_head(query_pos)).sigmoid()
         x, y = reference.unbind(-1)
         p_s = point_embedding(x, y, query_pos.shape[-1]).to(query_pos.dtype)  # [Q, C]
@@ -172,7 +172,10 @@ class ConditionalDETR(Detector):
             nn.init.zeros_(parameter)
 
     def boxes(self, hs: Tensor, reference: Tensor | None) -> Tensor:
-        """Return boxes [L, B, Q, 4] whose centres are offsets from the reference points [Q, 2] (section 3.2)."""
+        """Return boxes [L, B, Q, 4] for decoder outputs [L, B, Q, C].
+
+        Their centres are predicted as offsets from the reference points [Q, 2] (section 3.2).
+        """
         assert reference is not None  # the decoder returns them
         offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]
         return (self.bbox_embed(hs) + offset).sigmoid()
@@ -195,7 +198,7 @@ def build_conditional_detr(
 ) -> ConditionalDETR:
     """Return a randomly initialised model; class ids are 0 to `num_classes` - 1, without a background class.
 
-    With `num_groups` above 1, training uses as many groups of `num_queries` queries (Group DETR).
+    Training uses `num_groups` groups of `num_queries` queries each (Group DETR).
     """
     sizes = dim, num_heads, dim_feedforward, dropout, checkpoint_activations
     transformer = Transformer(Encoder(enc_layers, *sizes), ConditionalDecoder(dec_layers, *sizes, num_groups))

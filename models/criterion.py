@@ -27,9 +27,9 @@ class Matched:
 
     logits: [L, B, Q, K]; boxes: [L, B, Q, 4]; layer 0 is the decoder's last.
     outputs: the model's output dict for the last layer, with the outputs of further heads.
-    targets: those of the B images.
+    targets: the dicts of the B images.
     matches: the matched pairs.
-    totals: the targets of the step, by which losses are divided.
+    totals: the numbers of targets of the step, by which losses are divided.
     """
 
     logits: Tensor
@@ -41,7 +41,7 @@ class Matched:
 
     @property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Index of the matched predictions among those of all layers, images and queries."""
+        """Layer, image and query of the matched pairs, [L, M] each: an index of predictions [L, B, Q, ..]."""
         return self.matches.layer, self.matches.image, self.matches.query
 
     def last_layer_by_image(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -59,7 +59,7 @@ class Matched:
 
 
 class Term(Protocol):
-    """Term of the criterion: losses by name, [L] if every layer has one, or [] if only the last layer has.
+    """Term of the criterion: returns losses by name, [L] for all layers, or [] for the last layer only.
 
     `weights` are the weights of its losses in the total; losses without a weight are only logged.
     """
@@ -82,7 +82,7 @@ class ClassLoss:
 
 
 class BoxLoss:
-    """`loss_bbox`, the L1 distance of cxcywh, and `loss_giou`, 1 - GIoU, of the matched pairs."""
+    """`loss_bbox`, the L1 distance of cxcywh boxes, and `loss_giou`, 1 - GIoU, of the matched pairs."""
 
     def __init__(self, bbox_weight: float, giou_weight: float) -> None:
         self.weights = {"loss_bbox": bbox_weight, "loss_giou": giou_weight}
@@ -98,7 +98,7 @@ class BoxLoss:
 
 
 class CardinalityError:
-    """`cardinality_error`: the mean difference between the numbers of targets and of predicted objects.
+    """`cardinality_error`: the mean absolute difference between the numbers of predicted objects and of targets.
 
     DETR counts queries as objects if their highest logit is not the last one. This means little for sigmoid classes,
     which have no background.
@@ -116,7 +116,7 @@ class CardinalityError:
 
 
 class ClassError:
-    """`class_error`: percentage of the last layer's pairs whose highest class is wrong; 100 if there is no pair."""
+    """`class_error`: percentage of the last layer's pairs with a wrong class; 100 if there are no pairs."""
 
     weights: ClassVar[dict[str, float]] = {}
 
@@ -135,7 +135,7 @@ class SetCriterion(NotScriptable, nn.Module):
         matcher: assigns targets to queries.
         terms: the losses, and values that are only logged.
         num_layers: the number of decoder layers in the outputs; 1 without auxiliary outputs.
-        num_groups: the number of groups of queries in the outputs in training mode, each matched with all targets.
+        num_groups: the number of groups of queries in training mode; each group is matched with all targets.
 
     `weight_dict` has the weight of every loss by name. The last layer's losses have the plain names, those of each
     earlier layer i have the suffix `_i`. The host waits for the device once, for the costs of the matching.
@@ -157,8 +157,8 @@ class SetCriterion(NotScriptable, nn.Module):
         """Return scalars by name for the model's outputs and B targets.
 
         Targets have `labels` [T_b] and `boxes` [T_b, 4], normalised cxcywh. The losses are divided by `totals`, by
-        default those of this batch; boxes count once per group of queries, and as at least 1. `loss_*` are unweighted;
-        `class_error` and `cardinality_error` are only logged.
+        default those of this batch; the number of boxes is multiplied by the number of groups, and is at least 1.
+        `loss_*` are unweighted; `class_error` and `cardinality_error` are only logged.
         """
         layers = [outputs, *outputs.get("aux_outputs", [])]  # the last decoder layer first
         logits = torch.stack([layer["pred_logits"] for layer in layers])

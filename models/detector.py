@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Embeddings(NamedTuple):
-    """Embeddings of a batch before the heads, for these and for further heads on top of them.
+    """Embeddings of a batch: the inputs of the heads for classes and boxes, and of further heads.
 
     stages: features of the backbone's stages with their masks, the last stage last (see `Backbone`).
     features: [B, C, H', W'], the last stage projected to the transformer's width.
@@ -74,7 +74,7 @@ class Detector(NotScriptable, nn.Module):
         self.backbone = backbone
         self.aux_loss = aux_loss
         self.num_groups = num_groups
-        use_fast_linear(self)  # which compute the same in less time
+        use_fast_linear(self)  # computes the same in less time
 
     def forward(self, samples: NestedTensor | Tensor | Sequence[Tensor]) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """Return predictions for a NestedTensor, a list of [3, h, w] images of any sizes, or one [B, 3, H, W] tensor.
@@ -82,7 +82,7 @@ class Detector(NotScriptable, nn.Module):
         Images are uint8, or float and normalised by ImageNet's mean and deviation.
 
         Return a dict of `pred_logits` [B, Q, K], `pred_boxes` [B, Q, 4] as cxcywh relative to the unpadded image, and,
-        with `aux_loss`, `aux_outputs`: the same two of every decoder layer before the last one.
+        with `aux_loss`, `aux_outputs`: a list with the same two entries for every decoder layer before the last one.
 
         Raise TypeError or ValueError for anything other than such samples (`as_batch`).
         """
@@ -118,11 +118,11 @@ class Detector(NotScriptable, nn.Module):
 
     @property
     def detector(self) -> Detector:
-        """This model; that of a model with masks is the detector under its head."""
+        """This model; for a model with masks, the detector under its head."""
         return self
 
     def boxes(self, hs: Tensor, reference: Tensor | None) -> Tensor:
-        """Return the boxes [L, B, Q, 4] for decoder outputs [L, B, Q, C] and reference points [Q, 2]."""
+        """Return boxes [L, B, Q, 4] for decoder outputs [L, B, Q, C] and reference points [Q, 2] or None."""
         raise NotImplementedError
 
     @property
@@ -138,8 +138,8 @@ class Detector(NotScriptable, nn.Module):
     def per_channel(self, values: Sequence[float]) -> Tensor:
         """Return three constants as [3, 1, 1].
 
-        They are created at each call, since no state dict would restore them after `to_empty`; and by filling, since
-        the host would wait for a copy.
+        They are created at each call, since no state dict would restore them after `to_empty`, and filled on the
+        device, since the host would wait for a copy.
         """
         return torch.stack([self.query_embed.weight.new_full((1, 1), value) for value in values])
 

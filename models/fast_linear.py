@@ -1,6 +1,6 @@
 """Faster linear layers for predictions on CPUs, by matrix products of oneDNN.
 
-PyTorch computes products in float32 by MKL, which needs twice oneDNN's time on AMD's CPUs with AVX-512. The plain
+PyTorch computes products in float32 by MKL, which takes twice as long as oneDNN on AMD's CPUs with AVX-512. The plain
 versions are `F.linear` and `nn.Linear`; nothing here is needed to understand the models.
 
 Shapes: C features in, C' features out.
@@ -46,7 +46,7 @@ class FastLinear(NotScriptable, nn.Linear):
 
 
 def use_fast_linear(model: nn.Module) -> None:
-    """Change the linear layers of a model to the class above; their weights stay."""
+    """Change the class of all linear layers of a model to `FastLinear`; their weights stay."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FastLinear

@@ -72,7 +72,7 @@ class FoldedBasicBlock(BasicBlock):
     """Block of ResNet-18 and 34."""
 
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
-        """Return [B, C', H', W'] from [B, C, H, W]; `terms` are those of this block's norms, among others."""
+        """Return [B, C', H', W'] from [B, C, H, W]; `terms` include those of this block's norms."""
         terms = terms or norm_terms(self)
         shortcut = shortcut_of(self, x, terms)
         y = self.conv1(x, terms[self.bn1], relu=True)
@@ -80,10 +80,10 @@ class FoldedBasicBlock(BasicBlock):
 
 
 class FoldedBottleneck(Bottleneck):
-    """Block of deeper networks."""
+    """Block of ResNet-50 and 101."""
 
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
-        """Return [B, C', H', W'] from [B, C, H, W]; `terms` are those of this block's norms, among others."""
+        """Return [B, C', H', W'] from [B, C, H, W]; `terms` include those of this block's norms."""
         terms = terms or norm_terms(self)
         shortcut = shortcut_of(self, x, terms)
         y = self.conv1(x, terms[self.bn1], relu=True)
@@ -92,6 +92,7 @@ class FoldedBottleneck(Bottleneck):
 
 
 def shortcut_of(block: BasicBlock | Bottleneck, x: Tensor, terms: Terms) -> Tensor:
+    """Return the input of a block as it is added to its output, [B, C', H', W'], from x [B, C, H, W]."""
     if block.downsample is None:
         return x
     conv, norm = block.downsample
@@ -102,7 +103,7 @@ class FoldedStage(nn.Sequential):
     """Blocks of one resolution."""
 
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
-        """Return the output of the blocks for [B, C, H, W]."""
+        """Return [B, C', H', W'] from [B, C, H, W]."""
         terms = terms or norm_terms(self)
         for block in self:
             x = block(x, terms)
@@ -141,7 +142,7 @@ def fold_norms(body: nn.Sequential) -> None:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return a tensor [B, C, H, W] with its channels last in memory, for which convolutions are fastest."""
+    """Return a tensor [B, C, H, W] with its channels last in memory, the format of the fastest convolutions."""
     # torch.func's transforms do not support memory formats.
     return x if is_transformed() else x.contiguous(memory_format=torch.channels_last)
 
@@ -149,5 +150,5 @@ def channels_last(x: Tensor) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the precision in which a convolution of `x` is computed."""
     kind = x.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which raises an error for the meta device
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # an error for the meta device
     return torch.get_autocast_dtype(kind) if autocast else x.dtype

@@ -27,7 +27,7 @@ def fused_convolution(
         conv: its stride, padding and dilation are used.
         x: [B, C, H, W], in channels-last format for speed.
         weight, bias: w [C', C, k, k] and b [C'], converted to the precision of `x`.
-        added: [B, C', H', W'], or None for nothing.
+        added: [B, C', H', W'], or None.
         relu: apply ReLU.
     """
     inputs = weight.to(x.dtype), bias.to(x.dtype), conv.padding, conv.stride, conv.dilation, conv.groups

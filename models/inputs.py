@@ -16,7 +16,7 @@ EXPECTED = "pass a list of RGB images [3, height, width], one tensor [B, 3, H, W
 
 
 def as_batch(samples: Any) -> NestedTensor:
-    """Return images as a padded batch: of a NestedTensor, a list of [3, h, w] tensors, or one [B, 3, H, W] tensor.
+    """Return the padded batch of a NestedTensor, a list of [3, h, w] images, or one [B, 3, H, W] tensor.
 
     Raises:
         TypeError: for anything other than tensors.
@@ -95,6 +95,7 @@ def check_target_sizes(sizes: Any, num_images: int) -> None:
 
 
 def shape_of(tensor: Tensor) -> str:
+    """Return the shape of a tensor as text, such as [3, 480, 640]."""
     return str(list(tensor.shape))
 
 

@@ -1,4 +1,4 @@
-"""The losses of masks (DETR, section 4.4), of the last decoder layer's matched pairs.
+"""Losses of masks (DETR, section 4.4), for the matched pairs of the last decoder layer.
 
 Shapes: B images, T_b targets of image b, M matched pairs, H×W the size of the padded images.
 """
@@ -43,7 +43,7 @@ def pair_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
 
 
 def target_masks(targets: list[dict[str, Tensor]], rows: list[Tensor]) -> Tensor:
-    """Return the masks of chosen targets of each image, padded to the largest image, [M, H, W].
+    """Return the masks of chosen targets of all images, padded to the size of the largest image, [M, H, W].
 
     Args:
         targets: their `masks` are [T_b, h, w] with 0 and 1.

@@ -19,8 +19,12 @@ from util.errors import InputError
 
 
 class Matches(NamedTuple):
-    """The matched pairs of a batch, [L, M] each: layer, image and query index predictions [L, B, Q, ..]; target is a
-    row of the concatenated targets of all images. `per_image` is the number of pairs of each image, in every layer."""
+    """Matched pairs of a batch, as indices [L, M].
+
+    layer, image, query: the index of the prediction in [L, B, Q, ..].
+    target: the index of the target among the concatenated targets of all images.
+    per_image: the number of pairs of each image, which is the same in every layer.
+    """
 
     layer: Tensor
     image: Tensor
@@ -30,7 +34,7 @@ class Matches(NamedTuple):
 
 
 class HungarianMatcher:
-    """Hungarian matcher: pairs of query and target with the least total cost per decoder layer and image.
+    """Hungarian matcher: finds the pairs of queries and targets with the least total cost, per decoder layer and image.
 
     Args:
         cost_class, cost_bbox, cost_giou: weights of the cost of the class, of the L1 distance between normalised cxcywh
@@ -74,9 +78,9 @@ class HungarianMatcher:
     def match(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], num_groups: int = 1) -> Matches:
         """Return the matches of logits [L, B, Q, K] and boxes [L, B, Q, 4] with the `labels` and `boxes` of B targets.
 
-        Every group of queries has an assignment of its own (Group DETR). The queries of an image are in ascending
-        order. The host waits for the device once, for the costs of all layers
-        and images; each image's costs are only for its own targets.
+        Each group of queries is matched with all targets (Group DETR). The queries of an image are in ascending order.
+        The host waits for the device once, for the costs of all layers and images; the costs of an image are computed
+        only for its own targets.
         """
         sizes = [len(target["labels"]) for target in targets]
         cost = self.cost(logits, boxes, targets, sizes).cpu()  # [T, L, Q]

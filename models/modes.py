@@ -1,4 +1,4 @@
-"""Modes of PyTorch in which only its own operators work, and not those that replace them for speed."""
+"""Modes of PyTorch in which only its own operators work, but not the faster ones that replace them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_plain(*tensors: Tensor) -> bool:
     """Return whether operators on these tensors only have to compute values and gradients.
 
     Tools that inspect operators (tracers, compilers, fake tensors, counters of FLOPs) and torch.func's transforms do
-    not know the faster ones, and forward derivatives would silently be zero.
+    not know the faster operators, whose forward derivatives would silently be zero.
     """
     if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
         return False

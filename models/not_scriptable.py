@@ -1,4 +1,4 @@
-"""A clear answer to torch.jit.script, which is deprecated and which these models do not support."""
+"""One-line error for torch.jit.script, which is deprecated and which the models do not support."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NoReturn
 
 
 class NotScriptable:
-    """Module that torch.jit.script refuses in one line, also as a part of another module."""
+    """Base class of modules for which torch.jit.script raises this error, also within other modules."""
 
     def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls this
         raise NotImplementedError(

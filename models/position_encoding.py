@@ -21,7 +21,7 @@ TEMPERATURE = 10_000
 def sine_embedding(angle: Tensor, num_features: int, temperature: float = TEMPERATURE) -> Tensor:
     """Map angles [...] to [..., F]: sines and cosines of F / 2 frequencies, interleaved (DETR, A.4).
 
-    The wavelengths grow geometrically from 2π towards `temperature` times as much.
+    The wavelengths grow geometrically from 2π towards 2π · `temperature`.
     """
     exponent = torch.arange(0, num_features, 2, dtype=torch.float32, device=angle.device) / num_features
     angle = angle[..., None] / temperature**exponent  # [..., F / 2]
@@ -39,8 +39,11 @@ class PositionEmbeddingSine(NotScriptable, nn.Module):
     Args:
         num_pos_feats: F.
         temperature: of `sine_embedding`.
-        normalize: divide rows and columns by the number of those in the image, and multiply by `scale`.
+        normalize: divide rows and columns by their number in the unpadded image, and multiply by `scale`.
         scale: 2π by default; needs `normalize`.
+
+    Raises:
+        ValueError: if `scale` is given without `normalize`.
     """
 
     EPS = 1e-6
@@ -105,7 +108,10 @@ class PositionEmbeddingLearned(NotScriptable, nn.Module):
 
 
 def build_position_encoding(args: argparse.Namespace) -> PositionEmbeddingSine | PositionEmbeddingLearned:
-    """Return the position embedding of `args.position_embedding`, "sine" or "learned", for `args.hidden_dim`."""
+    """Return the position embedding of `args.position_embedding`, "sine" or "learned", for `args.hidden_dim`.
+
+    Raise InputError for any other name.
+    """
     num_pos_feats = args.hidden_dim // 2
     if args.position_embedding in ("sine", "v2"):  # v2 and v3 are the published code's other names
         return PositionEmbeddingSine(num_pos_feats, normalize=True)

@@ -33,8 +33,10 @@ class PostProcess(NotScriptable, nn.Module):
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
         """Return a dict per image for the model's outputs and target_sizes [B, 2], (height, width) in pixels.
 
-        Each has `scores` [N] in descending order, `labels` [N], `boxes` [N, 4]: xyxy in pixels, not clipped, and
-        `queries` [N], those that made the detections.
+        Each has `scores` [N], `labels` [N], `boxes` [N, 4] as xyxy in pixels, not clipped, and `queries` [N], the query
+        of each detection. They are in the order of `Classification.scores`.
+
+        Raise TypeError or ValueError for target_sizes of another kind or shape.
         """
         names = "scores", "labels", "boxes", "queries"
         return [
@@ -43,7 +45,7 @@ class PostProcess(NotScriptable, nn.Module):
 
     @torch.no_grad()
     def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the same for all images together: scores, labels, boxes and queries, [B, N, ..] each."""
+        """Return the results of `forward` for all images at once: scores, labels, boxes, queries, [B, N, ..] each."""
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         check_target_sizes(target_sizes, len(logits))
         scores, labels, queries = self.classification.scores(logits, self.num_detections)
@@ -54,7 +56,7 @@ class PostProcess(NotScriptable, nn.Module):
     def extend(
         self, detections: list[dict[str, Any]], outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]
     ) -> list[dict[str, Any]]:
-        """Return the detections of earlier postprocessors and of this one, in the targets' original sizes."""
+        """Return the detections of earlier postprocessors and of this one, in pixels of the original images."""
         found = self(outputs, torch.stack([target["orig_size"] for target in targets]))
         return [{**earlier, **own} for earlier, own in zip(detections, found, strict=True)]
 

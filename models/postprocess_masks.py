@@ -20,7 +20,7 @@ from models.classification import Classification, SoftmaxWithNoObject
 from models.not_scriptable import NotScriptable
 
 LAST_THING = 90  # the highest category id of COCO's things
-MOST_QUERIES = 32  # whose masks are computed together, which bounds the memory
+MOST_QUERIES = 32  # the most masks that are computed at once, which bounds the memory
 SMALLEST = 4  # pixels; segments up to this size are removed
 
 T = TypeVar("T")
@@ -68,12 +68,12 @@ class PostProcessSegm(NotScriptable, nn.Module):
         in_batch: Sequence[Sequence[int]],
         convert: Callable[[Tensor], Iterable[T]],
     ) -> Iterator[list[T]]:
-        """Yield a list for each image: the converted masks of its N detections. Each query is computed once.
+        """Yield a list for each image, the converted masks of its N detections. The mask of a query is computed once.
 
         Args:
             results, outputs: see `forward`.
             original, in_batch: (height, width) of the images, and of the resized ones in the batch.
-            convert: converts masks [at most `MOST_QUERIES`, 1, height, width], of which no more are in memory.
+            convert: converts at most `MOST_QUERIES` masks [.., 1, height, width]; no more are in memory at once.
         """
         padded = [max(sides) for sides in zip(*in_batch, strict=True)]
         for image, (result, *sizes) in enumerate(zip(results, in_batch, original, strict=True)):
@@ -94,7 +94,7 @@ class PostProcessSegm(NotScriptable, nn.Module):
     def extend(
         self, detections: list[dict[str, Any]], outputs: dict[str, Any], targets: list[dict[str, Tensor]]
     ) -> list[dict[str, Any]]:
-        """Return the detections of earlier postprocessors with masks in the targets' original sizes."""
+        """Return the detections of earlier postprocessors with masks of the original images' sizes."""
         original, in_batch = (torch.stack([target[key] for target in targets]) for key in ("orig_size", "size"))
         return self(detections, outputs, original, in_batch)
 
@@ -103,9 +103,9 @@ class PostProcessPanoptic(NotScriptable, nn.Module):
     """Postprocessor that assigns each pixel to one segment (DETR, section 4.4 and its `PostProcessPanoptic`).
 
     Args:
-        is_thing_map: by category id, whether it is a thing, whose objects are separate segments, or stuff, which has
-            one segment per class. Ids that it lacks stand for no class and are not predicted. By default, ids up to 90
-            are things and all others are stuff.
+        is_thing_map: by category id, True for things, whose objects are separate segments, and False for stuff, which
+            has one segment per class. Ids that are not in it are not predicted. By default, ids up to 90 are things
+            and all others are stuff.
         threshold: of the scores of queries that become segments.
         classification: defines the scores of logits.
     """
@@ -155,7 +155,7 @@ class PostProcessPanoptic(NotScriptable, nn.Module):
         return results
 
     def segments(self, masks: Tensor, classes: list[int], size: tuple[int, int]) -> dict[str, Any]:
-        """Return the result of an image for mask logits [N, h, w], the classes of N queries and the result's size."""
+        """Return the result of an image, of the given size, for mask logits [N, h, w] and the classes of N queries."""
         same_stuff = defaultdict(list)
         for i, category in enumerate(classes):
             if not self.is_thing(category):
@@ -202,8 +202,8 @@ def logits_in_parts(outputs: dict[str, Any], image: int, queries: Tensor) -> Ite
 def segment_ids(masks: Tensor, size: tuple[int, int], merge_into: Mapping[int, int]) -> tuple[Tensor, list[int]]:
     """Return the segment of each pixel, [*size], and the area of each of N segments, for mask logits [N, h, w].
 
-    Segments in `merge_into` become part of others. As in the published code, Pillow chooses the nearest pixels,
-    since it rounds in its own way.
+    Segments in `merge_into` become part of the segments that it maps them to. As in the published code, Pillow chooses
+    the nearest pixels, since its rounding differs from PyTorch's.
     """
     if len(masks) == 0:
         return torch.zeros(size, dtype=torch.int64), []

@@ -2,11 +2,11 @@
 
 Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 4.4 and figure 8.
 
-Every operation of the head is per query, so masks are computed only for the queries that are asked for: those matched
-with a target in training, those that are kept at inference. What all queries of an image share is computed once.
+Every operation of the head is per query, so masks are computed only for chosen queries: in training, those matched with
+a target; at inference, those that are kept. Tensors that all queries of an image share are computed once.
 
-Shapes: B images, N_b chosen queries of image b, M chosen queries of all images, h heads, C width, S = H'·W' cells of
-the last feature map.
+Shapes: B images, padded to H×W, N_b chosen queries of image b, M chosen queries of all images, h heads, C width,
+S = H'·W' cells of the last feature map.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class MaskHead(nn.Module):
     Args:
         dim: the width C of the transformer.
         num_heads: h.
-        stage_channels: those of layer3, layer2 and layer1, which are added on the way up.
+        stage_channels: the channels of layer3, layer2 and layer1, which are added after each upsampling.
     """
 
     def __init__(self, dim: int, num_heads: int, stage_channels: Sequence[int]) -> None:
@@ -84,8 +84,11 @@ class MaskHead(nn.Module):
                 nn.init.zeros_(parameter)
 
     def shared(self, features: Tensor, stages: Sequence[Tensor]) -> list[Tensor]:
-        """Return what all queries of an image share, [B, .., .., ..] each: the part of the first convolution that
-        reads the features [B, C, H', W'], and the adapted stages, of layer3, layer2 and layer1."""
+        """Return the tensors that all queries of an image share, [B, channels, rows, columns] each.
+
+        They are the part of the first convolution over the features [B, C, H', W'], and the adapted stages, given as
+        layer3, layer2 and layer1.
+        """
         weight = self.lay1.weight[:, : self.dim]
         adapters = self.adapter1, self.adapter2, self.adapter3
         return [
@@ -94,7 +97,7 @@ class MaskHead(nn.Module):
         ]
 
     def forward(self, maps: Tensor, shared: Sequence[Tensor], image: Tensor) -> Tensor:
-        """Return mask logits [M, 4·H', ..] for attention maps [M, h, H', W'] and the image [M] of each query.
+        """Return mask logits [M, H / 4, W / 4] for attention maps [M, h, H', W'] and the image [M] of each query.
 
         shared: the result of `shared`.
         """
@@ -116,11 +119,11 @@ def conv_and_norm(inputs: int, outputs: int) -> tuple[nn.Conv2d, nn.GroupNorm]:
 
 
 class QueryMasks:
-    """Masks of a batch, computed for the queries that are asked for.
+    """Masks of a batch, computed for chosen queries.
 
     Args:
-        model: has the head.
-        embeddings: of the batch.
+        model: the model with the mask head.
+        embeddings: the embeddings of the batch.
     """
 
     def __init__(self, model: DETRsegm, embeddings: Embeddings) -> None:
@@ -160,7 +163,7 @@ class QueryMasks:
             return at_least_float32(self.model.mask_head(x, self.shared[1:], image))
 
     def all_tensors(self) -> list[Tensor]:
-        """Return the masks of all queries, on which all weights of the head depend."""
+        """Return tensors that depend on all weights of the head: the masks of all queries."""
         return [self.all()]
 
     @cached_property
@@ -173,11 +176,11 @@ class QueryMasks:
 
     @property
     def padding(self) -> Tensor:
-        """The cells of the last feature map that are padding, [B, S]."""
+        """Mask of the last feature map, [B, S], True on padding."""
         return self.embeddings.stages[-1].mask.flatten(1)
 
     def autocast(self) -> AbstractContextManager:
-        """Return the context of the forward pass."""
+        """Return a context with the precision of the forward pass."""
         if self.precision is None:
             return nullcontext()
         return torch.autocast(self.embeddings.hs.device.type, self.precision)

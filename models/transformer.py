@@ -29,6 +29,7 @@ class MLP(NotScriptable, nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return [.., out_dim] for x [.., in_dim]."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
@@ -115,13 +116,16 @@ class Transformer(nn.Module):
 
 
 def run_layer(layer: nn.Module, checkpoint_activations: bool, *inputs: Tensor | None) -> Tensor:
-    """Call a layer; with checkpoints, the backward pass repeats the call with the same dropout, to save memory."""
+    """Return the output of a layer.
+
+    With `checkpoint_activations`, the backward pass repeats the call, with the same dropout, to save memory.
+    """
     return checkpoint(layer, *inputs, use_reentrant=False) if checkpoint_activations else layer(*inputs)
 
 
 @torch.no_grad()
 def share_initial_vectors(layers: nn.ModuleList) -> None:
-    """Give all layers of a stack the biases of the first one, as if they were copies of it."""
+    """Give all layers of a stack the biases and norms of the first layer, as if they were copies of it."""
     for layer in layers[1:]:
         for name, parameter in layer.named_parameters():
             if parameter.dim() == 1:
