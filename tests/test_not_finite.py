@@ -1,4 +1,4 @@
-"""Weights that are NaN or infinite, and finite ones with which a model's outputs are: one line, and no invalid JSON."""
+"""NaN and infinite weights or outputs of a model end in one line, and are never written as invalid JSON."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from scripts import convert, demo_pictures, export_onnx, plot_attention, predict
 from tests.conftest import TINY
 from util.errors import InputError
 
-NORM = "transformer.decoder.norm.weight"  # far from the images: the largest float there makes logits infinite and NaN
+NORM = "transformer.decoder.norm.weight"  # with the largest float in this last norm, logits are infinite or NaN
 
 
 @pytest.fixture
 def broken(parse, tmp_path):
-    """Write a small model's checkpoint with a number put into one of its weights."""
+    """Write a checkpoint of a small model in which the first 8 elements of one weight have the given value."""
 
     def broken(value: float, key: str = "query_embed.weight", name: str = "checkpoint.pth"):
         args = parse(*TINY, "--num_classes", 4)
@@ -56,13 +56,13 @@ def test_tools_refuse_weights_that_are_not_finite(value, broken, photo, tmp_path
     assert not out.exists()
 
 
-@pytest.mark.parametrize("how", [("--eval", "--resume"), ("--epochs", 1, "--finetune")])
-def test_main_refuses_them(how, broken, shapes, parse):
+@pytest.mark.parametrize("flags", [("--eval", "--resume"), ("--epochs", 1, "--finetune")])
+def test_main_refuses_weights_that_are_not_finite(flags, broken, shapes, parse):
     with pytest.raises(InputError, match=r"checkpoint.pth: weights are not finite, the first in query_embed.weight"):
-        main.main(parse(*TINY, "--coco_path", shapes, *how, broken(math.nan)))
+        main.main(parse(*TINY, "--coco_path", shapes, *flags, broken(math.nan)))
 
 
-def test_weights_of_a_backbone(tmp_path):
+def test_backbone_weights_that_are_not_finite_are_refused(tmp_path):
     backbone = Backbone("resnet18")
     weights = backbone.body.state_dict()
     weights["layer4.1.conv2.weight"][0, 0, 0, 0] = math.nan
@@ -71,7 +71,7 @@ def test_weights_of_a_backbone(tmp_path):
         load_backbone_weights(backbone, "resnet18", str(tmp_path / "resnet18.pth"))
 
 
-def test_outputs_that_are_not_finite(broken, photo, shapes, tmp_path, parse):
+def test_outputs_that_are_not_finite_are_refused(broken, photo, shapes, tmp_path, parse):
     checkpoint, out = broken(torch.finfo(torch.float32).max, NORM), tmp_path / "out"
     with pytest.raises(InputError, match="the model's detections in image id 1 are not finite: check its weights"):
         main.main(parse(*TINY, "--coco_path", shapes, "--eval", "--resume", checkpoint, "--output_dir", out))
@@ -82,7 +82,7 @@ def test_outputs_that_are_not_finite(broken, photo, shapes, tmp_path, parse):
         plot_attention.main(["--checkpoint", str(checkpoint), "--image", str(photo), "--output", str(out / "a.png")])
 
 
-def test_the_log_stays_json(tmp_path):
+def test_the_log_has_null_for_numbers_that_are_not_finite(tmp_path):
     """A loss on val may overflow in half precision; training continues."""
     append_log(tmp_path / "log.txt", {"epoch": 0, "test_loss": math.nan, "test_coco_eval_bbox": [0.1, -math.inf]})
     (line,) = (tmp_path / "log.txt").read_text().splitlines()

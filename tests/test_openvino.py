@@ -14,10 +14,10 @@ from tests.test_export_onnx import write_checkpoint
 
 pytest.importorskip("openvino")
 
-LOWEST = 0.05  # score, so that all detections are printed
+LOWEST = 0.05  # a threshold for scores, so low that the recipe prints many detections
 
 
-def test_the_check_of_the_export_and_the_recipe(tmp_path, monkeypatch, capsys):
+def test_the_export_is_checked_and_the_recipe_prints_the_same_detections(tmp_path, monkeypatch, capsys):
     source = write_checkpoint(tmp_path / "checkpoint.pth", "--masks", "--min_size", 64, "--max_size", 100)
     command = ["--checkpoint", str(source), "--output", str(tmp_path / "model.onnx"), "--postprocess"]
     export_onnx.main([*command, "--check_with", "openvino"])

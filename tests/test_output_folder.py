@@ -1,4 +1,4 @@
-"""Output folders: one run at a time, also if processes are killed, and no temporary files left."""
+"""An output folder belongs to one run at a time and keeps no temporary files, even if processes are killed."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from util.files import remove_leftovers, replacing
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-# Opens a file by `replacing`, writes to it, and waits for a line of input.
+# A program that opens a file with `replacing`, writes to it, and waits for a line of input.
 WRITER = """
 import sys
 from pathlib import Path
@@ -34,7 +34,7 @@ with replacing(Path(sys.argv[1])) as file:
 
 @pytest.fixture
 def start():
-    """Start Python in the background; its processes that are left at the end of the test are killed."""
+    """Start Python in the background; processes that still run at the end of the test are killed."""
     with ExitStack() as stack:
 
         def start(*command: object, **env: str) -> subprocess.Popen:
@@ -83,15 +83,15 @@ def wait_for(condition, process: subprocess.Popen | None = None) -> None:
             return
         assert process is None or process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    pytest.fail("what is waited for never happened")
+    pytest.fail("the expected condition was never met")
 
 
-def test_a_second_run_names_the_first(shapes, tmp_path, run_main):
-    """It changes nothing; an evaluation may use the folder of a training run."""
+def test_a_second_run_in_a_folder_is_refused_and_names_the_first(shapes, tmp_path, run_main):
+    """The second run changes nothing. An evaluation may use the folder of a training run."""
     train(shapes, tmp_path, "--epochs", 1)
     lock = FolderLock(tmp_path / output_folder.TRAINING_LOCK)
     lock.acquire()
-    # Not of the lock: to close any handle of its file would release it.
+    # The lock is left out: closing any handle of its file would release it.
     before = {path: path.read_bytes() for path in tmp_path.rglob("[a-z]*") if path.is_file()}
     second = run_main(*flags(shapes, "--output_dir", tmp_path, "--epochs", 2, "--resume", "auto"))
     lock.check()
@@ -110,7 +110,7 @@ def test_a_second_run_names_the_first(shapes, tmp_path, run_main):
 
 
 def test_a_restarted_run_waits_until_the_killed_one_is_gone(shapes, tmp_path, start):
-    """Processes that load data do not keep the folder locked, not even if they cannot end."""
+    """The data-loading workers of the killed run do not keep the folder locked, even if they are suspended."""
     first = start(ROOT / "main.py", *flags(shapes, "--output_dir", tmp_path, "--epochs", 1000, "--num_workers", 1))
     wait_for((tmp_path / "checkpoint.pth").exists, first)
     more = ("--epochs", 1001, "--resume", "auto")
@@ -140,7 +140,7 @@ def test_a_restarted_run_waits_until_the_killed_one_is_gone(shapes, tmp_path, st
         ({"SLURM_JOB_ID": "7"}, True),
     ],
 )
-def test_who_waits(env, restarted, monkeypatch):
+def test_a_restarted_run_is_recognised_by_its_environment(env, restarted, monkeypatch):
     for name in (*output_folder.RESTART_COUNTS, *output_folder.JOBS):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
@@ -149,8 +149,8 @@ def test_who_waits(env, restarted, monkeypatch):
 
 
 def test_processes_end_with_their_launcher(shapes, tmp_path, start, monkeypatch):
-    """Both ranks and their data-loading workers; the run continues in the same folder at once."""
-    monkeypatch.undo()  # a fresh Python has no narrow model
+    """Both ranks and their data-loading workers end, and the run can be resumed in the same folder at once."""
+    monkeypatch.undo()  # the launcher's processes do not have the narrow model
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py")
     more = ("--batch_size", 2, "--save_every", 1, "--num_workers", 1)
     first = start(*launcher, *flags(shapes, "--output_dir", tmp_path, "--epochs", 1000, *more))
@@ -162,7 +162,7 @@ def test_processes_end_with_their_launcher(shapes, tmp_path, start, monkeypatch)
     train(shapes, tmp_path, "--epochs", log_lines(tmp_path)[-1]["epoch"] + 2, "--batch_size", 4, "--resume", "auto")
 
 
-def test_temporary_files_of_dead_processes_alone_are_removed(tmp_path, start):
+def test_only_temporary_files_of_dead_processes_are_removed(tmp_path, start):
     path = tmp_path / "file"
     path.write_text("old")
     code = WRITER.format(root=str(ROOT))
@@ -187,7 +187,7 @@ def test_temporary_files_of_dead_processes_alone_are_removed(tmp_path, start):
     assert {path.name for path in tmp_path.iterdir()} == {"file", ".hidden.tmp"}
 
 
-def test_a_run_removes_what_a_killed_one_left(shapes, tmp_path, start):
+def test_a_run_removes_temporary_files_of_a_killed_run(shapes, tmp_path, start):
     for folder in (tmp_path, tmp_path / "eval"):
         folder.mkdir(exist_ok=True)
         (folder / ".latest.pth.0123abcd.tmp").write_text("half")

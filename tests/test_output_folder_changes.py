@@ -1,4 +1,4 @@
-"""Output folders that change or fail during a run, or hold something other than files."""
+"""Output folders that change or fail during a run, or that contain folders and pipes in the place of files."""
 
 import fcntl
 import json
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 @pytest.fixture
 def during_evaluation(monkeypatch):
-    """Make the next evaluation end with something that happens to the output folder."""
+    """Call a function, which changes the output folder, at the end of each evaluation."""
 
-    def during_evaluation(happens):
+    def during_evaluation(change):
         def evaluate(*args, original=main.evaluate):
             result = original(*args)
-            happens()
+            change()
             return result
 
         monkeypatch.setattr(main, "evaluate", evaluate)
@@ -42,22 +42,22 @@ def test_a_folder_that_is_deleted_ends_the_run(tensorboard, shapes, tmp_path, du
     assert capfd.readouterr().err == ""
 
 
-def test_a_folder_that_another_run_has_made_again_is_left_to_it(shapes, tmp_path, during_evaluation):
+def test_a_folder_that_another_run_has_recreated_is_left_to_it(shapes, tmp_path, during_evaluation):
     output = tmp_path / "run"
 
-    def happens() -> None:
+    def recreate() -> None:
         shutil.rmtree(output)
         output.mkdir()
         (output / output_folder.TRAINING_LOCK).write_text("process 7 on host")
 
-    during_evaluation(happens)
+    during_evaluation(recreate)
     with pytest.raises(InputError, match="was deleted during the run and is in use by process 7 on host; nothing more"):
         train(shapes, output, "--epochs", 3)
     assert [path.name for path in output.iterdir()] == [output_folder.TRAINING_LOCK]
 
 
-def test_a_full_disk_is_one_line_with_tensorboard(shapes, tmp_path, during_evaluation, monkeypatch, capfd):
-    """TensorBoard's own thread is what fails."""
+def test_a_full_disk_ends_in_one_line_with_tensorboard(shapes, tmp_path, during_evaluation, monkeypatch, capfd):
+    """Writing fails in a thread of TensorBoard."""
     pytest.importorskip("tensorboard")
     from tensorboard.compat.tensorflow_stub.io import gfile
 
@@ -70,7 +70,7 @@ def test_a_full_disk_is_one_line_with_tensorboard(shapes, tmp_path, during_evalu
     assert capfd.readouterr().err == ""
 
 
-def test_folders_and_files_in_each_others_place(shapes, tmp_path):
+def test_folders_in_the_place_of_files_and_a_pipe_in_that_of_a_folder_are_refused(shapes, tmp_path):
     for name in ("checkpoint_best.pth", "log.txt"):
         (tmp_path / name).mkdir()
         with pytest.raises(InputError, match=f"{name}: is a folder, not a file; move it elsewhere"):
@@ -82,8 +82,8 @@ def test_folders_and_files_in_each_others_place(shapes, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_named_pipes_in_the_place_of_files(shapes, tmp_path, capsys):
-    """A pipe holds nothing that could be lost: files take its place."""
+def test_named_pipes_in_the_place_of_files_are_replaced(shapes, tmp_path, capsys):
+    """Nothing is lost, because a pipe stores no data."""
     train(shapes, tmp_path, "--epochs", 1)
     before = log_lines(tmp_path)
     (tmp_path / "checkpoint.pth").replace(tmp_path / "checkpoint_previous.pth")
@@ -100,7 +100,7 @@ def test_named_pipes_in_the_place_of_files(shapes, tmp_path, capsys):
     json.loads((tmp_path / "log.txt").read_text().splitlines()[1])
 
 
-def test_a_file_system_without_locks(shapes, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_gives_one_warning(shapes, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(37, "No locks available")
 
@@ -111,7 +111,7 @@ def test_a_file_system_without_locks(shapes, tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.glob("*.pth")} >= {"checkpoint.pth", "checkpoint_best.pth"}
 
 
-def test_a_numbered_checkpoint_is_written_by_the_resumed_run(shapes, tmp_path, monkeypatch):
+def test_a_resumed_run_writes_a_numbered_checkpoint_that_was_interrupted(shapes, tmp_path, monkeypatch):
     def interrupted(checkpoint, path, original=training.save_on_master, **kwargs):
         if path.name == "checkpoint0000.pth":
             raise KeyboardInterrupt

@@ -34,7 +34,7 @@ CATEGORIES = [{"id": i, "name": name, "isthing": int(i < 5)} for i, name in NAME
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """Generated panoptic data, for reading only."""
+    """Generate panoptic data that tests only read."""
     root = tmp_path_factory.mktemp("panoptic")
     write_dataset(root, num_train=8, num_val=5, panoptic=True)
     return root
@@ -56,7 +56,8 @@ def write_panoptic(root: Path, maps: dict[int, np.ndarray], segments: dict[int, 
         images.append({"id": image_id, "file_name": f"{image_id}.jpg", **size})
         listed = [{"id": i, "category_id": k, "iscrowd": crowd} for i, k, crowd in segments[image_id]]
         annotations.append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": listed})
-    contents = {"images": images, "annotations": annotations[::-1], "categories": CATEGORIES}  # joined by image_id
+    # Reversed, because annotations are matched with images by their ids, not by their order.
+    contents = {"images": images, "annotations": annotations[::-1], "categories": CATEGORIES}
     (root / "panoptic.json").write_text(json.dumps(contents))
     return root / "panoptic.json"
 
@@ -75,7 +76,7 @@ def edit(file: Path, change) -> None:
 
 @pytest.fixture
 def two(tmp_path):
-    """Two images: one with a thing, a crowd and stuff, and one with a single segment."""
+    """Write two images: one with a thing, a crowd and stuff, and one with a single segment."""
     first = np.zeros((20, 30), dtype=np.int64)
     first[2:10, 3:12], first[10:18, 5:25], first[18:, :] = 70_000, 300, 5
     second = np.full((16, 16), 9)
@@ -84,14 +85,14 @@ def two(tmp_path):
     return tmp_path
 
 
-def test_samples_are_made_of_the_pixels(two):
+def test_boxes_areas_and_masks_come_from_the_pixels(two):
     dataset = read(two, masks=True)
     assert dataset.ids == [4, 11]
     target = dataset.target_of(0, 30, 20)
     assert target["labels"].tolist() == [2, 1, 7]
     assert target["boxes"].tolist() == [[3, 2, 11, 9], [5, 10, 24, 17], [0, 18, 29, 19]]
     assert target["area"].tolist() == [72, 160, 60]
-    assert target["iscrowd"].tolist() == [0, 1, 0]  # crowds are targets here
+    assert target["iscrowd"].tolist() == [0, 1, 0]  # crowds are targets in panoptic data
     assert target["masks"].dtype == torch.uint8
     assert target["masks"].flatten(1).sum(1).tolist() == [72, 160, 60]
     assert "masks" not in read(two).target_of(0, 30, 20)
@@ -108,7 +109,7 @@ def test_records_of_panoptic_data_survive_sharing_and_selection(two):
     assert len(dataset[2][1]["labels"]) == 3
 
 
-def test_segments_without_pixels_or_extent_are_no_targets(tmp_path):
+def test_segments_without_pixels_or_one_pixel_wide_are_not_targets(tmp_path):
     ids = np.full((8, 8), 1)
     ids[:, 3] = 2  # a single column
     write_panoptic(tmp_path, {1: ids}, {1: [(1, 7, 0), (2, 1, 0), (3, 2, 0)]})
@@ -116,20 +117,20 @@ def test_segments_without_pixels_or_extent_are_no_targets(tmp_path):
     assert target["labels"].tolist() == [7]
 
 
-def move_away(root):
+def delete_png(root):
     (root / "panoptic" / "4.png").unlink()
 
 
-def write_other(root):
+def write_larger_png(root):
     Image.new("RGB", (30, 21)).save(root / "panoptic" / "4.png")
 
 
-def damage(root):
+def truncate_png(root):
     path = root / "panoptic" / "4.png"
     path.write_bytes(path.read_bytes()[:50])
 
 
-def paint(root):
+def add_segments(root):
     ids = torch.full((20, 30), 300)
     ids[0, :4] = torch.tensor([1, 2, 3, 3])
     (root / "panoptic" / "4.png").write_bytes(png_of_ids(ids))
@@ -138,10 +139,10 @@ def paint(root):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (move_away, r"1 of 2 images .* missing: 4.png"),
-        (write_other, r"4.png \(image id 4\): is 30×21, but its image is 30×20"),
-        (damage, r"4.png \(image id 4\): cannot be decoded"),
-        (paint, r"4.png \(image id 4\): contains segment 1 and 2 others, which .*panoptic.json does not list"),
+        (delete_png, r"1 of 2 images .* missing: 4.png"),
+        (write_larger_png, r"4.png \(image id 4\): is 30×21, but its image is 30×20"),
+        (truncate_png, r"4.png \(image id 4\): cannot be decoded"),
+        (add_segments, r"4.png \(image id 4\): contains segment 1 and 2 others, which .*panoptic.json does not list"),
     ],
 )
 def test_bad_png_files_are_named_or_skipped(two, change, message, capsys):
@@ -187,8 +188,8 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_any_value_is_read_or_named(two, data):
-    """A value of any kind in the place of any other gives samples or one line that names the file."""
+def test_any_value_is_read_or_gives_one_line(two, data):
+    """A value of any type in any place of the file gives samples, or one line that names the file."""
     contents = json.loads((two / "panoptic.json").read_text())
     annotation = contents["annotations"][1]
     place = data.draw(st.sampled_from([contents, contents["images"][0], annotation, annotation["segments_info"][0]]))
@@ -205,9 +206,10 @@ def test_any_value_is_read_or_named(two, data):
 
 
 def quality_by_definition(pairs, isthing: dict[int, bool]) -> dict[str, float]:
-    """PQ as its paper defines it.
+    """Return PQ as its paper defines it.
 
-    Pairs are truth (ids [H, W], {id: (category, iscrowd)}) and prediction (ids [H, W], {id: category}) of images.
+    Each pair has an image's ground truth (ids [H, W], {id: (category, iscrowd)}) and prediction (ids [H, W],
+    {id: category}).
     """
     found = {k: [0.0, 0, 0, 0] for k in isthing}  # sum of IoUs, true positives, false positives, misses
     for (true_ids, true), (ids, predicted) in pairs:
@@ -254,7 +256,7 @@ def random_case(root: Path) -> tuple[dict, dict, dict]:
     return maps, segments, predictions
 
 
-def test_quality_is_that_of_the_definition(tmp_path):
+def test_quality_follows_its_definition(tmp_path):
     maps, segments, predictions = random_case(tmp_path)
     evaluator = PanopticEvaluator(read(tmp_path), tmp_path / "out")
     evaluator.update(predictions)
@@ -278,7 +280,7 @@ def test_quality_is_that_of_the_definition(tmp_path):
 
 
 def test_a_predicted_class_that_the_data_lacks_is_wrong(two):
-    """As when val has fewer classes than the model."""
+    """This happens if val has fewer classes than the model."""
     dataset = read(two)
     classes = dataset.classes | Classes({12: 12}, {12: "tree"}, {12: False})
     evaluator = PanopticEvaluator(dataset, None, classes)
@@ -323,7 +325,7 @@ def test_labels_without_a_class_are_not_predicted():
     assert [segment["category_id"] for segment in result["segments_info"]] == [0]
 
 
-def test_training_evaluation_resuming_and_prediction(scenes, tmp_path, parse, capsys):
+def test_panoptic_models_train_resume_evaluate_and_predict(scenes, tmp_path, parse, capsys):
     flags = (*TINY, *data_flags(scenes), "--masks")
     main.main(parse(*flags, "--epochs", 2, "--output_dir", tmp_path / "once"))
     lines = log_lines(tmp_path / "once")
@@ -356,7 +358,7 @@ def test_training_evaluation_resuming_and_prediction(scenes, tmp_path, parse, ca
     assert Image.open(out / "pictures" / image.name).size == Image.open(image).size
 
 
-def test_boxes_alone_are_learnt_from_panoptic_data(scenes, tmp_path, parse, capsys):
+def test_a_model_without_masks_trains_on_panoptic_data(scenes, tmp_path, parse, capsys):
     flags = (*TINY, *data_flags(scenes), "--epochs", 1)
     main.main(parse(*flags, "--coco_path", scenes / "images", "--val_images", scenes / "images" / "val2017",
                     "--train_images", scenes / "images" / "train2017", "--output_dir", tmp_path))  # fmt: skip
@@ -375,13 +377,13 @@ def test_boxes_alone_are_learnt_from_panoptic_data(scenes, tmp_path, parse, caps
         (("--dataset_file", "lvis"), "choose one of coco, coco_panoptic"),
     ],
 )
-def test_flags_that_do_not_fit(flags, message, parse):
+def test_wrong_flags_of_panoptic_data_are_refused(flags, message, parse):
     with pytest.raises(InputError, match=message):
         main.main(parse(*TINY, *flags))
 
 
-def test_the_folder_of_png_files(scenes, parse, tmp_path):
-    """Next to the annotation file, as in COCO's archive, or in the folder above."""
+def test_the_folder_of_png_files_is_next_to_the_annotations_or_above(scenes, parse, tmp_path):
+    """COCO's archive has it next to the annotation file."""
     dataset = build_dataset("train", parse(*data_flags(scenes)))
     assert dataset.segments_folder == scenes / "panoptic_train2017"
     (tmp_path / "annotations").mkdir()

@@ -1,4 +1,4 @@
-"""The published model's figures: outputs, matching, losses, gradients and training steps."""
+"""Outputs, matching, losses, gradients and training steps of Conditional DETR equal the published ones."""
 
 from functools import cache
 
@@ -29,7 +29,7 @@ def reference_run(name: str):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_outputs(name):
+def test_outputs_equal_the_published_ones(name):
     _, arrays, *_, outputs = reference_run(name)
     for key in ("pred_logits", "pred_boxes"):
         assert_close(outputs[key], arrays[key], atol=1e-4, rtol=0)
@@ -40,7 +40,7 @@ def test_outputs(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_matching(name):
+def test_matches_equal_the_published_ones(name):
     _, arrays, _, _, criterion, _, _, targets, outputs = reference_run(name)
     layers = [outputs, *outputs["aux_outputs"]]
     matches = [criterion.matcher(layer, targets) for layer in layers]
@@ -53,9 +53,10 @@ def test_matching(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_post_processing(name):
+def test_detections_equal_the_published_ones(name):
     _, arrays, *_, postprocessors, _, _, _ = reference_run(name)
-    recorded = {key: arrays[key] for key in ("pred_logits", "pred_boxes")}  # near-ties would swap on our own outputs
+    # From the recorded outputs: ours could exchange queries of nearly equal scores.
+    recorded = {key: arrays[key] for key in ("pred_logits", "pred_boxes")}
     detections = postprocessors["bbox"](recorded, torch.tensor([[480, 640], [427, 640]]))
     for image, detection in enumerate(detections):
         assert torch.equal(detection["labels"], arrays[f"post{image}_labels"])
@@ -71,10 +72,11 @@ def float64():
 
 
 @pytest.mark.parametrize("name", VARIANTS[1:])
-def test_training_steps(name, float64):
-    """The dilated model; tests/test_parity_float64.py has the other.
+def test_training_steps_equal_the_published_ones(name, float64):
+    """The steps of the dilated model; tests/test_parity_float64.py tests those of the other one.
 
-    In float64: in float32 the rounding at ReLUs, which depends on the CPU, moves the third gradient by 2 %.
+    They are computed in float64: in float32, rounding at ReLUs, which depends on the CPU, changes the norm of the
+    third gradient by 2 %.
     """
     figures, _, args, model, criterion, _, images, targets, _ = reference_run(name)
     model.double().train()

@@ -1,4 +1,4 @@
-"""All models against the published code in float64, where rounding hides no mistake: see tests/data/README.md."""
+"""All models equal the published code in float64, where rounding hides no mistake: see tests/data/README.md."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def _float64():
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_everything(name, _float64):
+def test_outputs_losses_gradients_and_steps_equal_the_published_ones(name, _float64):
     figures, arrays = load_figures(name)
     arrays = {key: value.double() if value.is_floating_point() else value for key, value in arrays.items()}
     args = get_args_parser().parse_args([*FIGURES[name], "--dropout", "0", "--device", "cpu"])
