@@ -16,7 +16,7 @@ AFTERNOON = ("models/*.py", "run/step.py", "engine.py", "training.py", "main.py"
 OTHER_FLAGS = {
     *("train", "val", "masks", "panoptic"),  # datasets.shapes
     *("nproc_per_node", "nnodes", "use_env", "max-restarts", "rdzv_backend", "rdzv_id", "rdzv_endpoint"),  # torchrun
-    *("nodes", "signal"),  # sbatch
+    *("nodes", "gpus-per-node", "ntasks-per-node", "signal"),  # sbatch
     *("fp16", "onnx", "saveEngine", "minShapes", "optShapes", "maxShapes"),  # trtexec
     *("onnx_path", "output_path", "keep_io_types"),  # modelopt
 }

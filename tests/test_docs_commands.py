@@ -92,8 +92,8 @@ def test_commands_run(page, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "prediction.md"], ids=lambda page: page.name)
-def test_models_come_from_torch_hub(page, folder):
-    (code,) = blocks(page, "python")
-    names: dict = {}
-    exec(code.replace('"."', repr(str(ROOT))), names)
-    assert names["found"]["boxes"].shape == (100, 4)
+def test_examples_in_python_find_objects(page, folder):
+    for code in blocks(page, "python"):
+        names: dict = {}
+        exec(code.replace('"."', repr(str(ROOT))), names)
+        assert names["found"]["boxes"].shape == (100, 4)
