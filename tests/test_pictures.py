@@ -16,15 +16,15 @@ def shown(picture: Image.Image, label: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(100, 120), (640, 480), (2000, 1500), (8, 300), (1, 1)])
-def test_boxes_at_their_places(size):
+def test_boxes_are_drawn_at_their_places(size):
     image = Image.new("RGB", size)
     width, height = size
     x1, y1, x2, y2 = box = (width // 4, height // 2, width * 3 // 4, height * 7 // 8)
     picture = annotate(image, [box], [3], ["cat 0.87"])
     assert picture.size == size
-    assert not np.asarray(image).any()  # a copy is drawn on
+    assert not np.asarray(image).any()  # the image itself does not change
     drawn = shown(picture, 3)
-    assert drawn[y2, x1 : x2 + 1].all() or size[0] < 10  # where the text is as wide as the image, it may lie there
+    assert drawn[y2, x1 : x2 + 1].all() or size[0] < 10  # in a narrow image, the text may cover the line
     assert drawn[(y1 + y2) // 2, [x1, x2]].all() or size[0] < 10
     assert drawn.mean() < 0.5 or size[0] < 10
 
@@ -42,30 +42,30 @@ def test_letters_and_lines_grow_with_the_image():
 
 
 @pytest.mark.parametrize("box", [(-50, -50, 40, 30), (90, 40, 300, 60), (40, -9, 60, 200), (500, 500, 600, 600)])
-def test_texts_lie_inside(box):
+def test_texts_lie_inside_the_image(box):
     def extent(size, box):
-        """Of the text's background: its widest row, and how many rows have a fifth of that."""
+        """Return the width of the text's background, and the number of rows with more than a fifth of that width."""
         rows = shown(annotate(Image.new("RGB", size), [box], [1], ["person 0.55"]), 1).sum(1)
         return rows.max(), (rows > rows.max() / 5).sum()
 
-    whole_width, whole_height = extent((200, 54), (100, 30, 101, 31))  # as many pixels, so letters of one size
+    whole_width, whole_height = extent((200, 54), (100, 30, 101, 31))  # as many pixels as 120×90: equal letters
     width, height = extent((120, 90), box)
     assert width >= whole_width > 60
     assert height >= whole_height > 10
 
 
-def test_texts_of_one_place_lie_beside_each_other_and_the_first_on_top():
+def test_texts_of_equal_boxes_do_not_overlap_and_the_first_box_is_on_top():
     box = (20, 40, 100, 80)
     picture = annotate(Image.new("RGB", (200, 200)), [box, box], [1, 2], ["first 0.9", "second 0.8"])
     first, second = (shown(picture, label) for label in (1, 2))
     assert first[80, 20:101].all()  # the box of the first
-    assert first[:40].sum() > 200  # its text above,
-    assert second[40:].sum() > 200  # the other's elsewhere
+    assert first[:40].sum() > 200  # its text is above the box
+    assert second[40:].sum() > 200  # the text of the second is elsewhere
     assert not second[80, 90:101].any()
 
 
 def test_masks_tint_the_picture():
-    """Also a picture of another size than the masks; the first mask is on top."""
+    """The picture may have another size than the masks; the first mask is on top."""
     grey = Image.new("RGB", (40, 20), (100, 100, 100))
     masks = np.zeros((10, 20, 2), dtype=np.uint8, order="F")
     masks[:, :5, 0] = masks[:, :10, 1] = 1
@@ -83,8 +83,8 @@ crowds = st.lists(st.tuples(st.tuples(sides, st.integers(1, 30)), st.tuples(*[co
 
 
 @given(crowd=crowds, size=st.tuples(sides, sides))
-def test_no_text_lies_on_another(crowd, size):
-    """However boxes crowd; every text is of its extent and begins within the image, and the first one has a place."""
+def test_texts_never_overlap(crowd, size):
+    """Every text keeps its size and begins within the image, and the first text always has a place."""
     places = place_texts([extent for extent, _ in crowd], [box for _, box in crowd], size)
     assert len(places) == len(crowd)
     assert None not in places[:1]
@@ -99,7 +99,7 @@ def test_no_text_lies_on_another(crowd, size):
     assert covered.max(initial=0) <= 1
 
 
-def test_of_many_boxes_at_one_place_the_first_have_texts():
+def test_only_the_first_of_many_equal_boxes_have_texts():
     boxes, texts = [(150, 150, 180, 180)] * 100, [f"{label} 0.50" for label in range(100)]
     picture = annotate(Image.new("RGB", (300, 300)), boxes, range(100), texts)
     sizes = [int(shown(picture, label).sum()) for label in range(100)]
@@ -108,7 +108,7 @@ def test_of_many_boxes_at_one_place_the_first_have_texts():
     assert 8 <= len(with_text) <= 20
 
 
-def test_a_sheet_has_cells_of_the_size_asked_for():
+def test_a_contact_sheet_has_cells_of_the_given_size():
     sheet = contact_sheet([Image.new("RGB", (100, 20), "red")] * 3, 2, (50, 30))
     assert sheet.size == (2 * 50 + 3 * 8, 2 * 30 + 3 * 8)
     assert (np.asarray(sheet) == (255, 0, 0)).all(2).sum() == 3 * 50 * 10
@@ -125,7 +125,7 @@ def test_texts_can_be_read_on_every_colour():
     assert len({colour_of(label) for label in range(90)}) == 90
 
 
-def test_nothing_to_draw_and_texts_without_a_glyph():
+def test_no_boxes_empty_texts_and_texts_without_glyphs_can_be_drawn():
     image = Image.new("RGB", (50, 50), "gray")
     assert annotate(image, [], [], []).tobytes() == image.tobytes()
     assert annotate(image, [(5, 20, 9, 30)], [0], [""]).tobytes() != image.tobytes()

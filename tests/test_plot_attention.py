@@ -1,4 +1,4 @@
-"""Attention maps: what the model's cross-attention really does, where it is drawn, and the command line."""
+"""Attention maps: their values are those of the cross-attention, their places on the page, and the command line."""
 
 import numpy as np
 import pytest
@@ -64,13 +64,13 @@ def test_combined_maps_are_the_attention_that_the_model_used(layer, model, image
     assert_close(mean[0], maps.combined.mean(0), atol=1e-6, rtol=0)
     logits = query[0] @ key[0].mT / query.shape[-1] ** 0.5
     assert_close(maps.combined, logits.softmax(-1), atol=1e-6, rtol=0)
-    product = maps.spatial * maps.content  # logits add up where their softmaxes multiply
+    product = maps.spatial * maps.content  # the sum of logits is a product of softmaxes
     assert_close(product / product.sum(-1, keepdim=True), maps.combined, atol=1e-6, rtol=0)
     for a, b in ((maps.spatial, maps.content), (maps.spatial, maps.combined), (maps.content, maps.combined)):
         assert (a - b).abs().max() > 0.01
 
 
-def test_a_view_is_of_the_cells_of_the_image_and_leaves_no_hooks(model, image):
+def test_a_view_covers_the_cells_of_the_image_and_leaves_no_hooks(model, image):
     seen = view(model, image)
     assert seen.maps.spatial.shape == (8, 7, 3, 7)  # 96×200 pixels at stride 32
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_spatial_maps_follow_positions_and_content_maps_do_not(model, image):
     assert (after.spatial - before.spatial).abs().max() > 0.01
 
 
-def test_halves_share_the_scale_of_their_sum():
+def test_spatial_and_content_maps_have_the_scale_of_the_combined_map():
     query, key = torch.zeros(1, 1, 4), torch.zeros(1, 3, 4)  # one head, content and spatial parts of width 2
     query[..., 0], query[..., 2] = 1, 1
     key[0, 1, 0] = 2 * np.log(3)  # content, seen at cell 1
@@ -122,7 +122,7 @@ def test_a_cell_is_drawn_around_its_centre(cell):
 
 
 @pytest.mark.parametrize("size", [(96, 200), (300, 60)])
-def test_a_page_keeps_the_shape_of_any_image(size, model):
+def test_a_page_keeps_the_aspect_ratio_of_the_image(size, model):
     height, width = size
     picture = torch.zeros(3, *size, dtype=torch.uint8)
     seen = view(model, picture)
@@ -148,7 +148,7 @@ def test_a_page_keeps_the_shape_of_any_image(size, model):
 
 
 def test_the_photo_of_a_query_has_its_box_and_class(model, image):
-    """Drawn on the photo at the size at which the page shows it."""
+    """They are drawn after the photo is resized for the page."""
     seen = view(model, image)._replace(
         boxes=torch.full((7, 4), 0.5), logits=torch.tensor([-9.0, -9.0, 2.0]).expand(7, 3)
     )
@@ -161,19 +161,19 @@ def test_the_photo_of_a_query_has_its_box_and_class(model, image):
     assert coloured[: height // 4].sum() > 200  # the text above it
 
 
-def test_an_object_that_two_queries_see_counts_once():
+def test_an_object_that_two_queries_detect_counts_once():
     boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.31, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2], [0.7, 0.3, 0.1, 0.1]])
     logits = torch.tensor([[-9.0, 1.0], [2.0, -9.0], [-1.0, -9.0], [0.0, -9.0]])
     subject = subject_of(None, View(None, None, logits, boxes))
     assert best_queries(subject, 3) == [1, 3, 2]
     assert best_queries(subject, 2) == [1, 3]
-    # Another model's query for an object: the best of those on it, even if others have higher scores, or the closest.
+    # The query of another model has the highest score of those with an IoU of 0.5 or more, or else the highest IoU.
     assert query_for(torch.tensor([0.3, 0.3, 0.2, 0.2]), subject) == 1
     assert query_for(torch.tensor([0.7, 0.3, 0.1, 0.12]), subject) == 3
     assert query_for(torch.tensor([0.72, 0.5, 0.2, 0.3]), subject) == 2
 
 
-def test_a_comparison_shows_the_same_object_by_both_models(checkpoint, photo, tmp_path, capsys, monkeypatch):
+def test_a_comparison_shows_the_same_objects_for_both_models(checkpoint, photo, tmp_path, capsys, monkeypatch):
     """DETR's block follows that of Conditional DETR; models may differ in their heads, queries and image sizes."""
     model, _ = build_small("--model", "detr", "--num_classes", 3, "--nheads", 4, "--num_queries", 9)
     flags = [*FLAGS, "--model", "detr", "--nheads", 4, "--num_queries", 9, "--min_size", 96, "--max_size", 160]
@@ -197,7 +197,7 @@ def test_a_comparison_shows_the_same_object_by_both_models(checkpoint, photo, tm
     "flags, queries, ending",
     [(("--top", 2), 2, "png"), (("--queries", 6, 0, "--layer", 0), 2, "JPG"), (("--queries", 0), 1, "svg")],
 )
-def test_command(flags, queries, ending, checkpoint, photo, tmp_path, capsys):
+def test_the_command_writes_a_page_of_the_chosen_queries(flags, queries, ending, checkpoint, photo, tmp_path, capsys):
     output = tmp_path / "new" / f"attention.{ending}"
     main([*argv(checkpoint, photo, output), *map(str, flags)])
     printed = capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_command(flags, queries, ending, checkpoint, photo, tmp_path, capsys):
         (("--compare", "absent.pth"), "absent.pth: no such checkpoint"),
     ],
 )
-def test_mistakes(flags, message, checkpoint, photo, tmp_path):
+def test_mistakes_end_in_one_line(flags, message, checkpoint, photo, tmp_path):
     places = {"photo": photo, "folder": tmp_path / "folder.png", "text": tmp_path / "text.jpg"}
     places["broken"] = tmp_path / "broken.png"
     places["folder"].mkdir()

@@ -1,4 +1,4 @@
-"""Curves of runs: what is in their logs, whether finished, live or of the published code."""
+"""Curves of runs show their logs: of finished runs, of runs that still train, and of the published code."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -31,7 +31,7 @@ def write(folder: Path, epochs: int, evaluated: int | None = None, tail: str = "
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are drawn, and their curves: (axes, colour, line style) to points."""
+    """Return a function that returns the points of the last figure's curves by (axes, colour, line style)."""
     figures = []
     draw = plot_logs.draw
     monkeypatch.setattr(plot_logs, "draw", lambda logs: figures.append(draw(logs)) or figures[-1])
@@ -56,7 +56,7 @@ def legend(figure) -> list[str]:
 BLUE, ORANGE = (mpl.colors.to_hex(colour) for colour in plot_logs.COLOURS[:2])
 
 
-def test_a_single_run(tmp_path, drawn, capsys):
+def test_a_single_run_has_curves_of_its_losses_and_ap(tmp_path, drawn, capsys):
     run = write(tmp_path / "my run", 3)
     plot_logs.main([str(run), "--output", str(tmp_path / "new" / "curves.v2")])
     assert capsys.readouterr().out.splitlines() == [f"wrote {tmp_path}/new/curves.v2.{kind}" for kind in ("png", "svg")]
@@ -74,7 +74,7 @@ def test_a_single_run(tmp_path, drawn, capsys):
     assert drawn.figures[0].get_suptitle() == "my run"
 
 
-def test_a_run_with_masks(tmp_path, drawn):
+def test_a_run_with_masks_has_curves_of_their_ap(tmp_path, drawn):
     masks = {"test_coco_eval_masks": [0.1, 0.2, *[0.0] * 10]}
     lines = [json.dumps(entry | masks) + "\n" for entry in entries(2, 2)]
     (tmp_path / "log.txt").write_text("".join(lines))
@@ -85,7 +85,7 @@ def test_a_run_with_masks(tmp_path, drawn):
     assert names == ["AP", "AP50", "mask AP", "mask AP50"]
 
 
-def test_several_runs_of_different_lengths(tmp_path, drawn):
+def test_runs_of_different_lengths_are_compared(tmp_path, drawn):
     long, live = write(tmp_path / "long", 4), write(tmp_path / "live", 2, 1, tail='{"epoch": 2, "train_l')
     paths = plot_logs.plot_logs([long, live, long], tmp_path / "both.svg")
     assert paths == [tmp_path / "both.png", tmp_path / "both.svg"]
@@ -103,14 +103,14 @@ def test_several_runs_of_different_lengths(tmp_path, drawn):
     assert legend(drawn.figures[0]) == ["long", "live"]
 
 
-def test_equal_names_are_told_apart(tmp_path, drawn):
+def test_runs_of_equal_names_are_shown_with_their_folders(tmp_path, drawn):
     runs = [write(tmp_path / name, 1) for name in ("a/seed1/run", "b/seed1/run", "other")]
     plot_logs.plot_logs(runs, tmp_path / "curves")
     assert legend(drawn.figures[0]) == ["a/seed1/run", "b/seed1/run", "other"]
 
 
-def test_log_files_urls_and_published_logs(tmp_path, drawn, monkeypatch):
-    """Logs from elsewhere: a file, a file's URL, and DETR's, from where they are published."""
+def test_log_files_urls_and_published_logs_can_be_named(tmp_path, drawn, monkeypatch):
+    """The published logs are those of DETR, which are downloaded."""
     long = write(tmp_path / "published", 100) / "log.txt"
     asked = []
 
@@ -127,20 +127,20 @@ def test_log_files_urls_and_published_logs(tmp_path, drawn, monkeypatch):
     assert legend(drawn.figures[0]) == ["other_log.txt", "detr_resnet101_dc5, published", "log.txt"]
     assert sorted(len(values) for values in drawn().values()) == [2] * 3 + [100] * 6
 
-    (tmp_path / "detr_resnet50").mkdir()  # a folder of one's own comes first
+    (tmp_path / "detr_resnet50").mkdir()  # a local folder has precedence
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"detr_resnet50/log\.txt: no such file"):
         plot_logs.main(["detr_resnet50"])
 
 
-def test_a_run_that_was_not_evaluated_yet(tmp_path, drawn):
+def test_a_run_without_evaluations_says_so(tmp_path, drawn):
     plot_logs.plot_logs([write(tmp_path / "run", 2, evaluated=0)], tmp_path / "curves")
     assert drawn()["Loss", BLUE, "--"] == [(1, 9), (2, 8)]
     assert [text.get_text() for text in drawn.figures[0].axes[1].texts] == ["no evaluation yet"]
 
 
 def test_noise_is_not_scaled_to_full_height(tmp_path, drawn):
-    """A loss that wavers by 0.01 % and an AP of 0.0004 are flat; a clear descent fills its axis."""
+    """A loss that varies by 0.01 % and an AP of 0.0004 are flat; a clear descent fills its axis."""
     run = tmp_path / "run"
     run.mkdir()
     lines = [
@@ -159,7 +159,7 @@ def test_noise_is_not_scaled_to_full_height(tmp_path, drawn):
     assert high - low < 1.2 * (10 - 2)
 
 
-def test_mistakes(tmp_path):
+def test_mistakes_end_in_one_line(tmp_path):
     run = write(tmp_path / "run", 1)
     cases = {"empty": b"", "begun": b'{"epoch": 0, "train_lo', "binary": bytes(range(256))}
     for name, contents in cases.items():

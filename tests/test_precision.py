@@ -1,4 +1,4 @@
-"""Reduced precision: what must not lose digits, and that all of it works."""
+"""Models in reduced precision, and the parts of them that must stay exact."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def autocast(dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_predictions_under_autocast(images, dtype):
+def test_predictions_under_autocast_are_close_and_in_float32(images, dtype):
     model, _ = build_small()
     with torch.no_grad():
         expected = model(images)
@@ -39,8 +39,8 @@ def test_predictions_under_autocast(images, dtype):
     assert not torch.equal(outputs["pred_boxes"], outputs["pred_boxes"].bfloat16().float())
 
 
-def test_masks_under_autocast(images):
-    """Also if they are computed after its end."""
+def test_masks_under_autocast_are_close_and_in_float32(images):
+    """Masks may also be computed after autocast has ended."""
     model, _ = build_small("--masks")
     queries = [torch.tensor([0, 3]), torch.tensor([5])]
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_masks_under_autocast(images):
     assert not torch.equal(found, expected)
 
 
-def test_points_and_positions_are_exact_under_autocast():
+def test_reference_points_and_position_embeddings_are_exact_under_autocast():
     model, _ = build_small()
     decoder, query_pos = model.transformer.decoder, model.query_embed.weight
     memory = torch.randn(1, 6, 256)
@@ -69,7 +69,7 @@ def test_points_and_positions_are_exact_under_autocast():
 
 
 @pytest.mark.parametrize("more", [(), ("--masks",)])
-def test_a_training_step_under_autocast(more, images):
+def test_losses_and_gradients_under_autocast_are_in_float32(more, images):
     model, criterion = build_small(*more)
     model.train()
     for inside in (True, False):  # the criterion may be called within autocast, or after it
@@ -85,7 +85,7 @@ def test_a_training_step_under_autocast(more, images):
             assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_a_model_in_bfloat16(images):
+def test_a_model_in_bfloat16_has_close_outputs_in_float32(images):
     model, _ = build_small()
     with torch.inference_mode():
         expected = model(images)
@@ -98,7 +98,7 @@ def test_a_model_in_bfloat16(images):
     assert detections["boxes"].dtype is torch.float32
 
 
-def test_a_model_in_float64():
+def test_a_model_in_float64_has_outputs_in_float64():
     model, _ = build_small()
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

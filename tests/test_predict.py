@@ -21,7 +21,7 @@ from tests.predicting import CLASSES, DETECTIONS, NAMES, assert_same, page_data
 from util.errors import InputError
 
 
-def test_a_folder(run_predict, photos, tmp_path, scored_checkpoint):
+def test_a_folder_gives_detections_and_pictures_of_its_images(run_predict, photos, tmp_path, scored_checkpoint):
     code, results, printed = run_predict(photos, "--threshold", 0.5)
     assert code == 0
     assert "5 of 5 inputs predicted" in printed
@@ -47,8 +47,8 @@ def test_a_folder(run_predict, photos, tmp_path, scored_checkpoint):
 
 
 @pytest.mark.parametrize("most_bytes", [gallery.MOST_BYTES, 0])
-def test_the_gallery(most_bytes, run_predict, photos, tmp_path, monkeypatch):
-    """With images within the page, and next to it."""
+def test_the_gallery_shows_images_and_detections(most_bytes, run_predict, photos, tmp_path, monkeypatch):
+    """The page contains the images, or refers to them if they have more than `MOST_BYTES`."""
     monkeypatch.setattr(gallery, "MOST_BYTES", most_bytes)
     _, results, _ = run_predict(photos, "--threshold", 0.6)
     data = page_data(tmp_path / "out")
@@ -67,7 +67,7 @@ def test_the_gallery(most_bytes, run_predict, photos, tmp_path, monkeypatch):
     assert "<img" not in page
     assert "<b>square" not in page
     assert data["classes"]["1"]["name"] == "<b>square</b>"
-    assert not re.search(r"https?:|<link|src=\"|@import|url\((?!\$\{mask\})", page)  # nothing from elsewhere
+    assert not re.search(r"https?:|<link|src=\"|@import|url\((?!\$\{mask\})", page)  # needs no other site
 
 
 def test_the_batch_size_changes_nothing(run_predict, photos):
@@ -78,14 +78,14 @@ def test_the_batch_size_changes_nothing(run_predict, photos):
         assert_same(many[name], one[name])
 
 
-def test_the_models_size_is_a_flag(run_predict, photos):
+def test_min_size_and_max_size_set_the_size_of_images(run_predict, photos):
     _, usual, _ = run_predict(photos / "a.jpg")
     _, given, _ = run_predict(photos / "a.jpg", "--min_size", 64, "--max_size", 107)
     _, other, _ = run_predict(photos / "a.jpg", "--min_size", 96)
     assert given == usual != other
 
 
-def test_the_most_detections_per_image(run_predict, photos):
+def test_max_detections_limits_the_detections_per_image(run_predict, photos):
     code, results, _ = run_predict(photos / "a.jpg", "--max_detections", 3)
     assert (code, len(results["a.jpg"])) == (0, 3)
 
@@ -112,7 +112,7 @@ def test_mistakes_end_in_one_line(flags, message, scored_checkpoint, photos, tmp
     assert not (tmp_path / "out" / "detections.json").exists()
 
 
-def test_as_a_user_runs_it(scored_checkpoint, photos, tmp_path):
+def test_the_command_warns_of_unusable_inputs_and_predicts_the_others(scored_checkpoint, photos, tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     flags = [photos / "*.jpg", tmp_path / "text.jpg", "--checkpoint", scored_checkpoint, "--output", tmp_path / "out"]
     process = subprocess.run(
@@ -140,7 +140,7 @@ def test_the_number_of_boxes_is_reported(threshold, run_predict, photos):
         assert f"no box scores 1 or more, the highest score is {max(scores):.2g}: lower --threshold" in printed
 
 
-def test_one_box(run_predict, photos):
+def test_a_single_box_is_reported_in_the_singular(run_predict, photos):
     _, results, _ = run_predict(photos / "a.jpg")
     best = results["a.jpg"][0]["score"]
     _, _, printed = run_predict(photos / "a.jpg", "--threshold", best - 1e-4)

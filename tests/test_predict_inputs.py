@@ -1,4 +1,4 @@
-"""Inputs of prediction: which files are found, how they are read and named, and which are refused."""
+"""Inputs of prediction: files are found, read, named, and refused if they are not usable."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ def test_unusable_inputs_are_named_and_skipped(run_predict, photos, tmp_path):
     assert lines[-1].startswith("not usable, or only in part: 6 inputs,")
 
 
-def test_what_a_file_was_taken_for_is_said(run_predict, tmp_path):
+def test_files_of_several_frames_are_reported(run_predict, tmp_path):
     scene(0).save(tmp_path / "a.gif", save_all=True, append_images=[scene(1)])
     scene(0).save(tmp_path / "b.jpg")
     code, results, printed = run_predict(tmp_path)
@@ -43,8 +43,8 @@ def test_what_a_file_was_taken_for_is_said(run_predict, tmp_path):
     assert "1 image: several frames, of which the first is used (a.gif)" in printed
 
 
-def test_huge_images(run_predict, tmp_path):
-    """JPEGs are decoded smaller, with boxes for their own size; others are refused by their header."""
+def test_huge_jpegs_are_reduced_and_other_huge_images_are_refused(run_predict, tmp_path):
+    """Boxes of reduced JPEGs have the scale of the file. Other formats are refused before they are decoded."""
     scene(3).resize((1600, 1200)).save(tmp_path / "huge.jpg", quality=95)
     scene(3).resize((1600, 1200)).save(tmp_path / "huge.png")
     _, whole, _ = run_predict(tmp_path / "huge.jpg")
@@ -72,13 +72,13 @@ def test_photos_are_turned_upright(run_predict, tmp_path):
 
 
 def inverse_of(image: Image.Image, orientation: int) -> Image.Image:
-    """The image with the orientation that undoes another: only the quarter turns are not their own inverse."""
+    """Return the image with the inverse of an EXIF orientation; all except quarter turns are their own inverse."""
     image = image.copy()
     image.getexif()[ORIENTATION] = {6: 8, 8: 6}.get(orientation, orientation)
     return image
 
 
-def test_ids_of_an_annotation_file(run_predict, photos, tmp_path):
+def test_results_have_the_ids_of_an_annotation_file(run_predict, photos, tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     stored = scene(3).resize((90, 60))
@@ -94,13 +94,13 @@ def test_ids_of_an_annotation_file(run_predict, photos, tmp_path):
     code, results, printed = run_predict(tmp_path / "in", photos, copy, "--annotations", tmp_path / "a.json")
     assert code == 1
     assert list(results) == [77, 5, 2**40]
-    assert_same(results[5], results[77])  # as stored
+    assert_same(results[5], results[77])  # images of annotation files are not turned upright
     assert f"b.png: {tmp_path / 'a.json'} does not list it" in printed
     assert "is image 77 of" in printed
 
 
-def test_ids_of_an_annotation_file_as_people_have_them(tmp_path):
-    """Texts as ids, names with other separators, prefixes and cases, and a compressed file."""
+def test_ids_of_unusual_annotation_files_are_found(tmp_path):
+    """Ids may be texts, names may have other separators, prefixes and cases, and the file may be compressed."""
     for name in ("one.jpg", "two.jpg", "three.jpg"):
         scene(0).save(tmp_path / name)
     names = {"first": "data\\\\one.jpg", "second": "TWO.JPG", 3: "a/b/three.jpg"}
@@ -114,7 +114,7 @@ def test_ids_of_an_annotation_file_as_people_have_them(tmp_path):
     assert not reports
 
 
-def test_files_of_one_name_keep_apart(run_predict, tmp_path):
+def test_files_of_equal_names_have_separate_results(run_predict, tmp_path):
     for number, folder in enumerate(("x/1", "x/2", "y/1")):
         (tmp_path / folder).mkdir(parents=True)
         scene(number).save(tmp_path / folder / "same.jpg")
@@ -127,14 +127,14 @@ def test_files_of_one_name_keep_apart(run_predict, tmp_path):
     assert len({path.read_bytes() for path in pictures}) == 3
 
 
-def test_results_are_not_inputs(run_predict, tmp_path):
+def test_results_of_an_earlier_call_are_not_inputs(run_predict, tmp_path):
     scene(0).save(tmp_path / "a.jpg")
     for _ in range(2):
         _, results, _ = run_predict(tmp_path)
         assert list(results) == ["a.jpg"]
 
 
-def test_patterns(photos, tmp_path, monkeypatch):
+def test_patterns_find_files(photos, tmp_path, monkeypatch):
     problems = []
     monkeypatch.chdir(photos)
 
@@ -150,8 +150,8 @@ def test_patterns(photos, tmp_path, monkeypatch):
     assert len(problems) == 3
 
 
-def test_large_items_wait():
-    """Of those that weigh too much together, fewer are worked on, but always one."""
+def test_prefetching_and_batches_limit_the_total_weight_of_items():
+    """An item that exceeds the limit is processed alone."""
     weights, started, most = [3, 3, 3, 50, 1, 1, 1, 1, 1], [], []
     with ThreadPoolExecutor(4) as pool:
         for weight in prefetch(pool, lambda weight: started.append(weight) or weight, weights, 4, lambda w: w, 6):
@@ -163,7 +163,7 @@ def test_large_items_wait():
     assert batches == [[3, 3], [3], [50], [1, 1, 1, 1], [1]]
 
 
-def test_prefetching_keeps_the_order_and_its_distance():
+def test_prefetching_keeps_the_order_and_takes_few_items_ahead():
     taken = []
 
     def items():

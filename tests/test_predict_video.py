@@ -1,4 +1,4 @@
-"""Prediction on videos, where PyAV is installed."""
+"""Prediction on videos."""
 
 import sys
 from fractions import Fraction
@@ -12,7 +12,7 @@ from tests.predicting import DETECTIONS, assert_same, page_data, scene
 
 
 class TestVideos:
-    """Videos, where PyAV is installed."""
+    """Prediction on videos; skipped if PyAV is not installed."""
 
     @pytest.fixture(autouse=True)
     def _needs_av(self):
@@ -20,7 +20,7 @@ class TestVideos:
 
     @pytest.fixture
     def clip(self, tmp_path) -> Path:
-        """10 frames of 64 × 48 pixels that keep the same scene."""
+        """Write 10 frames of 64×48 pixels, each of another scene."""
         return self.write(tmp_path / "clip.mp4")
 
     def write(self, path: Path, frames: int = 10, size=(64, 48)) -> Path:
@@ -30,7 +30,7 @@ class TestVideos:
                 write(scene(number).resize(size), number / rate, 1 / rate)
         return path
 
-    def test_a_clip(self, run_predict, clip, photos, tmp_path):
+    def test_all_frames_of_a_clip_are_predicted_and_drawn(self, run_predict, clip, photos, tmp_path):
         code, results, _ = run_predict(clip, photos / "a.jpg", "--batch_size", 3)
         assert code == 0
         assert list(results) == [*(f"clip.mp4#{number:06}" for number in range(10)), "a.jpg"]
@@ -42,7 +42,7 @@ class TestVideos:
         assert video == {"name": "clip.mp4", "file": "pictures/clip.mp4", "video": True, "boxes": []}
         assert image["boxes"]
 
-    def test_every_third_frame(self, run_predict, clip, tmp_path):
+    def test_every_third_frame_keeps_its_time(self, run_predict, clip, tmp_path):
         _, all_frames, _ = run_predict(clip)
         _, results, _ = run_predict(clip, "--every", 3)
         assert list(results) == [f"clip.mp4#{number:06}" for number in (0, 3, 6, 9)]
@@ -53,7 +53,7 @@ class TestVideos:
         assert [shown.time / frame for shown in drawn] == [0, 3, 6, 9]
         assert [shown.duration / frame for shown in drawn] == [3, 3, 3, 1]  # up to the clip's end
 
-    def test_damaged_ones(self, run_predict, tmp_path):
+    def test_damaged_videos_are_reported_and_their_readable_frames_used(self, run_predict, tmp_path):
         size, folder = (65, 47), tmp_path / "in"
         folder.mkdir()
         whole = self.write(tmp_path / "whole.mp4", frames=60, size=size).read_bytes()
@@ -69,7 +69,7 @@ class TestVideos:
         drawn = VideoReader(tmp_path / "out" / "pictures" / "cut.mp4")
         assert {frame.pixels.shape for frame in drawn} == {(46, 64, 3)}
 
-    def test_a_turned_one(self, tmp_path):
+    def test_a_turned_video_is_read_upright(self, tmp_path):
         av = pytest.importorskip("av")
         image = Image.new("RGB", (64, 32), "white")
         image.paste((255, 0, 0), (0, 0, 16, 32))  # red on the left: at the bottom after a quarter turn to the left
@@ -85,7 +85,7 @@ class TestVideos:
         assert frame.pixels.shape == (64, 32, 3)
         assert frame.pixels[60, 16, 1] < 80 < 200 < frame.pixels[4, 16, 1]
 
-    def test_without_the_library(self, run_predict, clip, photos, monkeypatch):
+    def test_the_package_is_named_if_it_is_missing(self, run_predict, clip, photos, monkeypatch):
         monkeypatch.setitem(sys.modules, "av", None)
         code, results, printed = run_predict(clip, photos / "a.jpg")
         assert code == 1
