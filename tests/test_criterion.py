@@ -1,4 +1,4 @@
-"""Matching and losses where batches are unusual."""
+"""Matching and losses, also of unusual batches."""
 
 from typing import ClassVar
 
@@ -50,7 +50,7 @@ def test_a_batch_without_boxes_still_has_gradients():
     assert not outputs["pred_boxes"].grad.any()
 
 
-def test_an_empty_image_beside_a_full_one_counts_by_boxes():
+def test_an_image_without_boxes_adds_to_the_class_loss_only():
     outputs = make_outputs(2)
     both = make_criterion()(outputs, [make_target(1, 2), make_target()])
     first = {key: value[:1] for key, value in outputs.items() if key != "aux_outputs"}
@@ -60,7 +60,7 @@ def test_an_empty_image_beside_a_full_one_counts_by_boxes():
     assert both["loss_ce"] > alone["loss_ce"]
 
 
-def test_more_targets_than_queries():
+def test_every_query_is_matched_if_there_are_more_targets_than_queries():
     outputs, target = make_outputs(1, queries=3), make_target(1, 2, 3, 1, 2)
     matches = MATCHER.match(outputs["pred_logits"][None], outputs["pred_boxes"][None], [target])
     assert matches.query.tolist() == [[0, 1, 2]]
@@ -93,7 +93,7 @@ def test_matches_index_the_predictions_and_targets_of_all_images():
         assert torch.equal(together.target[:, rows], alone.target + rows.start)
 
 
-def test_losses_of_one_pair_by_hand():
+def test_losses_of_one_pair_match_a_calculation_by_hand():
     logits = torch.tensor([[[0.3, -1.2]]])
     box, target_box = torch.tensor([[[0.5, 0.5, 0.2, 0.4]]]), torch.tensor([[0.4, 0.6, 0.2, 0.2]])
     losses = make_criterion(num_layers=1)(
@@ -109,7 +109,7 @@ def test_losses_of_one_pair_by_hand():
     assert losses["cardinality_error"] == 0  # the highest class is 0, so one object is counted
 
 
-def test_focal_alpha_reaches_loss_and_matching():
+def test_focal_alpha_changes_the_loss_and_the_matching_cost():
     outputs, targets = make_outputs(1), [make_target(1)]
     losses = [make_criterion(alpha=alpha)(outputs, targets)["loss_ce"] for alpha in (0.25, 0.75)]
     assert losses[0] != losses[1]
@@ -119,29 +119,29 @@ def test_focal_alpha_reaches_loss_and_matching():
     assert not torch.equal(*costs)
 
 
-def test_paired_giou_is_the_diagonal_of_the_table():
+def test_paired_giou_is_the_diagonal_of_the_giou_matrix():
     corners = torch.rand(2, 5, 2, 2).sort(dim=2).values.flatten(2)
     assert_close(paired_generalized_box_iou(*corners), generalized_box_iou(*corners).diag())
     assert paired_generalized_box_iou(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 0.3, 1.0])
-def test_inverse_sigmoid(value):
+def test_inverse_sigmoid_inverts_the_sigmoid(value):
     x = torch.tensor(value)
     assert_close(inverse_sigmoid(x).sigmoid(), x, atol=1.1e-5, rtol=0)
 
 
 class TestDetrsMatcher:
-    """Called as DETR's own tests call it: without arguments, with the model's outputs."""
+    """The matcher, called as in DETR's tests: without arguments, and with the model's outputs."""
 
     outputs: ClassVar = {"pred_logits": torch.rand(1, 100, 92), "pred_boxes": torch.rand(1, 100, 4)}
 
-    def test_one_image(self):
+    def test_every_target_of_one_image_is_matched(self):
         target = {"labels": torch.randint(91, (15,)), "boxes": torch.rand(15, 4)}
         ((queries, rows),) = HungarianMatcher()(self.outputs, [target])
         assert queries.tolist() == sorted(queries.tolist()) and sorted(rows.tolist()) == list(range(15))
 
-    def test_batches_with_single_and_empty_targets(self):
+    def test_images_with_one_target_or_none_are_matched(self):
         targets = [{"labels": torch.randint(91, (n,)), "boxes": torch.rand(n, 4)} for n in (1, 0, 15)]
         outputs = {key: value.repeat(3, 1, 1) for key, value in self.outputs.items()}
         pairs = HungarianMatcher()(outputs, targets)
@@ -152,7 +152,7 @@ class TestDetrsMatcher:
 
 
 def test_cross_entropy_is_the_weighted_mean_of_the_step():
-    """As torch computes it for one batch; two batches of a step share the sum of the weights."""
+    """One batch has the cross-entropy that torch computes; two batches of a step share the sum of the weights."""
     classification, layers = SoftmaxWithNoObject(0.1), make_outputs(4, queries=6, classes=5, aux_layers=0)
     targets = [make_target(1, 2), make_target(), make_target(0), make_target(*[3] * 8)]
     terms = [ClassLoss(classification, 1), BoxLoss(5, 2), CardinalityError(), ClassError()]

@@ -1,4 +1,4 @@
-"""Images with more than 8 bits per channel: one picture, stored in every way, is always read as the same."""
+"""Images with more than 8 bits per channel: one image, stored in many formats, is always read the same."""
 
 import struct
 import zlib
@@ -17,12 +17,12 @@ MAX_SAMPLE_VALUE = 281  # a TIFF tag
 
 
 def ramp(low: float = 0.48, high: float = 0.87) -> np.ndarray:
-    """A picture of greys, [48, 64], as parts of white; its brightest and darkest pixels are neither white nor black."""
+    """Return an image of greys, [48, 64], as fractions of white; by default, none is black or white."""
     return np.linspace(low, high, 48 * 64).reshape(48, 64)
 
 
 def greys(path: Path, values: np.ndarray, tags: dict[int, int] | None = None) -> Path:
-    """A file of greys with the mode that fits the array's type, and perhaps TIFF tags."""
+    """Write an image of greys in the mode that fits the array's type, with TIFF tags if any are given."""
     options = {}
     if tags:
         options["tiffinfo"] = TiffImagePlugin.ImageFileDirectory_v2()
@@ -32,7 +32,7 @@ def greys(path: Path, values: np.ndarray, tags: dict[int, int] | None = None) ->
 
 
 def colour_png(path: Path, values: np.ndarray) -> Path:
-    """A PNG file of 16 bits per channel, [H, W, 2 to 4], which Pillow does not write."""
+    """Write a PNG file of 16 bits per channel, [H, W, 2 to 4], which Pillow cannot write."""
     height, width, channels = values.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2").reshape(height, -1))
@@ -46,7 +46,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def colour_tiff(path: Path, values: np.ndarray, order: str) -> Path:
-    """An uncompressed TIFF file of 16 bits per channel, [H, W, 3], which Pillow does not write."""
+    """Write an uncompressed TIFF file of 16 bits per channel, [H, W, 3], which Pillow cannot write."""
     height, width, _ = values.shape
     tags = ((256, width), (257, height), (259, 1), (262, 2), (277, 3), (278, height), (279, values.size * 2))
     entries = [(number, 4, 1, struct.pack(order + "I", value)) for number, value in tags]
@@ -65,7 +65,7 @@ def scaled(white: float, kind: str) -> np.ndarray:
 
 
 def holes() -> np.ndarray:
-    """Floats with pixels that are no numbers, of which a few do not count."""
+    """Return floats, three of which are not finite; a few such pixels are ignored."""
     values = scaled(1, "f4")
     values[0, :3] = np.nan, np.inf, -np.inf
     return values
@@ -91,9 +91,9 @@ DEEP = {
     "16 bits": lambda path: greys(path / "a.png", scaled(65535, "u2")),
     "12 of 32 bits": lambda path: greys(path / "a.tif", scaled(4095, "i4")),
     "31 of 32 bits": lambda path: greys(path / "a.tif", scaled(2**31 - 1, "i4")),
-    "floats to 1": lambda path: greys(path / "a.tif", scaled(1, "f4")),
-    "floats to 255": lambda path: greys(path / "a.tif", scaled(255, "f4")),
-    "floats to 65535": lambda path: greys(path / "a.tif", scaled(65535, "f4")),
+    "floats up to 1": lambda path: greys(path / "a.tif", scaled(1, "f4")),
+    "floats up to 255": lambda path: greys(path / "a.tif", scaled(255, "f4")),
+    "floats up to 65535": lambda path: greys(path / "a.tif", scaled(65535, "f4")),
     "floats, not all finite": lambda path: greys(path / "a.tif", holes()),
     "floats, PFM": lambda path: greys(path / "a.pfm", scaled(1, "f4")),
     "16 bits, white is zero": lambda path: greys(path / "a.tif", 65535 - scaled(65535, "u2"), {262: 0}),
@@ -102,13 +102,13 @@ DEEP = {
     "12 of 16 bits, RGBA": lambda path: colour_png(path / "a.png", channels(4095, 4)),
     "12 of 16 bits, LA": lambda path: colour_png(path / "a.png", channels(4095, 2)),
     "12 of 16 bits, TIFF colours": lambda path: colour_tiff(path / "a.tif", channels(4095, 3), "<"),
-    "12 of 16 bits, other TIFF": lambda path: colour_tiff(path / "a.tif", channels(4095, 3), ">"),
+    "12 of 16 bits, big-endian TIFF colours": lambda path: colour_tiff(path / "a.tif", channels(4095, 3), ">"),
     "PGM of 12 bits": lambda path: pgm(path / "a.pgm", scaled(4095, "u2"), 4095),
 }
 
 
 @pytest.mark.parametrize("kind", DEEP)
-def test_deep_files_show_the_same_picture(kind, tmp_path):
+def test_every_format_is_read_as_the_same_image(kind, tmp_path):
     pixels = read_image(DEEP[kind](tmp_path)).pixels
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (3, 48, 64)
@@ -118,30 +118,30 @@ def test_deep_files_show_the_same_picture(kind, tmp_path):
     assert difference.mean() < 2
 
 
-def assert_is(path: Path, parts: np.ndarray, tolerance: float = 1.01) -> None:
-    """The file is read as greys that are these parts of white."""
+def assert_greys(path: Path, fractions: np.ndarray, tolerance: float = 1.01) -> None:
+    """Check that a file is read as greys that are these fractions of white."""
     pixels = read_image(path).pixels
-    expected = torch.from_numpy(parts * 255).expand(3, -1, -1)
+    expected = torch.from_numpy(fractions * 255).expand(3, -1, -1)
     assert (pixels - expected).abs().max() <= tolerance
 
 
 def test_dark_images_stay_dark(tmp_path):
-    """All that fits into fewer bits is taken for that; half the brightness of 16 bits does not."""
+    """The largest value, 0.3 of 65,535, needs more than 14 bits, so that the image is read as 16 bits."""
     dark = (ramp(0, 0.3) * 65535).astype("u2")
-    assert_is(greys(tmp_path / "a.png", dark), ramp(0, 0.3))
+    assert_greys(greys(tmp_path / "a.png", dark), ramp(0, 0.3))
     assert read_image(tmp_path / "a.png").notes == []
     colours = dark[..., None].repeat(3, 2)
-    assert_is(colour_png(tmp_path / "a.png", colours), ramp(0, 0.3))
-    assert_is(greys(tmp_path / "a.png", np.zeros((48, 64), "u2")), np.zeros((48, 64)))
+    assert_greys(colour_png(tmp_path / "a.png", colours), ramp(0, 0.3))
+    assert_greys(greys(tmp_path / "a.png", np.zeros((48, 64), "u2")), np.zeros((48, 64)))
     assert read_image(tmp_path / "a.png").notes == []
 
 
 @pytest.mark.parametrize(("maximum", "white"), [(65535, 65535), (4095, 4095), (0, 1023), (800, 1023), (16383, 1023)])
-def test_a_tiff_may_declare_its_maximum(maximum, white, tmp_path):
-    """It decides where the values agree with it: none is larger, and they are not all black."""
+def test_the_maximum_that_a_tiff_declares_is_white(maximum, white, tmp_path):
+    """It is used if the values agree with it: none is larger, and not all of them look black."""
     values = (ramp(0, 0.1) * 65535).astype("u2") if maximum == 65535 else (ramp(0, 0.9) * 1000).astype("u2")
     path = greys(tmp_path / "a.tif", values, {MAX_SAMPLE_VALUE: maximum})
-    assert_is(path, values / white)
+    assert_greys(path, values / white)
 
 
 @pytest.mark.parametrize(
@@ -156,17 +156,17 @@ def test_a_tiff_may_declare_its_maximum(maximum, white, tmp_path):
     ],
     ids=["negative", "far from 0", "tiny", "between the maxima", "huge", "labels"],
 )
-def test_other_ranges_are_shown_in_full(values, tmp_path):
+def test_other_ranges_are_stretched_from_black_to_white(values, tmp_path):
     path = greys(tmp_path / "a.tif", values)
     values = values.astype(float)
-    assert_is(path, (values - values.min()) / (values.max() - values.min()))
+    assert_greys(path, (values - values.min()) / (values.max() - values.min()))
     assert read_image(path).notes == [
         "more than 8 bits per channel; the lowest value is taken as black, the highest as white"
     ]
 
 
 def test_floats_a_little_beyond_black_and_white_are_clipped(tmp_path):
-    assert_is(greys(tmp_path / "a.tif", ramp(-0.05, 1.05).astype("f4")), ramp(-0.05, 1.05).clip(0, 1))
+    assert_greys(greys(tmp_path / "a.tif", ramp(-0.05, 1.05).astype("f4")), ramp(-0.05, 1.05).clip(0, 1))
 
 
 def test_guesses_are_noted(tmp_path):
@@ -175,13 +175,13 @@ def test_guesses_are_noted(tmp_path):
     assert read_image(greys(tmp_path / "a.tif", scaled(1, "f4"))).notes == []
 
 
-def test_without_any_number(tmp_path):
+def test_images_without_finite_values_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"a.tif: cannot be decoded \(it holds no finite value\)$"):
         read_image(greys(tmp_path / "a.tif", np.full((3, 4), np.nan, "f4")))
 
 
-def test_bands_do_not_show(tmp_path, monkeypatch):
-    """Images are converted a few rows at a time."""
+def test_images_that_are_converted_in_bands_are_the_same(tmp_path, monkeypatch):
+    """Convert a few rows at a time, as for large images."""
     for kind in ("12 of 16 bits", "12 of 16 bits, colours", "floats, not all finite"):
         path = DEEP[kind](tmp_path)
         whole = read_image(path).pixels

@@ -1,4 +1,4 @@
-"""DETR through the command line: its defaults, a training run, and its weights in every use."""
+"""DETR on the command line: its defaults, a training run, and every use of its weights."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def trained(shapes, tmp_path_factory) -> Path:
     return output
 
 
-def test_a_run_and_its_checkpoint_in_every_use(trained, shapes, tmp_path, parse):
+def test_the_checkpoint_of_a_run_evaluates_resumes_and_predicts(trained, shapes, tmp_path, parse):
     assert [entry["epoch"] for entry in log_lines(trained)] == [0, 1]
     stored = torch.load(trained / "checkpoint.pth", weights_only=True)["args"]
     assert (stored["model"], stored["num_classes"], stored["cls_loss_coef"]) == ("detr", 4, 1)
@@ -80,8 +80,8 @@ def command(flags) -> list[str]:
     return ["--device", "cpu", "--model", "conditional_detr", "--eval", *map(str, flags)]
 
 
-def test_published_weights_by_name_and_by_file(tmp_path, monkeypatch):
-    """DETR's files hold weights only: their names tell what the weights do not, and the digits are their SHA-256."""
+def test_published_weights_are_read_by_name_and_from_files(tmp_path, monkeypatch):
+    """DETR's files hold only weights: file names tell the flags, and their digits are the start of the SHA-256."""
     asked = []
     weights = hubconf.detr_resnet50_dc5().state_dict()
 
@@ -116,7 +116,7 @@ def test_fine_tuning_keeps_the_row_of_no_object(parse):
 
 @pytest.mark.parametrize(("model", "last"), [("detr", 3), ("conditional_detr", 4)])
 def test_a_checkpoint_cannot_name_more_classes_than_its_model_has(model, last, parse, tmp_path):
-    """Five logits; DETR's last one is "no object"."""
+    """Both models have five logits; DETR's last one is "no object"."""
     network, args = build(parse, model, last + 1)
     names = {label: str(label) for label in range(last + 1)}
     contents = {
@@ -133,7 +133,7 @@ def test_a_checkpoint_cannot_name_more_classes_than_its_model_has(model, last, p
         load_checkpoint(tmp_path / "c.pth")
 
 
-def test_fine_tuning_from_the_other_model_takes_what_both_have(parse, capsys):
+def test_fine_tuning_from_the_other_model_copies_the_weights_that_both_have(parse, capsys):
     old, args = build(parse, "detr", 4)
     new, _ = build(parse, "conditional_detr", 4)
     theirs = {"model": old.state_dict(), "args": vars(args)} | Classes({1: 1}, {1: "cat"}).state_dict()
@@ -157,8 +157,8 @@ def test_detections_are_the_best_class_of_each_query():
 
 
 @pytest.mark.parametrize("flags", [[], ["--postprocess"]])
-def test_onnx(flags, trained, shapes, tmp_path, capsys):
-    """The export compares itself with the model; the example without torch prints what predict finds."""
+def test_exported_models_find_the_same_objects(flags, trained, shapes, tmp_path, capsys):
+    """The export compares its outputs with the model's; the example prints the detector's scores, without torch."""
     pytest.importorskip("onnxruntime")
     model = tmp_path / "model.onnx"
     export_onnx.main(["--checkpoint", str(trained / "checkpoint.pth"), "--output", str(model), *flags])
@@ -171,7 +171,7 @@ def test_onnx(flags, trained, shapes, tmp_path, capsys):
     assert scores == pytest.approx(named, abs=2e-3)
 
 
-def test_attention_maps_are_what_the_model_used(trained, shapes, tmp_path):
+def test_attention_maps_are_the_weights_that_the_model_used(trained, shapes, tmp_path):
     detector = load_detector(str(trained / "checkpoint.pth"))
     photo = next((shapes / "images" / "val2017").iterdir())
     attention = detector.model.transformer.decoder.layers[-1].multihead_attn
@@ -188,7 +188,7 @@ def test_attention_maps_are_what_the_model_used(trained, shapes, tmp_path):
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-def test_to_transformers_and_back(tmp_path, parse):
+def test_models_are_converted_to_transformers_and_back(tmp_path, parse):
     transformers = pytest.importorskip("transformers")
     args = parse("--model", "detr", "--backbone", "resnet18", "--enc_layers", 2, "--dec_layers", 1)
     model, _, _ = build_model(args)

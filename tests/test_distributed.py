@@ -1,4 +1,4 @@
-"""Several processes: they are found however they are started, and change no result."""
+"""Runs on several processes: they work with every launcher, and give the results of one process."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def flags(shapes, output, *more: object) -> list[str]:
 
 @pytest.fixture
 def start():
-    """Starts Python in the background; what still runs at the end of the test is killed."""
+    """Start Python in the background; processes that still run at the end of the test are killed."""
     with ExitStack() as stack:
 
         def start(*command: object, cwd: Path = ROOT, **env: object) -> subprocess.Popen:
@@ -57,8 +57,8 @@ def start():
     ],
     ids=["launch", "launch-use_env"],
 )
-def test_launchers(launcher, shapes, tmp_path, run_main):
-    """The launchers other than torchrun, which other tests use."""
+def test_torch_distributed_launch_starts_both_processes(launcher, shapes, tmp_path, run_main):
+    """Other tests use torchrun."""
     done = run_main(*flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2), launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert_trained_together(done.stdout, tmp_path)
@@ -71,8 +71,8 @@ def assert_trained_together(printed: str, output) -> None:
     assert len(line["test_coco_eval_bbox"]) == 12
 
 
-def test_two_nodes_of_slurm(shapes, tmp_path, start, meeting):
-    """The variables that srun sets for two tasks, except for the address, which tests/test_launcher.py derives."""
+def test_two_tasks_of_slurm_train_together(shapes, tmp_path, start, meeting):
+    """Set the variables of srun for two tasks, and the address, which tests/test_launcher.py derives from them."""
     job = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NODELIST": "localhost", **meeting()}
     command = (ROOT / "main.py", *flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2))
     tasks = [start(*command, SLURM_PROCID=rank, SLURM_LOCALID=0, **job) for rank in range(2)]
@@ -81,8 +81,8 @@ def test_two_nodes_of_slurm(shapes, tmp_path, start, meeting):
     assert_trained_together(printed, tmp_path)
 
 
-def test_two_agents_of_torchrun(shapes, tmp_path, start, meeting):
-    """As on two nodes that meet at the first one's address."""
+def test_two_agents_of_torchrun_train_together(shapes, tmp_path, start, meeting):
+    """Start one agent per node, as on two nodes; they meet at the address of the first."""
     agent = ("-m", MODULE, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test")
     endpoint = f"--rdzv_endpoint=127.0.0.1:{meeting()['MASTER_PORT']}"
     address = (endpoint, "--rdzv_conf=is_host=0", "--local_addr=127.0.0.1")
@@ -99,13 +99,13 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 @pytest.mark.parametrize(
     ("boxes", "more"),
     [((1, 2, 3, 4), ()), ((1, 0, 3, 0), ()), ((1, 2, 3, 4), ("--masks",)), ((1, 0, 3, 0), ("--masks",))],
-    ids=["boxes", "none_on_one_process", "masks", "no_masks_on_one_process"],
+    ids=["boxes", "no_boxes_on_one_process", "masks", "no_masks_on_one_process"],
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
-def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, more, parse, tmp_path, meeting):
-    """Images of one size, frozen norms, no dropout; by gloo on CPUs, by NCCL on GPUs.
+def test_a_step_on_two_processes_equals_one_step_of_the_double_batch(device, boxes, more, parse, tmp_path, meeting):
+    """Use images of one size, frozen norms and no dropout, with gloo on CPUs and NCCL on GPUs.
 
-    Each process starts from weights and statistics of its own: those of the first one count.
+    Each process starts with different weights and statistics; those of the first one are used.
     """
     frozen = ("--backbone_norm", "frozen", "--backbone_weights", "x")
     args = parse(*TINY, *frozen, "--dropout", 0, "--num_classes", 4, *more)
@@ -127,7 +127,7 @@ def test_a_step_on_two_processes_is_one_of_the_double_batch(device, boxes, more,
 
 
 def test_evaluation_on_two_processes_counts_every_image_once(shapes, tmp_path, narrow, run_main, run_on_two):
-    """Seven images on two processes: one is seen twice."""
+    """Two processes cannot share seven images equally, so that one image is evaluated twice."""
     assert run_main(*flags(shapes, tmp_path, "--epochs", 1)).returncode == 0
     resume = ("--eval", "--resume", tmp_path / "checkpoint.pth", "--batch_size", 1)
     runs = [run_main(*flags(shapes, tmp_path / "one", *resume)), *run_on_two(*flags(shapes, tmp_path / "two", *resume))]
@@ -159,7 +159,7 @@ def test_models_with_other_outputs_can_be_distributed(tmp_path):
 
 
 def test_processes_leave_while_a_tensor_is_sent(parse, meeting):
-    """Before torch 2.8, they would wait for a thread that waits for them to free the tensor."""
+    """Before torch 2.8, the processes would wait for a thread that waits for them to free the tensor."""
     run_on_several(two_processes.leave_while_sending, (2, meeting(), parse()), 2)
 
 
@@ -167,7 +167,7 @@ def test_processes_leave_while_a_tensor_is_sent(parse, meeting):
     "moment", ["the data is loaded", "the model is distributed", "the training begins", "the evaluation begins"]
 )
 def test_a_process_that_dies_ends_the_other_with_one_line(moment, shapes, tmp_path, narrow, run_on_two):
-    """Started without torchrun, which would end the other process before it can say anything."""
+    """Start without torchrun, which would end the other process before it can print its line."""
     recipe = flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 2)
     survivor, died = run_on_two(*recipe, strikes=[("", "SIGKILL"), (moment, "SIGKILL")])
     assert (survivor.returncode, died.returncode) == (1, -signal.SIGKILL), survivor.stderr
@@ -177,8 +177,8 @@ def test_a_process_that_dies_ends_the_other_with_one_line(moment, shapes, tmp_pa
     assert not any(word in printed for word in ("Traceback", "gloo", "pair.cc"))
 
 
-def test_processes_that_cannot_meet(shapes, start):
-    """The port of the first process is taken."""
+def test_processes_that_cannot_connect_end_with_one_line(shapes, start):
+    """Another program uses the port of the first process."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -189,8 +189,8 @@ def test_processes_that_cannot_meet(shapes, start):
     assert "Traceback" not in printed
 
 
-def test_replay_on_one_process_of_a_step_of_two(shapes, tmp_path, start, run_main, run_on_two):
-    """The losses of both processes are divided by the mean number of boxes; each leaves a file of its own."""
+def test_one_process_replays_a_step_of_two(shapes, tmp_path, start, run_main, run_on_two):
+    """Each process writes its own file; the losses of both are divided by their mean number of boxes."""
     checkpoint = tmp_path / "start.pth"
     assert run_main(*flags(shapes, tmp_path / "one", "--epochs", 1)).returncode == 0
     weights = torch.load(tmp_path / "one" / "checkpoint.pth", weights_only=True)
@@ -209,8 +209,8 @@ def test_replay_on_one_process_of_a_step_of_two(shapes, tmp_path, start, run_mai
     assert losses[0] != losses[1]
 
 
-def test_processes_that_read_different_checkpoints(shapes, tmp_path, start, parse, meeting):
-    """As where --output_dir is a folder of each node's own."""
+def test_processes_that_read_different_checkpoints_end_with_one_line(shapes, tmp_path, start, parse, meeting):
+    """Imitate nodes on which --output_dir is a local folder."""
     place = meeting()
     model, _, _ = build_model(parse(*TINY, "--num_classes", 4))
     tasks = []
@@ -231,7 +231,7 @@ RECIPE = ("--epochs", 2, "--batch_size", 1, "--dropout", 0.1, "--ema_decay", 0.8
 
 
 def killed_run(shapes, output, processes: int, killed_at: str, start, *more: object, **env: object) -> subprocess.Popen:
-    """Two epochs under torchrun in which `killed` strikes; torchrun brings the run back."""
+    """Start two epochs under torchrun, which tests/killed.py interrupts and torchrun restarts."""
     restarts = f"--max-restarts={killed_at.count(':')}"
     launcher = ("-m", MODULE, "--standalone", f"--nproc_per_node={processes}", restarts)
     script = (ROOT / "tests" / "killed.py", *flags(shapes, output, *RECIPE, *more))
@@ -239,7 +239,7 @@ def killed_run(shapes, output, processes: int, killed_at: str, start, *more: obj
 
 
 def output_of_struck(process: subprocess.Popen, moments: Sequence[str], exit_code: int | None = 0) -> str:
-    """The output of a run that was struck at these moments."""
+    """Return the output of a run, and check that it was struck at these moments."""
     printed = output_of(process, exit_code)
     came = [line.split(STRUCK)[1] for line in printed.splitlines() if STRUCK in line]
     assert came == list(moments), f"{came} came instead of {moments}:\n{printed}"
@@ -263,7 +263,7 @@ MANY = (
     ("processes", "killed_at"), [(2, "1: after step 6"), pytest.param(3, MANY, marks=pytest.mark.slow)]
 )
 def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes, tmp_path, start, narrow, run_on_two):
-    """With three processes, the order of the sum over them matters, too."""
+    """With three processes, the order in which their gradients are added matters, too."""
     if processes == 2:
         assert all(run.returncode == 0 for run in run_on_two(*flags(shapes, tmp_path / "whole", *RECIPE)))
     else:
@@ -276,8 +276,8 @@ def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_torchrun_is_asked_to_end(shapes, tmp_path, start, narrow, run_main, run_on_two):
-    """Its processes finish their step and write a checkpoint before it would kill them; fewer can continue."""
+def test_a_run_that_torchrun_ends_can_be_resumed(shapes, tmp_path, start, narrow, run_main, run_on_two):
+    """Processes finish their step and write a checkpoint before torchrun would kill them; fewer can resume it."""
     ended = tmp_path / "ended"
     sigterm = int(signal.SIGTERM)
     run = killed_run(shapes, ended, 2, "1: before step 3", start, KILLED_SIGNAL=sigterm)
@@ -299,8 +299,8 @@ def test_torchrun_is_asked_to_end(shapes, tmp_path, start, narrow, run_main, run
     assert "Epoch [0]  [0/7]" not in printed
 
 
-def test_ctrl_c_to_torchrun(shapes, tmp_path, start):
-    """It passes Ctrl-C on; all processes stop in the same step."""
+def test_ctrl_c_stops_all_processes_in_the_same_step(shapes, tmp_path, start):
+    """torchrun passes Ctrl-C to its processes."""
     sigint = int(signal.SIGINT)
     run = killed_run(shapes, tmp_path, 2, "1: before step 3", start, KILLED_SIGNAL=sigint)
     printed = output_of_struck(run, ["before step 3"], None)
