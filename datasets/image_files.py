@@ -47,9 +47,9 @@ def find_image_files(names: Sequence[str], folder: Path, source: str | Path, on_
     renamed = [i for i, match in others.items() if match]
     if renamed:
         first = names[renamed[0]], others[renamed[0]]
-        are = "is" if len(renamed) == 1 else "are"
+        were = "was" if len(renamed) == 1 else "were"
         warn(
-            f"{folder}: {len(renamed)} of {counted(len(names), 'image')} {are} there under a slightly different name, "
+            f"{folder}: {len(renamed)} of {counted(len(names), 'image')} {were} found under a slightly different name, "
             f"such as {first[1]!r} for {first[0]!r}"
         )
     missing = sorted(names[i] for i, match in others.items() if not match)

@@ -1,4 +1,4 @@
-"""Links, flags, files and functions that README, CONTRIBUTING and docs name exist; commands are run elsewhere."""
+"""README, CONTRIBUTING and docs: the links, flags, files and functions that they name exist."""
 
 import re
 from importlib import import_module
@@ -10,7 +10,7 @@ from scripts import flags as tools
 from tests.conftest import ROOT
 from tests.documents import PAGES, README, commands, flags_of_main, is_run, tool_of
 
-# Of the 3,500 lines that README recommends for an afternoon.
+# The files with the 3,500 lines that README recommends for an afternoon.
 AFTERNOON = ("models/*.py", "run/step.py", "engine.py", "training.py", "main.py")
 
 OTHER_FLAGS = {
@@ -30,7 +30,7 @@ def anchor_of(heading: str) -> str:
 
 
 @each_page
-def test_links_lead_somewhere(page):
+def test_targets_of_links_exist(page):
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', text):
         path, _, anchor = "".join(link).partition("#")
@@ -48,7 +48,7 @@ def test_the_readme_links_every_page():
     assert [page.name for page in PAGES[1:] if f"({page.relative_to(ROOT)})" not in text] == []
 
 
-def test_the_readme_is_short_and_counts_the_lines_to_read():
+def test_the_readme_is_short_and_states_how_many_lines_to_read():
     text = README.read_text("utf-8")
     assert len(text.encode()) <= 10_000
     lines = sum(path.read_text("utf-8").count("\n") for pattern in AFTERNOON for path in ROOT.glob(pattern))
@@ -65,7 +65,7 @@ def test_flags_exist(page):
 
 @each_page
 def test_files_and_functions_exist(page):
-    """Names in code that begin with a package of this project, except for patterns and for lists of several names."""
+    """Check names in code that begin with a package of this project, but no patterns and no lists of names."""
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     for name in set(re.findall(r"`([^`\s{(*]+)`", page.read_text("utf-8"))):
         if "/" in name and name.split("/")[0] in packages:

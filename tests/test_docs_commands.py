@@ -1,4 +1,4 @@
-"""Commands in README and docs run: on generated images, and with tiny models under the names of published ones."""
+"""Commands of README and docs work: on generated images, and with tiny models named like the published ones."""
 
 import json
 import runpy
@@ -32,7 +32,7 @@ MODELS = {"checkpoint": (), "detector": (), "conditional_detr": (), "detr": ("--
 
 @pytest.fixture
 def folder(tmp_path, shapes, trained, narrow, monkeypatch) -> Path:
-    """The current folder, with all files that commands name."""
+    """Enter a folder that has all files that commands name."""
     monkeypatch.chdir(tmp_path)
     for name, flags in MODELS.items():
         save_model(tmp_path / f"{name}.pth", *flags)
@@ -50,7 +50,7 @@ def folder(tmp_path, shapes, trained, narrow, monkeypatch) -> Path:
     for name, target in links.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
-    write_dataset(tmp_path / "coco_panoptic", num_train=8, num_val=5, panoptic=True)  # images are among those above
+    write_dataset(tmp_path / "coco_panoptic", num_train=8, num_val=5, panoptic=True)  # its images are also in coco/
     listed = json.loads((tmp_path / "mine" / "val.json").read_text())
     del listed["annotations"]
     (tmp_path / "coco" / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(listed))
@@ -68,7 +68,7 @@ def save_model(path: Path, *flags: str) -> None:
 
 
 def run(command: list[str], folder: Path, monkeypatch) -> None:
-    """Run a command in this process; training ends after an epoch."""
+    """Run a command in this process; training ends after one epoch."""
     words = [word.replace(COCO, str(folder / "coco")) for word in command]
     if tool := tool_of(words):
         flags = [*words[3:], *TINY] if tool == "check_data" else words[3:]

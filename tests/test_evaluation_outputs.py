@@ -1,4 +1,4 @@
-"""Files that an evaluation leaves in its folder, for people and for other tools."""
+"""Files that an evaluation writes for people and for other tools."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ from util.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-IDS = {1: 10**7, 2: 17, 3: 18}  # category ids that cannot be labels as they are
+IDS = {1: 10**7, 2: 17, 3: 18}  # category ids that cannot all be used as labels
 TEST_FILE = "detections_test-dev2017_conddetr_results.json"
 
 
 @pytest.fixture(scope="module")
 def data(shapes, tmp_path_factory):
-    """The generated images with other category ids, the val images as test-dev, too."""
+    """Copy the generated data, with other category ids and with the val images also as test-dev."""
     root = tmp_path_factory.mktemp("data") / "coco"
     shutil.copytree(shapes, root)
     path = root / "annotations" / "instances_val2017.json"
@@ -53,7 +53,7 @@ def run(data, output, *more: object) -> None:
 
 
 def guesses(dataset, seed: int = 0) -> dict[int, dict[str, torch.Tensor]]:
-    """The objects of every image, shifted a little or a lot, in random order of confidence; masks fill the boxes."""
+    """Return each object of every image twice, shifted at random and with random scores; masks fill the boxes."""
     rng = np.random.default_rng(seed)
     found = {}
     for image_id, (width, height) in zip(dataset.ids, dataset.records.sizes.tolist(), strict=True):
@@ -80,7 +80,7 @@ def evaluate(dataset, found, kinds=("bbox",)) -> CocoEvaluator:
     return evaluator
 
 
-def test_pycocotools_finds_the_printed_ap_in_the_file(data, dataset, tmp_path):
+def test_pycocotools_computes_the_printed_ap_from_the_file(data, dataset, tmp_path):
     evaluator = evaluate(dataset, guesses(dataset))
     write_report(evaluator, dataset, dataset.classes, tmp_path)
     truth = COCO(data / "annotations" / "instances_val2017.json")
@@ -96,8 +96,8 @@ def test_pycocotools_finds_the_printed_ap_in_the_file(data, dataset, tmp_path):
     assert names == {(IDS[1], "circle"), (IDS[2], "square"), (IDS[3], "triangle")}
 
 
-def test_masks_in_the_report(data, parse, tmp_path, capsys):
-    """Masks and boxes differ by the corners, so their AP differs; pycocotools takes areas of boxes if there are any."""
+def test_the_report_covers_masks(data, parse, tmp_path, capsys):
+    """Masks do not fill their boxes, so their AP differs; pycocotools uses the areas of boxes if it is given any."""
     dataset = build_dataset("val", parse(*TINY, "--coco_path", data, "--masks"))
     evaluator = evaluate(dataset, guesses(dataset), ("bbox", "segm"))
     write_report(evaluator, dataset, dataset.classes, tmp_path)
@@ -140,7 +140,7 @@ def test_an_image_with_right_boxes_and_wrong_masks_is_among_the_worst(data, pars
     assert comparison.mistakes == 2 * len(comparison.missed) > 0
 
 
-def test_through_the_command_line(data, tmp_path, capsys):
+def test_the_command_line_writes_the_report(data, tmp_path, capsys):
     run(data, tmp_path)
     files = {"detections.json", "precision_recall.png", "worst", "eval.pth"}
     assert {path.name for path in tmp_path.iterdir()} == files
@@ -153,7 +153,7 @@ def test_through_the_command_line(data, tmp_path, capsys):
 
 
 def test_logits_that_stand_for_no_class_are_left_out(shapes, tmp_path):
-    """COCO's ids have gaps, here 0."""
+    """Only three of the nine logits stand for a class, as COCO's ids have gaps."""
     run(shapes, tmp_path, "--num_classes", 9)
     found = json.loads((tmp_path / "detections.json").read_text())
     assert {entry["category_id"] for entry in found} <= {1, 2, 3}
@@ -161,7 +161,7 @@ def test_logits_that_stand_for_no_class_are_left_out(shapes, tmp_path):
 
 
 def test_classes_that_the_data_does_not_have_keep_their_names(shapes, tmp_path):
-    """The model tells three apart, the val file knows one of them."""
+    """The model has three classes, and the val file only one of them."""
     other = tmp_path / "coco"
     shutil.copytree(shapes, other)
     path = other / "annotations" / "instances_val2017.json"
@@ -180,8 +180,8 @@ def test_classes_that_the_data_does_not_have_keep_their_names(shapes, tmp_path):
     assert names == {("a", "circle"), (5, "square"), ("c", "triangle")}
 
 
-def test_the_worst_images(dataset, tmp_path):
-    """By default nothing is found; two images are left right, one of them by doing nothing."""
+def test_the_worst_images_have_the_most_mistakes(dataset, tmp_path):
+    """All scores are too low to count, except in an image without mistakes and in one with false detections only."""
     found = guesses(dataset)
     for prediction in found.values():
         prediction["scores"][:] = 0.4
@@ -207,7 +207,7 @@ def test_the_worst_images(dataset, tmp_path):
     assert picture.width > 1.4 * picture.height
 
 
-def test_without_any_ground_truth_or_detection(data, dataset, parse, tmp_path):
+def test_a_report_needs_no_ground_truth_and_no_detections(data, dataset, parse, tmp_path):
     empty = tmp_path / "coco"
     shutil.copytree(data, empty)
     path = empty / "annotations" / "instances_val2017.json"
@@ -223,7 +223,7 @@ def test_without_any_ground_truth_or_detection(data, dataset, parse, tmp_path):
     assert len(list((tmp_path / "worst").iterdir())) == sum(bool(dataset.coco.imgToAnns[i]) for i in dataset.ids)
 
 
-def test_images_that_were_skipped(data, tmp_path):
+def test_skipped_images_are_not_in_the_report(data, tmp_path):
     broken = tmp_path / "coco"
     shutil.copytree(data, broken)
     (broken / "images" / "val2017" / "000003.jpg").write_bytes(b"no image")
@@ -234,8 +234,8 @@ def test_images_that_were_skipped(data, tmp_path):
     assert not list((tmp_path / "out" / "worst").glob("*_[35].jpg"))
 
 
-def test_the_curves_of_many_classes():
-    """The best and the worst are shown, by name, and names may hold what matplotlib would take for formulas."""
+def test_the_best_and_the_worst_of_many_classes_are_shown():
+    """Names may contain characters that begin a formula in matplotlib."""
     categories = [{"id": i, "name": f"$class_{i}$ with a name of many words"} for i in range(1, 81)]
     images = [{"id": i} for i in range(1, 81)]
     boxes = [{"image_id": i, "category_id": i, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0} for i in range(1, 81)]
@@ -266,7 +266,7 @@ def test_the_curves_of_many_classes():
     figure.canvas.draw()
 
 
-def test_detections_for_the_test_server(data, tmp_path, capsys):
+def test_detections_for_the_test_server_are_written(data, tmp_path, capsys):
     run(data, tmp_path, "--image_set", "test")
     assert [path.name for path in tmp_path.iterdir()] == [TEST_FILE]
     found = json.loads((tmp_path / TEST_FILE).read_text())
@@ -280,7 +280,7 @@ def test_detections_for_the_test_server(data, tmp_path, capsys):
     assert "loss" not in printed
 
 
-def test_the_test_images_directly_under_the_data(data, tmp_path):
+def test_the_test_images_may_be_directly_in_the_data_folder(data, tmp_path):
     moved = tmp_path / "coco"
     shutil.copytree(data / "images" / "test2017", moved / "test2017")
     shutil.copytree(data / "annotations", moved / "annotations")
@@ -296,12 +296,12 @@ def test_the_test_images_directly_under_the_data(data, tmp_path):
         (("--image_set", "test", "--eval", "--output_dir", "x", "--overfit", 2), "without --overfit"),
     ],
 )
-def test_mistakes_of_the_user(flags, message, data, parse):
+def test_flags_that_do_not_fit_the_test_images_are_refused(flags, message, data, parse):
     with pytest.raises(InputError, match=message):
         main.main(parse(*TINY, "--coco_path", data, *flags))
 
 
-def test_missing_test_files(shapes, data, tmp_path):
+def test_missing_test_files_are_named(shapes, data, tmp_path):
     with pytest.raises(InputError, match=r"no annotations/image_info_test-dev2017.json; it holds annotations/"):
         run(shapes, tmp_path, "--image_set", "test")
     with pytest.raises(
@@ -317,7 +317,7 @@ def test_missing_test_files(shapes, data, tmp_path):
         run(data, tmp_path, "--val_annotations", val)
 
 
-def test_two_processes_write_what_one_writes(data, tmp_path, run_on_two):
+def test_two_processes_write_the_same_detections_as_one(data, tmp_path, run_on_two):
     flags = (*TINY, "--coco_path", data, "--batch_size", 1, "--eval", "--output_dir")
     runs = run_on_two(*flags, tmp_path / "two")
     assert [run.returncode for run in runs] == [0, 0], runs

@@ -1,4 +1,4 @@
-"""Models leave as ONNX, compute the same there, and find the same objects without PyTorch."""
+"""Models that are exported to ONNX: they compute the same outputs, and find the same objects without PyTorch."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def exported(request, checkpoint) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> list[Path]:
-    """Of different shapes, as PNG, that both ways of reading them see the same."""
+    """Write images of different shapes, as PNG, so that the detector and the example read the same pixels."""
     rng = np.random.default_rng(0)
     paths = [tmp_path_factory.mktemp("photos") / name for name in ("wide.png", "high.png")]
     for path, (height, width) in zip(paths, ((64, 90), (82, 64)), strict=True):
@@ -73,7 +73,7 @@ def run(model: Path, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return dict(zip(names, map(torch.from_numpy, found), strict=True))
 
 
-def test_the_file_says_what_it_takes_and_gives(exported):
+def test_the_file_describes_its_inputs_outputs_and_classes(exported):
     model = onnx.load(exported)
     onnx.checker.check_model(model, full_check=True)
     assert model.opset_import[0].version >= 17
@@ -100,7 +100,7 @@ def test_the_file_says_what_it_takes_and_gives(exported):
     assert (facts["min_size"], facts["max_size"]) == (64, 100)
 
 
-def test_outputs_are_the_models(exported, checkpoint):
+def test_outputs_equal_those_of_the_model(exported, checkpoint):
     detector = load_detector(str(checkpoint))
     images, padding, sizes = export_onnx.example_inputs(3, 71, 190, seed=3)
     inputs = {"images": images, "padding_mask": padding}
@@ -120,7 +120,7 @@ def test_outputs_are_the_models(exported, checkpoint):
                 torch.testing.assert_close(found[name][i], value)
 
 
-def test_max_detections(checkpoint, tmp_path):
+def test_max_detections_limits_the_detections(checkpoint, tmp_path):
     command = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.onnx"), "--max_detections"]
     export_onnx.main([*command, "3", "--postprocess"])
     outputs = onnx.load(tmp_path / "model.onnx").graph.output
@@ -135,7 +135,7 @@ def test_max_detections(checkpoint, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_mask_is_shrunk_as_pytorch_does(tmp_path):
+def test_the_padding_mask_is_resized_as_in_pytorch(tmp_path):
     class Shrink(torch.nn.Module):
         def forward(self, mask, features):
             return F.interpolate(mask, size=features.shape[-2:], mode="nearest")
@@ -158,7 +158,7 @@ def test_the_mask_is_shrunk_as_pytorch_does(tmp_path):
         assert found[0, 0, 0].tolist() == F.interpolate(mask, size=(1, small), mode="nearest")[0, 0, 0].tolist(), size
 
 
-def test_a_variant_is_compared(tmp_path, capsys):
+def test_another_variant_is_exported_and_compared(tmp_path, capsys):
     flags = ("--backbone", "resnet50", "--dilation", "--position_embedding", "learned")
     source = write_checkpoint(tmp_path / "checkpoint.pth", "--enc_layers", 1, "--dec_layers", 1, *flags)
     output = tmp_path / "new" / "model.onnx"
@@ -188,7 +188,7 @@ def test_masks_are_exported_and_compared(tmp_path, capsys):
 
 
 def test_differences_leave_no_file(checkpoint, tmp_path, monkeypatch):
-    """As ONNX's own Resize makes them, which takes other pixels of the mask for some sizes."""
+    """ONNX's own Resize makes the outputs differ: for some sizes, it takes other pixels of the mask."""
     torch.onnx.unregister_custom_op_symbolic("aten::upsample_nearest2d", export_onnx.OPSET)
     monkeypatch.setattr(torch.onnx, "register_custom_op_symbolic", lambda *_: None)
     with pytest.raises(InputError, match="differ too much; no file"):
@@ -210,7 +210,7 @@ def test_a_missing_library_is_named(library, flags, packages, checkpoint, tmp_pa
         export_onnx.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "model.onnx"), *flags])
 
 
-def test_every_runtime_that_is_named_checks_the_file(checkpoint, tmp_path, monkeypatch, capsys):
+def test_every_chosen_runtime_checks_the_file(checkpoint, tmp_path, monkeypatch, capsys):
     def load_wrong(contents):
         compute = load_onnxruntime(contents)
         return lambda inputs: {name: array + 0.01 for name, array in compute(inputs).items()}
@@ -224,7 +224,7 @@ def test_every_runtime_that_is_named_checks_the_file(checkpoint, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes(checkpoint, tmp_path):
+def test_unusable_checkpoints_and_outputs_are_named(checkpoint, tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(InputError, match=r"text\.pth: not a checkpoint"):
         export_onnx.main(["--checkpoint", str(tmp_path / "text.pth"), "--output", str(tmp_path / "model.onnx")])
@@ -237,7 +237,7 @@ def run_example(*flags: object) -> subprocess.CompletedProcess:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_example_finds_the_same_without_torch(exported, checkpoint, photos):
+def test_the_example_finds_the_same_objects_without_torch(exported, checkpoint, photos):
     process = run_example(exported, *photos, "--threshold", 0.4)
     assert process.returncode == 0, process.stderr
     lines, detector = [], load_detector(str(checkpoint))
@@ -258,7 +258,7 @@ def test_the_example_finds_the_same_without_torch(exported, checkpoint, photos):
         assert [float(score), *map(float, box)] == pytest.approx([expected[0], *expected[2:]], abs=0.06)
 
 
-def test_the_examples_mistakes_are_one_line(exported, photos, checkpoint):
+def test_the_example_reports_mistakes_in_one_line(exported, photos, checkpoint):
     for flags, said in [((checkpoint, *photos), "error: "), ((exported, checkpoint), "cannot identify image file")]:
         process = run_example(*flags)
         assert process.returncode == 1

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the same function as PyTorch's own, in predictions on CPUs alone."""
+"""Linear layers by oneDNN: they compute the same as PyTorch's, and are used only in predictions on CPUs."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def operators(layer: nn.Module, x: Tensor) -> list[str]:
 @needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_same_values_by_onednn(bias, mode):
+def test_onednn_computes_the_same_values(bias, mode):
     plain, fast = layers(bias)
     inputs = torch.randn(5, 16), torch.randn(2, 5, 16), torch.randn(2, 16, 5).mT, torch.randn(1, 16).expand(5, -1)
     with mode():
@@ -44,7 +44,7 @@ def test_the_same_values_by_onednn(bias, mode):
 
 
 @needs_onednn
-def test_pytorchs_own_layer_wherever_onednn_is_not_known():
+def test_other_inputs_and_modes_use_pytorchs_layer():
     plain, fast = layers()
     x = torch.randn(5, 16)
     assert ONEDNN not in operators(fast, x)  # with gradients
@@ -58,12 +58,12 @@ def test_pytorchs_own_layer_wherever_onednn_is_not_known():
         assert ONEDNN not in operators(fast, x)  # slow with transposed weights
         with torch.autocast("cpu", torch.bfloat16):
             assert fast(x).dtype is torch.bfloat16
-        with pytest.raises(RuntimeError):  # of two precisions
+        with pytest.raises(RuntimeError):  # weights and inputs of different types
             fast(x.double())
 
 
 @needs_onednn
-def test_a_models_predictions():
+def test_models_predict_the_same_by_onednn():
     model, _ = build_small()
     assert not any(type(module) is nn.Linear for module in model.modules())
     x = torch.randn(1, 3, 64, 96)

@@ -1,4 +1,4 @@
-"""Images under other names than the annotations have: found, or named as missing."""
+"""Images whose file names differ from those in the annotations: they are found, or named as missing."""
 
 import unicodedata
 from functools import partial
@@ -32,16 +32,16 @@ COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "größe") for form in ("NFC
         (COMPOSED + "{}", DECOMPOSED + "{}"),
     ],
 )
-def test_files_under_a_slightly_different_name(written, stored, load, capsys):
+def test_files_with_a_slightly_different_name_are_found(written, stored, load, capsys):
     data = cells()
     for entry in data["images"]:
         entry["file_name"] = written.format(entry["file_name"])
     dataset = load(data, rename=stored.format)
-    assert "4 of 4 images are there under a slightly different name, such as" in capsys.readouterr().out
+    assert "4 of 4 images were found under a slightly different name, such as" in capsys.readouterr().out
     assert dataset[3][0].shape[0] == 3
 
 
-def test_the_case_of_suffixes(load):
+def test_suffixes_may_differ_in_case(load):
     data = cells()
     for entry in data["images"]:
         entry["file_name"] = entry["file_name"].replace(".jpg", ".JPG")
@@ -49,7 +49,7 @@ def test_the_case_of_suffixes(load):
 
 
 def test_files_of_two_images_are_not_mixed_up(load, tmp_path):
-    """A file that another image has, or that two could mean, stands for none of them."""
+    """A file is not used for a name if it belongs to another image, or if several files fit the name."""
     data = cells()
     data["images"][0]["file_name"] = "other/train02.jpg"
     with pytest.raises(InputError, match=r"1 of 4 images of .* is missing: other/train02.jpg"):
@@ -66,7 +66,7 @@ def test_files_of_two_images_are_not_mixed_up(load, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["masks", "Labels", "deep/SegmentationClass"])
-def test_pictures_of_another_kind_are_not_taken_for_photos(folder, load, tmp_path, capsys):
+def test_masks_and_labels_are_not_taken_for_photos(folder, load, tmp_path, capsys):
     data = cells()
     data["images"][0]["file_name"] = "x.png"
     other = tmp_path / "train" / folder / "x.png"
