@@ -1,4 +1,4 @@
-"""Annotation files as exporters, converters and people leave them: accepted, or named for what they are."""
+"""Annotation files of exporters, converters and people: they are accepted, or one line names their kind."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def flags(folder: Path, *more: object) -> list[str]:
 
 
 def renumbered(data: dict, ids: dict[int, int]) -> dict:
-    """Return annotations with other category ids; classes without a new one are left out."""
+    """Return annotations with other category ids; classes without a new id are left out."""
     kept = [entry for entry in data["annotations"] if entry["category_id"] in ids]
     return data | {
         "categories": [entry | {"id": ids[entry["id"]]} for entry in data["categories"] if entry["id"] in ids],
@@ -40,7 +40,7 @@ def renumbered(data: dict, ids: dict[int, int]) -> dict:
 
 
 @pytest.mark.parametrize("ids", [{1: 3, 2: 1, 3: 2}, {2: 1, 3: 2}], ids=["permuted", "missing"])
-def test_splits_that_number_classes_differently(ids, load, tmp_path, capsys):
+def test_classes_with_other_ids_in_val_are_matched_by_name(ids, load, tmp_path, capsys):
     train = load(cells())
     val = load(renumbered(cells("val"), ids), "val", classes=train.classes)
     printed = capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_splits_that_number_classes_differently(ids, load, tmp_path, capsys):
         assert NAMES[{new: old for old, new in ids.items()}[found["category_id"]]] == found["category_name"]
 
 
-def test_classes_that_share_a_name(load, capsys):
+def test_classes_with_the_same_name_are_reported(load, capsys):
     repeated = cells()
     repeated["categories"][2]["name"] = "RBC"
     train = load(repeated)
@@ -96,13 +96,13 @@ def large_areas(data: dict) -> dict:
         (large_areas, "5 of 12 boxes with an 'area' larger than width × height"),
     ],
 )
-def test_boxes_in_another_format(change, message, load, capsys):
+def test_boxes_in_another_format_are_reported(change, message, load, capsys):
     load(change(cells()))
     assert message in capsys.readouterr().out
 
 
-def test_boxes_that_only_look_odd(load, capsys):
-    """At the borders, smaller than their segmentation's box, one pixel wide, of one pixel beyond the image."""
+def test_valid_boxes_that_look_odd_give_no_warning(load, capsys):
+    """Boxes of the whole image, of one pixel, of half a pixel, and one that ends a pixel outside the image."""
     data = cells()
     odd = ([0, 0, *SIZE], [0, 0, 1, 1], [100, 60, 61, 60], [1, 1, 0.5, 0.5])
     for entry, box in zip(data["annotations"], odd, strict=False):
@@ -120,16 +120,16 @@ def test_boxes_that_only_look_odd(load, capsys):
     ],
     ids=["byte-order mark", "utf-16", "gzip"],
 )
-def test_encodings(encode, load):
+def test_files_may_have_other_encodings(encode, load):
     assert load(encode(json.dumps(cells()))).summary() == load(cells()).summary()
 
 
-def test_a_damaged_gzip_file(load):
+def test_damaged_gzip_files_are_refused(load):
     with pytest.raises(InputError, match=r"train.json: not a gzip file, or a damaged one"):
         load(gzip.compress(json.dumps(cells()).encode())[:-20])
 
 
-def test_sizes_in_other_notations(load):
+def test_sizes_may_be_floats_or_strings_or_missing(load):
     data = cells()
     for entry, (width, height) in zip(
         data["images"], ((0, 0), (160.0, 120.0), ("160", "120"), (None, 120)), strict=True
@@ -140,8 +140,8 @@ def test_sizes_in_other_notations(load):
     assert [len(dataset[i][1]["labels"]) for i in range(4)] == [3] * 4
 
 
-def test_texts_as_image_ids(load, tmp_path):
-    def with_texts(data: dict) -> dict:
+def test_image_ids_may_be_strings(load, tmp_path):
+    def with_strings(data: dict) -> dict:
         own = {entry["id"]: Path(entry["file_name"]).stem for entry in data["images"]}
         for entry in data["images"]:
             entry["id"] = own[entry["id"]]
@@ -149,13 +149,13 @@ def test_texts_as_image_ids(load, tmp_path):
             entry["image_id"] = own[entry["image_id"]]
         return data
 
-    dataset = load(with_texts(cells()))
+    dataset = load(with_strings(cells()))
     assert [len(dataset[i][1]["labels"]) for i in range(4)] == [3] * 4
     (tmp_path / "train" / "train02.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"train02.jpg \(image id train02\): cannot be decoded"):
         dataset[1]
-    load(with_texts(cells()))
-    load(with_texts(cells("val")), "val")
+    load(with_strings(cells()))
+    load(with_strings(cells("val")), "val")
     main.main(main.get_args_parser().parse_args(flags(tmp_path, "--eval", "--output_dir", tmp_path / "eval")))
     found = json.loads((tmp_path / "eval" / "detections.json").read_text())
     assert {entry["image_id"] for entry in found} == {f"val{i:02}" for i in range(1, 5)}
@@ -164,14 +164,14 @@ def test_texts_as_image_ids(load, tmp_path):
     }
 
 
-def test_annotations_of_texts_for_integer_ids(load):
+def test_annotations_may_write_integer_ids_as_strings(load):
     data = cells()
     for entry in data["annotations"]:
         entry["image_id"] = str(entry["image_id"])
     assert load(data).summary().boxes == 12
 
 
-def test_missing_boxes_repeated_ids_and_absent_images(load, capsys):
+def test_faults_of_annotations_are_mended_or_left_out_and_counted(load, capsys):
     data = cells()
     polygon = {"segmentation": [[10, 20, 30, 20, 30, 60]]}
     data["annotations"][0] |= {"bbox": []} | polygon
@@ -205,12 +205,12 @@ def first(data: dict, key: str, **more: object) -> dict:
         ({"shapes": [], "imagePath": "a.jpg"}, "labelme's file"),
     ],
 )
-def test_files_of_another_kind(data, message, load):
+def test_files_of_another_kind_are_named(data, message, load):
     with pytest.raises(InputError, match=rf"train.json: {message}.*; name a COCO instance file"):
         load(data)
 
 
-def test_images_with_many_objects(load, tmp_path, capsys):
+def test_images_with_many_objects_need_higher_limits(load, tmp_path, capsys):
     crowded = cells()
     template = crowded["annotations"][0]
     crowded["annotations"] = [template | {"id": i + 1} for i in range(130)]
@@ -224,8 +224,8 @@ def test_images_with_many_objects(load, tmp_path, capsys):
     )
 
 
-def test_more_than_100_detections_have_lines_of_their_own(load, capsys):
-    """The 12 COCO numbers are those of at most 100; 150 objects and as many right detections are AP 1 beyond."""
+def test_more_than_100_detections_are_scored_in_extra_lines(load, capsys):
+    """COCO's 12 numbers count 100 detections per image; if 200 count, all 150 objects are found, and AP is 1."""
     data = cells(images=1) | {"images": cells()["images"]}
     data["annotations"] = [
         {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [i, 0, 1, 100], "area": 100, "iscrowd": 0}

@@ -1,4 +1,4 @@
-"""Starting from another model's weights, what is said about a start, and the learning rate for another batch size."""
+"""Fine-tuning, advice at the start of a training, and learning rates for other batch sizes."""
 
 import json
 
@@ -36,7 +36,7 @@ def checkpoint(model, args, known: Classes | None = None) -> dict:
     return {"model": model.state_dict(), "args": vars(args), **(known.state_dict() if known else {})}
 
 
-def test_everything_but_the_class_head_is_taken_over(build):
+def test_all_weights_except_the_class_head_are_copied(build):
     old, args = build("--num_classes", 4)
     new, _ = build("--num_classes", 9)
     assert start_from(new, classes(_8="cow"), checkpoint(old, args, classes(_1="cat")), "old.pth", args)
@@ -45,8 +45,8 @@ def test_everything_but_the_class_head_is_taken_over(build):
             assert torch.equal(new.state_dict()[name], tensor), name
 
 
-def test_rows_of_the_class_head_go_by_name(build, capsys):
-    """A COCO model's rows, whatever the new ids; new classes keep their initial rows."""
+def test_rows_of_the_class_head_are_matched_by_name(build, capsys):
+    """Known classes take the rows of the COCO model, whatever their ids; new classes keep their initial rows."""
     old, args = build("--num_classes", 91)
     torch.nn.init.normal_(old.class_embed.bias)
     new, _ = build("--num_classes", 4)
@@ -61,7 +61,7 @@ def test_rows_of_the_class_head_go_by_name(build, capsys):
     assert "3 classes known by name (Dog, traffic_light, PERSON), 1 new class (cell)" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_reported(build, capsys):
+def test_weights_and_flags_that_do_not_fit_are_reported(build, capsys):
     old, args = build("--num_classes", 4)
     new, more_queries = build("--num_classes", 4, "--num_queries", 9, "--dec_layers", 3)
     start_from(new, classes(_1="cat"), checkpoint(old, args, classes(_1="cat")), "old.pth", more_queries)
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_reported(build, capsys):
     assert_close(new.transformer.decoder.layers[1].linear1.weight, old.transformer.decoder.layers[1].linear1.weight)
 
 
-def test_another_width_and_another_model(build, capsys):
+def test_another_width_is_accepted_and_an_unknown_model_refused(build, capsys):
     old, args = build("--num_classes", 4)
     wider, _ = build("--num_classes", 4, "--hidden_dim", 64)
     assert start_from(wider, classes(_1="cat"), checkpoint(old, args, classes(_1="cat")), "old.pth", args)
@@ -81,14 +81,14 @@ def test_another_width_and_another_model(build, capsys):
         start_from(wider, classes(_1="cat"), foreign, "old.pth", args)
 
 
-def test_a_backbone_that_does_not_fit_is_said(build):
+def test_start_from_returns_false_if_the_backbone_does_not_fit(build):
     old, args = build("--num_classes", 4, "--backbone", "resnet34")
     new, _ = build("--num_classes", 4)
     assert not start_from(new, classes(_1="cat"), checkpoint(old, args, classes(_1="cat")), "old.pth", args)
 
 
 def renamed(shapes, folder) -> list[str]:
-    """The generated data with texts as category ids and other file names; as flags."""
+    """Write the generated annotations with strings as category ids, and return the flags for them."""
     flags = []
     for split in ("train", "val"):
         data = json.loads((shapes / "annotations" / f"instances_{split}2017.json").read_text())
@@ -105,8 +105,8 @@ def renamed(shapes, folder) -> list[str]:
     return flags
 
 
-def test_a_run_on_own_files_from_a_trained_model(shapes, tmp_path, run_main):
-    """Trains, fine-tunes on other ids of the same classes, resumes, evaluates; the class map is kept."""
+def test_a_run_fine_tunes_on_own_files_and_resumes(shapes, tmp_path, run_main):
+    """Train, fine-tune on other ids of the same classes, resume and evaluate; the checkpoint keeps the classes."""
     common = [*TINY, "--epochs", 1]
     assert run_main(*common, "--coco_path", shapes, "--output_dir", tmp_path / "a").returncode == 0
     own = [*common, *renamed(shapes, tmp_path), "--output_dir", tmp_path / "b"]
@@ -128,17 +128,17 @@ def test_a_run_on_own_files_from_a_trained_model(shapes, tmp_path, run_main):
 
 
 @pytest.mark.parametrize("more", [("--eval",), ("--resume", "x.pth")])
-def test_a_start_is_no_resumption(more, shapes, parse):
+def test_finetune_contradicts_eval_and_resume(more, shapes, parse):
     with pytest.raises(InputError, match="--finetune starts a new training"):
         main.main(parse(*TINY, "--coco_path", shapes, "--finetune", "y.pth", *more))
 
 
-def test_learning_rates_for_other_batch_sizes(parse):
+def test_lr_scale_fits_learning_rates_to_the_batch_size(parse):
     factors = {scale: lr_factor(parse("--lr_scale", scale), 4) for scale in ("none", "sqrt", "linear")}
     assert factors == {"none": 1, "sqrt": 0.5, "linear": 0.25}
 
 
-def test_the_optimizer_takes_the_scaled_rates(shapes, tmp_path, parse):
+def test_the_optimizer_uses_the_scaled_learning_rates(shapes, tmp_path, parse):
     main.main(parse(*TINY, "--coco_path", shapes, "--output_dir", tmp_path, "--epochs", 1, "--lr_scale", "sqrt"))
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert [group["initial_lr"] for group in saved["optimizer"]["param_groups"]] == pytest.approx([5e-5, 5e-6])
@@ -168,14 +168,14 @@ def test_the_optimizer_takes_the_scaled_rates(shapes, tmp_path, parse):
         (("--backbone_weights", "none"), 16, 370_000, True, ["add --backbone_norm batch"]),
     ],
 )
-def test_advice(flags, images, steps, from_scratch, expected, parse):
+def test_advice_fits_the_flags_and_the_length_of_a_training(flags, images, steps, from_scratch, expected, parse):
     lines = advice(parse(*flags), images, steps, from_scratch)
     assert len(lines) == min(len(expected), 1)
     assert all(part in line for line in lines for part in expected)
 
 
-def test_a_few_images_are_learnt_by_heart(shapes, tmp_path, parse):
-    """The same images in training and evaluation, again and again, from which any working set-up learns."""
+def test_overfit_learns_a_few_images_by_heart(shapes, tmp_path, parse):
+    """Training and evaluation repeat the same images, which every working set-up learns."""
     flags = ["--overfit", 2, "--epochs", 2, "--lr", 1e-3, "--lr_backbone", 1e-3, "--clip_max_norm", 0, "--dropout", 0]
     main.main(parse(*TINY, "--coco_path", shapes, "--output_dir", tmp_path, *flags))
     first, last = (json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Numbers, paths and devices on command lines: each value is useful, or refused in one line that names the flag."""
+"""Numbers, paths and devices as flags: each value is accepted, or refused in one line that names the flag."""
 
 import argparse
 import math
@@ -23,12 +23,12 @@ from util.errors import InputError
 DEFAULTS = vars(get_args_parser().parse_args(["--device", "cpu"]))
 ODD = (-1, 0, 1, 10**9, 2**63, 2**64, 10**400, 1e-300, math.nan, math.inf, -math.inf, True, "1", 1.5)
 HUGE = {"lr_drop", "eval_every", "save_every", "skip_nonfinite", "overfit", "patience", "seed"}  # may be 10^9
-TINY = {"dropout", "ema_decay", "weight_decay"}  # may be as good as 0
+TINY = {"dropout", "ema_decay", "weight_decay"}  # may be almost 0
 HEAVY = ("torch", "torchvision", "numpy", "pycocotools", "scipy", "matplotlib", "PIL", "onnx", "transformers")
 
 
 def numeric(parser: argparse.ArgumentParser) -> dict[str, type]:
-    """Return the flags that take numbers, with their type, which for one like "auto or a number" is that of 7."""
+    """Return the flags that take numbers, with their types; for "auto or a number", it is the type of a parsed 7."""
     kinds = {}
     for action in parser._actions:
         if action.type in (int, float):
@@ -42,7 +42,7 @@ def numeric(parser: argparse.ArgumentParser) -> dict[str, type]:
 
 
 @pytest.mark.parametrize("make", [get_args_parser, shapes.get_parser, *PARSERS.values()])
-def test_every_numeric_flag_has_limits_and_a_default_within(make):
+def test_every_numeric_flag_has_limits_and_a_default_within_them(make):
     parser = make()
     for flag, kind in numeric(parser).items():
         assert LIMITS[flag].kind is kind, f"--{flag} needs a row in LIMITS"
@@ -52,7 +52,7 @@ def test_every_numeric_flag_has_limits_and_a_default_within(make):
 
 
 @pytest.mark.parametrize("flag", sorted(numeric(get_args_parser())))
-def test_odd_numbers(flag):
+def test_odd_numbers_are_accepted_or_refused_in_one_line(flag):
     """Each is within the limits of its flag, or refused in one line; nothing else is raised."""
     for value in ODD:
         args = argparse.Namespace(**DEFAULTS | {flag: value})
@@ -91,7 +91,7 @@ def test_odd_numbers(flag):
         ("pre_norm", True, "--pre_norm: Conditional DETR's decoder has its norms after the residual sums"),
     ],
 )
-def test_messages(flag, value, message):
+def test_messages_name_the_flag_its_value_and_the_limit(flag, value, message):
     with pytest.raises(InputError) as error:
         check_args(argparse.Namespace(**DEFAULTS | {flag: value}))
     assert str(error.value).startswith(message)
@@ -111,22 +111,22 @@ def test_messages(flag, value, message):
         ),
     ],
 )
-def test_combinations(flags, message):
+def test_flags_that_cannot_be_combined_are_refused(flags, message):
     with pytest.raises(InputError, match=message):
         check_args(argparse.Namespace(**DEFAULTS | flags))
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numbers_of_numpy_are_accepted():
     check_args(argparse.Namespace(**DEFAULTS | {"lr": np.float32(0.1), "batch_size": np.int64(3)}))
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta", "cpu:1", "cuda:99999", "gpu", "", "cuda:x", "cuda:-1"])
-def test_devices_that_are_not_supported(device):
+def test_unsupported_devices_are_refused(device):
     with pytest.raises(InputError, match=f"--device {device}: not a supported device; pass cuda, cuda:N or cpu"):
         check_args(argparse.Namespace(**DEFAULTS | {"device": device}))
 
 
-def test_devices_that_are_not_there(monkeypatch):
+def test_missing_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_device("cuda:1")
@@ -139,15 +139,15 @@ def test_devices_that_are_not_there(monkeypatch):
 
 @pytest.mark.parametrize("flag", [name for name, value in DEFAULTS.items() if value is None or isinstance(value, str)])
 @pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 5000])
-def test_texts_that_are_no_paths(flag, text):
-    """In any flag; those of numbers and devices say so in their own words."""
+def test_strings_that_cannot_be_paths_are_refused(flag, text):
+    """Any flag refuses them; those of numbers and devices have other messages."""
     with pytest.raises(InputError, match=f"--{flag}") as error:
         check_args(argparse.Namespace(**DEFAULTS | {flag: text}))
     assert str(error.value).isprintable() and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e999", "1" * 5000, "x", "", "1e9", "0x10"])
-def test_odd_texts_end_in_one_line(text, capsys):
+def test_odd_strings_end_in_one_line(text, capsys):
     for flag in ("--lr", "--batch_size"):
         try:
             check_args(get_args_parser().parse_args([f"{flag}={text}", "--device=cpu"]))
@@ -160,14 +160,14 @@ def test_odd_texts_end_in_one_line(text, capsys):
             pytest.fail(f"{flag} {text} was accepted")
 
 
-def test_given_flags():
+def test_given_flags_were_set_by_a_user_or_by_code():
     parser = get_args_parser()
     flags = parse_flags(parser, ["--backbone", "resnet50", "--dilation", "--device", "cpu"], ParsedFlags())
     assert given_flags(flags) == {"backbone", "dilation", "device"}
     assert "given" not in vars(flags)
     flags.nheads = 4  # by Python code
     assert "nheads" in given_flags(flags)
-    flags = parser.parse_args(["--backbone", "resnet50", "--dilation"])  # as a notebook has it
+    flags = parser.parse_args(["--backbone", "resnet50", "--dilation"])  # as in a notebook
     assert given_flags(flags) == {"dilation", "device"}
 
 
@@ -182,8 +182,8 @@ def test_resolved_flags_are_complete_and_read_only():
     assert resolve(flags, lr=2).given == flags.given
 
 
-def test_flags_of_a_checkpoint_that_make_no_model():
-    """Whoever wrote it, the message names the file, and nothing of such a size is built."""
+def test_checkpoints_with_flags_that_make_no_model_are_refused():
+    """The message names the file, and no huge model is built."""
     for flag, value in (
         ("enc_layers", 10**9),
         ("hidden_dim", 4.5),
@@ -197,7 +197,7 @@ def test_flags_of_a_checkpoint_that_make_no_model():
 
 
 @pytest.mark.parametrize("flags", [("--train", "0"), ("--val", "-1"), ("--seed", "-1"), ("--output", "x" * 999)])
-def test_generated_data(flags, tmp_path):
+def test_flags_of_generated_data_are_checked(flags, tmp_path):
     with pytest.raises(InputError, match=flags[0]):
         shapes.main(["--output", str(tmp_path), *flags])
     (tmp_path / "file").touch()
@@ -205,13 +205,13 @@ def test_generated_data(flags, tmp_path):
         shapes.main(["--output", str(tmp_path / "file")])
 
 
-def test_the_names_of_backbones_are_complete():
+def test_flags_accept_all_backbones_of_models():
     assert set(BACKBONES) == set(CHANNELS)
 
 
 @pytest.fixture
 def run_light(tmp_path):
-    """Run a program in a Python where every import that takes long fails."""
+    """Run a program with a Python in which every slow import fails."""
     for name in HEAVY:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
 
@@ -228,7 +228,7 @@ def run_light(tmp_path):
     return run
 
 
-def test_main_answers_before_its_imports(run_light):
+def test_main_prints_help_and_errors_before_slow_imports(run_light):
     done = run_light("main.py", "--help")
     assert done.returncode == 0, done.stderr
     assert "--coco_path" in done.stdout
@@ -248,25 +248,25 @@ def test_help_shows_defaults_of_flags_with_values_only():
     text = " ".join(get_args_parser().format_help().split())
     assert "(default: 50)" in text
     for misleading in ("(default: True)", "(default: False)", "(default: None)", "(default: )"):
-        assert misleading not in text  # of switches, of which --no_aux_loss stores False, and of flags that are unset
+        assert misleading not in text  # for switches (--no_aux_loss stores False) and unset flags
 
 
 @pytest.mark.parametrize("tool", [f"scripts.{tool}" for tool in sorted(PARSERS)])
-def test_tools_answer_before_their_imports(tool, run_light):
+def test_tools_print_help_before_slow_imports(tool, run_light):
     done = run_light("-m", tool, "--help")
     assert done.returncode == 0, done.stderr
     assert tool in done.stdout
 
 
 def test_generating_data_does_not_wait_for_torch(run_light, tmp_path):
-    (tmp_path / "PIL.py").unlink()  # which draws the pictures, and is quick
+    (tmp_path / "PIL.py").unlink()  # the tool draws with it, and it is imported quickly
     done = run_light("-m", "datasets.shapes", "--help")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("tool", sorted(PARSERS))
-def test_odd_numbers_of_tools(tool):
-    """Of flags that take several numbers, each counts."""
+def test_tools_refuse_odd_numbers(tool):
+    """Flags that take several numbers check each of them."""
     for flag, kind in numeric(PARSERS[tool]()).items():
         for value in (kind(-9999), 2**64, 10**400, math.nan, -math.inf):
             flags = argparse.Namespace(**{flag: [1, value] if flag in ("queries", "batch_sizes") else value})
@@ -297,7 +297,7 @@ def test_odd_numbers_of_tools(tool):
         ("convert", ("a" * 999, "b", "--to", "checkpoint"), "SRC aaa"),
     ],
 )
-def test_tools_refuse_before_their_imports(tool, flags, message, run_light):
+def test_tools_refuse_flags_before_slow_imports(tool, flags, message, run_light):
     done = run_light("-m", f"scripts.{tool}", *flags)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""FLOPs: PyTorch's counter and counters that read traces find the number that the benchmark reports."""
+"""FLOPs: PyTorch's counter and counters of traced models agree with the number that the benchmark reports."""
 
 from contextlib import nullcontext
 
@@ -17,7 +17,7 @@ IMAGE = torch.zeros(1, 3, 96, 128)
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return build("r50dc5", CPU, "--no_aux_loss")[0].eval()  # the variant of which attention is the largest share
+    return build("r50dc5", CPU, "--no_aux_loss")[0].eval()  # the variant with the largest share of attention
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def gflop() -> float:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad(), nullcontext()], ids=["no_grad", "grad"])
-def test_the_counter_of_pytorch(model, gflop, context):
+def test_pytorchs_counter_agrees_with_the_benchmark(model, gflop, context):
     with context, FlopCounterMode(display=False) as counter:
         model(IMAGE)
     assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, rel=0.02)
 
 
-def test_the_counter_of_pytorch_backward():
+def test_pytorchs_counter_covers_the_backward_pass_of_attention():
     query, key, value = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (5, 7, 7))
     with FlopCounterMode(display=False) as counter:
         attend(query, key, value, None, 0.0).sum().backward()
@@ -40,14 +40,14 @@ def test_the_counter_of_pytorch_backward():
     assert counter.get_total_flops() == (2 + 5) * product  # backward computes q kᵀ again
 
 
-def test_a_trace_holds_products_that_counters_know(model):
+def test_a_trace_has_only_products_that_counters_know(model):
     operators = [
         node.kind() for node in torch.jit.trace(model, IMAGE, strict=False, check_trace=False).inlined_graph.nodes()
     ]
-    assert operators.count("aten::matmul") == 18 * 2  # of 6 encoder layers and 6 decoder layers with two each
+    assert operators.count("aten::matmul") == 18 * 2  # 6 encoder layers have one attention, 6 decoder layers two
     assert not {kind for kind in operators if kind.startswith("mkldnn") or "scaled_dot_product" in kind}
 
 
-def test_the_counter_of_fvcore(model, gflop):
+def test_fvcores_counter_agrees_with_the_benchmark(model, gflop):
     fvcore = pytest.importorskip("fvcore.nn")
     assert fvcore.FlopCountAnalysis(model, (IMAGE,)).total() * 2 / 1e9 == pytest.approx(gflop, rel=0.02)

@@ -1,4 +1,4 @@
-"""Frozen norms folded into convolutions: the same function, without passes of their own over activations."""
+"""Frozen norms folded into convolutions: they compute the same, without extra passes over activations."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_features_and_gradients_are_those_of_torchvision(name):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_norms_add_no_pass_over_activations(mode, body):
-    """Nothing is written but folded weights, in two steps, and activations, once per convolution at most."""
+    """Each convolution writes its folded weights, in two steps, and its activations, at most once."""
     convolutions = [module for module in body.modules() if isinstance(module, FoldedConv2d)]
     activations = []
     for module in convolutions:
@@ -49,7 +49,7 @@ def test_norms_add_no_pass_over_activations(mode, body):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_sums_and_relus_join_the_convolutions_on_cpus(body, mode):
+def test_sums_and_relus_are_fused_into_convolutions_on_cpus(body, mode):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         predict(body, mode)
     names = [event.name for event in profile.events()]
@@ -61,7 +61,7 @@ def test_sums_and_relus_join_the_convolutions_on_cpus(body, mode):
     assert_same(predict(body), unfolded(body))
 
 
-def test_modules_called_by_themselves_do_what_their_types_say(body):
+def test_modules_that_are_called_alone_compute_the_same(body):
     with torch.no_grad():
         x = body.maxpool(torch.relu(body.bn1(body.conv1(IMAGE))))
         for stage in (body.layer1, body.layer2, body.layer3):
@@ -71,7 +71,7 @@ def test_modules_called_by_themselves_do_what_their_types_say(body):
         assert_same(x, unfolded(body))
 
 
-def test_a_norm_that_changes_while_training(body):
+def test_changed_norms_take_effect_at_once(body):
     before = features(body.train())
     for buffer in body.layer2.buffers():
         buffer.mul_(1.5)
@@ -80,7 +80,7 @@ def test_a_norm_that_changes_while_training(body):
     assert_same(after, unfolded(body))
 
 
-def test_gradients_of_the_image_through_weights_that_do_not_learn(body):
+def test_frozen_weights_pass_the_same_gradients_to_the_image(body):
     image = IMAGE.clone().requires_grad_()
     features(body.requires_grad_(True), image).square().mean().backward()
     expected, image.grad = image.grad, None
@@ -88,7 +88,7 @@ def test_gradients_of_the_image_through_weights_that_do_not_learn(body):
     assert_same(image.grad, expected)
 
 
-def test_precisions_in_turn(body):
+def test_autocast_does_not_change_later_predictions(body):
     expected = predict(body)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(predict(body).float(), expected, 0.05)
