@@ -1,4 +1,4 @@
-"""A GPU computes what a CPU computes, and what only GPUs do works.
+"""Computations on a GPU agree with those on a CPU, and kernels that only GPUs have are correct.
 
 `python -m pytest -m gpu` runs these and the other tests with that mark; they are skipped on machines without a GPU.
 """
@@ -22,7 +22,7 @@ SIZES = [(96, 128), (128, 80)]  # of two images, which are padded to a common si
 
 @pytest.fixture(autouse=True)
 def _full_float32():
-    """Switch TF32 off, whose products have 10 bits of precision, so that small tolerances suffice."""
+    """Switch off TF32, whose products have 10 bits of precision, so that small tolerances suffice."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -68,7 +68,7 @@ def test_outputs_losses_and_gradients_match_the_cpu_in_float64(flags):
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
     assert found[2].keys() == expected[2].keys()
-    # Those of the detector under a mask head are compared in the other cases.
+    # The other cases compare the gradients of the detector, which are left out with a mask head.
     compared = {name: gradient for name, gradient in expected[2].items() if not name.startswith("detr.")}
     total = torch.stack([gradient.norm() for gradient in compared.values()]).norm()
     for name, gradient in compared.items():
@@ -76,7 +76,7 @@ def test_outputs_losses_and_gradients_match_the_cpu_in_float64(flags):
 
 
 def test_outputs_and_losses_match_the_cpu_in_float32():
-    """In float32 the kernels are those that training uses; gradients differ by roundings at ReLUs."""
+    """Use the kernels of training in float32; gradients are not compared, as roundings at ReLUs change them."""
     model, criterion = build_small("--dropout", 0)
     expected = step(model, criterion, torch.device("cpu"), torch.float32)
     found = step(model, criterion, GPU, torch.float32)
@@ -100,7 +100,7 @@ def test_masks_in_16_bits_are_close_to_those_in_float32(dtype):
 
 @pytest.mark.parametrize("keys", [64, 77])  # kernels read keys in groups of 8 and more
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
-def test_padded_attention_with_wide_queries(dtype, tolerance, keys):
+def test_padded_attention_with_wide_queries_matches_the_cpu(dtype, tolerance, keys):
     """Queries and keys are twice as wide as values; two thirds of the second image's keys are padding."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 8, 50, 64), (2, 8, keys, 64), (2, 8, keys, 32))
@@ -119,8 +119,8 @@ def test_padded_attention_with_wide_queries(dtype, tolerance, keys):
     assert not attention_and_gradients("cuda", dtype)[3][1, :, keys // 3 :].any()  # no gradient to padding
 
 
-def test_dropout_of_attention_weights():
-    """Unit vectors as values make the weights visible: all are equal, a share p of them is dropped."""
+def test_dropout_drops_a_share_of_the_attention_weights():
+    """Unit vectors as values make the weights visible: all are equal, and a share p of them is dropped."""
     p, keys = 0.3, 32
     query, key = torch.zeros(8, 8, 300, 64, device=GPU), torch.zeros(8, 8, keys, 64, device=GPU)
     value = torch.eye(keys, device=GPU).expand(8, 8, keys, keys).contiguous().requires_grad_()
@@ -133,7 +133,7 @@ def test_dropout_of_attention_weights():
     assert_close(gradient, weights.detach().transpose(-2, -1) @ direction, rtol=1e-4, atol=1e-3)  # of the same weights
 
 
-def test_dropout_of_activations():
+def test_dropout_drops_a_share_of_the_activations():
     p, layer = 0.1, Dropout(0.1).train()
     kept = layer(torch.ones(1_000_000, device=GPU))
     assert (kept == 0).float().mean().item() == pytest.approx(p, abs=2e-3)
@@ -142,7 +142,7 @@ def test_dropout_of_activations():
 
 @pytest.mark.parametrize("more", [("--amp", "none"), ("--amp", "fp16"), ("--masks", "--amp", "bf16")])
 def test_deterministic_training_repeats_and_resumes_bit_for_bit(more, shapes, tmp_path, run_main):
-    """With dropout and trained norms; the third run is resumed after its first epoch."""
+    """Train with dropout and trained norms; the third run resumes after its first epoch."""
     flags = [*TINY, "--device", "cuda", "--coco_path", shapes, "--deterministic", "--dropout", 0.1, *more]
     for name, runs in (("once", [2]), ("again", [2]), ("resumed", [1, 2])):
         for epochs in runs:
@@ -152,7 +152,7 @@ def test_deterministic_training_repeats_and_resumes_bit_for_bit(more, shapes, tm
     assert_same_end(tmp_path / "resumed", tmp_path / "once")
 
 
-def test_compiled_training_on_batches_of_several_shapes():
+def test_compiled_models_take_batches_of_several_shapes():
     model, _ = build_small("--enc_layers", 1, "--dec_layers", 2, "--dropout", 0)
     model.to(GPU)
     batches = [[image.to(GPU) for image in reference_images([size, (64, 64)], seed=2)] for size in SIZES]

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh with a stand-in for Python that claims to see a GPU and writes down what it is asked to run."""
+"""scripts/gpu_check.sh, with a stand-in for Python that claims to see a GPU and records its commands."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def check(tmp_path):
-    """Run the script with a stand-in that fails, or does not end in time, where a command contains `fails`."""
+    """Run the script; the stand-in exits with `code`, 124 for a timeout, if a command contains `fails`."""
 
     def check(fails: str = "nothing", code: int = 1) -> tuple[subprocess.CompletedProcess, list[str]]:
         python = tmp_path / "python"
@@ -28,7 +28,7 @@ def check(tmp_path):
     return check
 
 
-def test_tests_and_tables(check, tmp_path):
+def test_the_script_runs_the_tests_and_makes_the_tables(check, tmp_path):
     done, commands = check()
     assert done.returncode == 0, done.stderr
     parts = [line.split(":") for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()]
@@ -47,14 +47,14 @@ def test_a_part_that_does_not_succeed_is_named(code, outcome, check):
     assert "compiled.json" in commands[-1]  # the parts after it still run
 
 
-def test_without_a_gpu(check):
+def test_a_missing_gpu_is_one_line(check):
     done, _ = check("torch.cuda.is_available")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("torch sees no GPU")
     assert "Traceback" not in done.stderr
 
 
-def test_without_python(tmp_path):
+def test_a_missing_python_is_one_line(tmp_path):
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": "absent"}, check=False)
     assert done.returncode == 1

@@ -29,7 +29,7 @@ def targets():
 
 
 def test_groups_are_independent(targets):
-    """Each group is what a model of its queries alone would be; losses are those of the groups' mean."""
+    """Each group predicts what a model with only its queries predicts; losses are means over the groups."""
     model, criterion = build_small("--group_detr", 3, "--num_classes", LABELS, "--dropout", 0)
     images = reference_images(SIZES, seed=1)
     outputs = model.train()(images)
@@ -67,7 +67,7 @@ def test_evaluation_uses_the_first_group(targets):
     }
 
 
-def test_the_number_of_boxes_counts_once_per_group_and_is_at_least_one(targets):
+def test_losses_without_boxes_are_divided_by_one(targets):
     model, criterion = build_small("--group_detr", 2, "--num_classes", LABELS, "--dropout", 0)
     empty = [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)} for _ in SIZES]
     outputs = model.train()(reference_images(SIZES, seed=1))
@@ -84,14 +84,14 @@ def test_other_models_refuse_groups(parse):
 
 @pytest.fixture(scope="module")
 def in_groups(shapes, tmp_path_factory):
-    """The folder of a run of one epoch with three groups."""
+    """Train for one epoch with three groups, and return the folder of the run."""
     output = tmp_path_factory.mktemp("groups")
     train(shapes, output, "--group_detr", 3, "--epochs", 1)
     return output
 
 
 def test_tools_see_a_plain_model(in_groups, shapes, tmp_path, capsys):
-    """The first eight of 24 queries; all AP are those of the training's own evaluation."""
+    """Tools use the first 8 of 24 queries, and the AP is that of the evaluation during training."""
     checkpoint = in_groups / "checkpoint.pth"
     queries = torch.load(checkpoint, weights_only=True)["model"]["query_embed.weight"]
     assert queries.shape[0] == 24
@@ -112,11 +112,11 @@ def precision_of(output):
     return torch.load(output / "eval" / "latest.pth", weights_only=True)["precision"]
 
 
-def test_training_continues_with_the_same_groups_only(in_groups, shapes, tmp_path):
+def test_training_resumes_only_with_the_same_number_of_groups(in_groups, shapes, tmp_path):
     output = shutil.copytree(in_groups, tmp_path / "run")
     with pytest.raises(InputError, match="--group_detr is 2 now, 3 in the checkpoint"):
         train(shapes, output, "--group_detr", 2, "--epochs", 2, "--resume", "auto")
-    train(shapes, output, "--epochs", 2, "--resume", "auto")  # the groups are the checkpoint's
+    train(shapes, output, "--epochs", 2, "--resume", "auto")  # with the number of groups of the checkpoint
     weights = torch.load(output / "checkpoint.pth", weights_only=True)["model"]
     assert weights["query_embed.weight"].shape[0] == 24
 
@@ -136,7 +136,7 @@ def test_fine_tuning_keeps_the_first_groups(before, after, parse, capsys):
 
 
 @pytest.mark.parametrize("groups", [0, 5, 2.5, "three", [3], 10**9])
-def test_a_checkpoint_whose_queries_are_not_in_groups(groups, in_groups, tmp_path):
+def test_a_checkpoint_with_an_impossible_number_of_groups_is_refused(groups, in_groups, tmp_path):
     checkpoint = torch.load(in_groups / "checkpoint.pth", weights_only=True)
     checkpoint["args"]["group_detr"] = groups
     torch.save(checkpoint, tmp_path / "odd.pth")

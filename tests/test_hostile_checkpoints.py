@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 SMALL = ("--backbone_weights", "none", "--batch_size", 1, "--num_workers", 0, "--min_size", 64, "--max_size", 107)
 LONGEST_LINE = 600
 MOST_MEMORY = 2**20  # KiB more than before
-SAMPLE = 32  # of the values, every 32nd is tried at each place; another one first at the next place
+SAMPLE = 32  # each place is tried with every 32nd value, beginning with a different one
 TRAINING = ("optimizer", "lr_scheduler", "step", "skipped", "scaler", "processes", "train_stats")
 
 
@@ -41,13 +41,13 @@ def run(tmp_path, parse):
 
 @pytest.fixture
 def good(run, tmp_path):
-    """The checkpoint of a training, with everything in it that a checkpoint can have."""
+    """Train for one epoch, and return its checkpoint, with every entry that a checkpoint can have."""
     run(*TINY, "--epochs", 1, "--output_dir", tmp_path / "run")
     return torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True) | {"ap": 0.5}
 
 
 class Attempts:
-    """Counts what became of hostile files, each of which must do what the checks ask for."""
+    """Attempts to use hostile files: each is checked, and counted as loaded or refused."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -55,7 +55,7 @@ class Attempts:
         self.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def __call__(self, name: str, action) -> object:
-        """Return what an action does, or None after an error that is as it should be."""
+        """Return the result of an action, or None if it raises an InputError of one short line."""
         try:
             done = action()
         except InputError as error:
@@ -88,7 +88,7 @@ def sample(values: dict, place: int) -> list[tuple[str, object]]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_values_of_other_types(training, good, run, tmp_path):
+def test_checkpoints_with_values_of_other_types_are_loaded_or_refused(training, good, run, tmp_path):
     attempts, path = Attempts(), tmp_path / "hostile.pth"
     if not training:
         good = {key: value for key, value in good.items() if key not in TRAINING}
@@ -112,8 +112,8 @@ def test_values_of_other_types(training, good, run, tmp_path):
 @pytest.mark.parametrize(
     "pickle", [b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".", b"\x80\x02" + b")" + b"\x85" * 10**5 + b"."]
 )
-def test_deep_nesting(pickle, tmp_path):
-    """A million lists, and 100,000 tuples within each other, which Python itself cannot write."""
+def test_deeply_nested_pickles_are_refused(pickle, tmp_path):
+    """A million nested lists, and 100,000 nested tuples, which Python itself cannot write."""
     with zipfile.ZipFile(tmp_path / "c.pth", "w") as archive:
         archive.writestr("c/data.pkl", pickle)
         archive.writestr("c/version", "3\n")
@@ -121,7 +121,7 @@ def test_deep_nesting(pickle, tmp_path):
     assert attempts("nested", lambda: load_checkpoint(tmp_path / "c.pth")) is None
 
 
-def test_config_json(good, run, tmp_path):
+def test_damaged_config_files_are_loaded_or_refused(good, run, tmp_path):
     good["args"]["backbone_norm"] = "frozen"
     good["model"] = {key: value for key, value in good["model"].items() if not key.endswith("num_batches_tracked")}
     torch.save(good, tmp_path / "c.pth")
@@ -142,7 +142,7 @@ def test_config_json(good, run, tmp_path):
     assert attempts.counts["loaded"] > 10
 
 
-def test_safetensors(good, run, tmp_path):
+def test_damaged_safetensors_files_are_loaded_or_refused(good, run, tmp_path):
     torch.save(good, tmp_path / "c.pth")
     convert(str(tmp_path / "c.pth"), path := tmp_path / "c.safetensors", "safetensors")
     contents = path.read_bytes()

@@ -1,4 +1,4 @@
-"""torch.hub entries, from another folder and without the training's libraries."""
+"""Entries of torch.hub: they work in any folder, and without the libraries of training."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ print(len(postprocess(outputs, torch.tensor([[64, 96]]))[0]["scores"]))
 """
 
 
-def test_from_any_folder_without_the_training_libraries(tmp_path):
+def test_entries_work_in_any_folder_without_the_libraries_of_training(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(repo=str(ROOT))],
         cwd=tmp_path,
@@ -39,7 +39,7 @@ def test_from_any_folder_without_the_training_libraries(tmp_path):
 
 @pytest.mark.parametrize("entry", ["resnet50", "resnet50_dc5", "resnet101", "resnet101_dc5"])
 @pytest.mark.parametrize(("name", "keys"), [("conditional_detr", ""), ("detr", "detr_")])
-def test_entries(name, keys, entry):
+def test_entries_build_the_published_models(name, keys, entry):
     model = getattr(hubconf, f"{name}_{entry}")(num_classes=7)
     lines = (DATA / f"state_dict_keys_{keys}{entry.removesuffix('_dc5')}.txt").read_text().splitlines()
     assert list(model.state_dict()) == [line.split()[0] for line in lines]
@@ -50,7 +50,7 @@ def test_entries(name, keys, entry):
 
 
 @pytest.mark.parametrize("entry", ["resnet50", "resnet50_dc5", "resnet101"])
-def test_panoptic_entries(entry):
+def test_panoptic_entries_predict_segments(entry):
     model, postprocess = getattr(hubconf, f"detr_{entry}_panoptic")(threshold=0, return_postprocessor=True)
     with torch.no_grad():
         outputs = model([torch.zeros(3, 64, 96, dtype=torch.uint8)])
@@ -115,7 +115,7 @@ print("untouched")
 """
 
 
-def test_next_to_a_project_with_packages_of_the_same_names(tmp_path):
+def test_entries_work_next_to_packages_of_the_same_names(tmp_path):
     project = tmp_path / "project"
     for package in ("models", "util", "datasets"):
         (project / package).mkdir(parents=True)
@@ -173,6 +173,6 @@ print("imported", args.num_workers > 0)
 
 
 def test_main_can_be_imported_where_signals_and_modules_of_unix_are_missing():
-    """As on Windows. Other libraries are imported before these are taken away."""
+    """Imitate Windows; other libraries are imported before the names of Unix are removed."""
     done = subprocess.run([sys.executable, "-c", WINDOWS], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.split()[-2:] == ["imported", "True"], done.stderr
