@@ -1,4 +1,4 @@
-"""Opening image files: which formats, how large, which frame; the pixels that a viewer shows, or one line."""
+"""Reading image files: the pixels are those that a viewer shows; files that cannot be used end in one line."""
 
 import io
 import json
@@ -41,8 +41,8 @@ def refusal(path: Path, **options) -> str:
     return str(error.value).removeprefix(f"{path}: ")
 
 
-def test_one_place_opens_image_files():
-    """Except for an example that stands alone, and the benchmark that compares with Pillow."""
+def test_one_module_opens_image_files():
+    """The exceptions are an example that stands alone, and the benchmark that compares with Pillow."""
     root = Path(__file__).parent.parent
     files = [path for path in root.glob("[!.]*/**/*.py") if path.parts[-2] != "tests"]
     users = {
@@ -51,14 +51,14 @@ def test_one_place_opens_image_files():
     assert users == {"images.py", "onnx_example.py", "data.py"}
 
 
-def test_errors_call_a_file_as_they_are_told(tmp_path):
+def test_errors_use_the_given_name_of_a_file(tmp_path):
     for read in (read_image, image_size):
         with pytest.raises(InputError, match=r"^photo 3: cannot be read \(No such file or directory\)$"):
             read(tmp_path / "a.jpg", name="photo 3")
 
 
 def test_no_format_runs_another_program(tmp_path, monkeypatch):
-    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    """Pillow passes PostScript to Ghostscript, whatever the name of the file."""
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     program.chmod(0o755)
@@ -69,7 +69,7 @@ def test_no_format_runs_another_program(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["TGA", "PCX", "ICO", "SGI", "XBM", "PDF"])
-def test_other_formats_are_not_read(kind, tmp_path):
+def test_other_formats_are_refused(kind, tmp_path):
     image = scene().convert("1") if kind == "XBM" else scene()
     assert "not an image" in refusal(stored(tmp_path / "a.jpg", image, kind))
 
@@ -82,7 +82,7 @@ def test_formats_are_recognised_by_their_contents(kind, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
-def test_every_mode_of_tiff(mode, tmp_path):
+def test_every_mode_of_tiff_is_read(mode, tmp_path):
     if mode == "PA":
         image = scene().quantize(16).convert("PA")
     elif mode == "I;16":
@@ -95,7 +95,7 @@ def test_every_mode_of_tiff(mode, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_few_bits_reach_from_black_to_white(bits, tmp_path):
+def test_images_of_few_bits_range_from_black_to_white(bits, tmp_path):
     top = 2**bits - 1
     row = bytes([sum(value << (8 - bits * (i + 1)) for i, value in enumerate([0, top] * (4 // bits) or [0, top]))])
     header = (2).to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
@@ -106,7 +106,7 @@ def test_few_bits_reach_from_black_to_white(bits, tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_upright_is_as_exif_says(kind, orientation, tmp_path):
+def test_upright_images_are_turned_as_exif_says(kind, orientation, tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     path = stored(tmp_path / "a", scene(), kind, exif=exif)
@@ -120,7 +120,7 @@ def test_upright_is_as_exif_says(kind, orientation, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
-def test_the_first_of_several_frames(kind, tmp_path):
+def test_the_first_of_several_frames_is_read(kind, tmp_path):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "green")]
     options = {"lossless": True} if kind == "WEBP" else {}
     path = stored(tmp_path / "a", frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -129,15 +129,15 @@ def test_the_first_of_several_frames(kind, tmp_path):
     assert picture.notes == ["several frames, of which the first is used"]
 
 
-def test_pairs_of_a_camera_need_no_note(tmp_path):
-    """The second image of an MPO file is its other eye or a preview."""
+def test_files_with_two_images_of_a_camera_need_no_note(tmp_path):
+    """The second image of an MPO file is the view of the other eye, or a preview."""
     path = stored(tmp_path / "a.jpg", scene(), "MPO", save_all=True, append_images=[scene().rotate(90)])
     single = stored(tmp_path / "single.jpg", scene(), "JPEG")
     assert torch.equal(read_image(path).pixels, read_image(single).pixels)
     assert read_image(path).notes == []
 
 
-@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+@pytest.mark.parametrize("place", ["before the pixels", "after the pixels"])
 @pytest.mark.parametrize(
     "chunk",
     [
@@ -148,7 +148,7 @@ def test_pairs_of_a_camera_need_no_note(tmp_path):
     ],
     ids=lambda chunk: chunk[0].decode(),
 )
-def test_long_texts_of_png_files(chunk, place, tmp_path):
+def test_long_texts_in_png_files_are_skipped(chunk, place, tmp_path):
     encoded = stored(tmp_path / "a.png", scene()).read_bytes()
     at = encoded.index(b"IDAT" if place == "before the pixels" else b"IEND") - 4
     (tmp_path / "a.png").write_bytes(encoded[:at] + png_chunk(*chunk) + encoded[at:])
@@ -156,11 +156,11 @@ def test_long_texts_of_png_files(chunk, place, tmp_path):
 
 
 class TestLimit:
-    """Of megapixels, here 1."""
+    """The limit of megapixels, which is 1 here."""
 
     @pytest.mark.parametrize(("kind", "size"), [("PNG", (60_000, 60_000)), ("TIFF", (1001, 1000))])
-    def test_what_is_larger_is_not_decoded(self, kind, size, tmp_path):
-        """The header alone is read: it may claim anything."""
+    def test_larger_images_are_refused(self, kind, size, tmp_path):
+        """Only the header is read, which may claim any size."""
         file = io.BytesIO()
         Image.new("1", (8, 8) if kind == "PNG" else size).save(file, kind)
         encoded = file.getvalue()
@@ -173,13 +173,13 @@ class TestLimit:
             f"has {width}×{height} pixels, more than 1 megapixel: store it smaller, or raise --max_megapixels"
         )
 
-    def test_what_is_as_large_is_decoded(self, tmp_path):
+    def test_images_of_exactly_this_size_are_decoded(self, tmp_path):
         path = stored(tmp_path / "a.png", Image.new("1", (1000, 1000)))
         assert read_image(path, max_megapixels=1).pixels.shape == (3, 1000, 1000)
 
     @pytest.mark.parametrize(("size", "reduction"), [((1500, 1000), 2), ((3001, 2000), 4), ((6000, 4001), 8)])
     @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-    def test_jpegs_are_reduced(self, mode, size, reduction, tmp_path):
+    def test_large_jpegs_are_decoded_at_a_reduced_size(self, mode, size, reduction, tmp_path):
         image = scene(size).convert(mode)
         picture = read_image(stored(tmp_path / "a.jpg", image, quality=95), max_megapixels=1)
         assert picture.size == size
@@ -195,19 +195,19 @@ class TestLimit:
         picture = read_image(path, upright=True, max_megapixels=1)
         assert (picture.size, picture.decoded_size) == ((1000, 1500), (500, 750))
 
-    @pytest.mark.parametrize("stores", ["progressive", "channel by channel", "too large for an eighth"])
-    def test_jpegs_that_cannot_be_reduced(self, stores, tmp_path):
-        """Those in several scans take the memory of all pixels at any reduction."""
-        size = (9000, 8000) if stores == "too large for an eighth" else (1500, 1000)
-        path = stored(tmp_path / "a.jpg", Image.new("RGB", size), progressive=stores == "progressive")
-        if stores == "channel by channel":
+    @pytest.mark.parametrize("storage", ["progressive", "channel by channel", "too large for an eighth"])
+    def test_jpegs_that_cannot_be_reduced_are_refused(self, storage, tmp_path):
+        """JPEGs of several scans need the memory of all pixels at any reduction."""
+        size = (9000, 8000) if storage == "too large for an eighth" else (1500, 1000)
+        path = stored(tmp_path / "a.jpg", Image.new("RGB", size), progressive=storage == "progressive")
+        if storage == "channel by channel":
             encoded = bytearray(path.read_bytes())
             encoded[encoded.index(b"\xff\xda") + 4] = 1  # channels in the first scan
             path.write_bytes(encoded)
         assert "more than 1 megapixel" in refusal(path, max_megapixels=1)
 
     def test_boxes_follow_a_reduced_image(self, tmp_path):
-        """Training and evaluation see the same as of an image that is decoded in full."""
+        """Training and evaluation get the same targets as from an image that is decoded in full."""
         stored(tmp_path / "a.jpg", scene((1601, 1000)), quality=95)
         box = {"image_id": 1, "category_id": 1, "bbox": [801, 100, 400, 300], "area": 120_000}
         data = {"images": [{"id": 1, "file_name": "a.jpg", "width": 1601, "height": 1000}], "annotations": [box]}
@@ -231,9 +231,9 @@ class TestLimit:
         (lambda path: path.write_bytes(b"P"), "cannot be decoded (not an image, or not in one"),
         (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0"), "cannot be decoded (a damaged JPEG file)"),
     ],
-    ids=["missing", "folder", "pipe", "empty", "a letter", "a JPEG's beginning"],
+    ids=["missing", "folder", "pipe", "empty", "one byte", "the first bytes of a JPEG"],
 )
-def test_what_is_no_image_is_named_in_a_line(make, message, tmp_path):
+def test_files_that_are_no_images_are_named_in_one_line(make, message, tmp_path):
     make(tmp_path / "a.jpg")
     assert refusal(tmp_path / "a.jpg").startswith(message)
 

@@ -1,4 +1,4 @@
-"""The import rule: packages import only from those below them, and files do not import each other in circles."""
+"""The import rule: packages import only from those below them, and files do not import each other in cycles."""
 
 from graphlib import TopologicalSorter
 
@@ -7,7 +7,7 @@ from scripts.imports import LAYERS, PACKAGES, ROOT, diagram, files, imports, pac
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 
 
-def test_every_file_has_a_place():
+def test_every_file_belongs_to_a_layer():
     assert {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in files()} == set(PACKAGES)
 
 
@@ -21,7 +21,7 @@ def test_imports_point_down():
     assert wrong == []
 
 
-def test_no_cycles():
+def test_imports_have_no_cycles():
     TopologicalSorter(imports()).prepare()  # raises CycleError
 
 

@@ -1,4 +1,4 @@
-"""Models in other programs: wrong inputs are errors of one line; copies and empty models work."""
+"""Models in other programs: wrong inputs raise errors of one line; copies and empty models work."""
 
 import copy
 import io
@@ -61,7 +61,7 @@ def model():
         (NestedTensor([RGB], MASK), "a NestedTensor of list: pass a list"),
     ],
 )
-def test_wrong_samples_are_one_line(model, samples, message):
+def test_wrong_samples_raise_an_error_of_one_line(model, samples, message):
     with pytest.raises((TypeError, ValueError), match=message) as error:
         model(samples)
     assert "\n" not in str(error.value)
@@ -80,21 +80,21 @@ def test_wrong_samples_are_one_line(model, samples, message):
     ],
 )
 @torch.no_grad()
-def test_wrong_target_sizes_are_one_line(model, sizes, message):
+def test_wrong_target_sizes_are_named(model, sizes, message):
     outputs = model([RGB])
     with pytest.raises((TypeError, ValueError), match=message):
         PostProcess()(outputs, sizes)
 
 
 @torch.no_grad()
-def test_the_nested_tensor_of_other_code_is_taken(model):
+def test_the_nested_tensor_of_other_code_is_accepted(model):
     batch = nested_tensor_from_tensor_list([RGB, RGB[:, :32]])
     expected = model(batch)["pred_logits"]
     assert torch.equal(model(SimpleNamespace(decompose=batch.decompose))["pred_logits"], expected)
 
 
 @torch.no_grad()
-def test_images_are_left_as_they_are(model):
+def test_images_are_not_changed(model):
     for batch in (RGB[None].clone(), RGB[None] / 255):
         before = batch.clone()
         model(batch)
@@ -102,7 +102,7 @@ def test_images_are_left_as_they_are(model):
 
 
 @torch.no_grad()
-def test_a_batch_of_calls_by_vmap(model):
+def test_vmap_computes_the_same_as_a_batch(model):
     images = torch.stack([RGB, RGB.flip(2)]).float() / 255
     found = torch.func.vmap(lambda image: model(image[None])["pred_logits"][0])(images)
     torch.testing.assert_close(found, model(images)["pred_logits"], atol=1e-3, rtol=0)
@@ -110,8 +110,8 @@ def test_a_batch_of_calls_by_vmap(model):
 
 @pytest.mark.parametrize("assign", [False, True])
 @torch.no_grad()
-def test_a_model_made_without_memory(model, assign):
-    """Everything that the state dict lacks is made again: nothing stays as `to_empty` leaves it."""
+def test_a_model_without_memory_loads_its_whole_state(model, assign):
+    """Tensors that the state dict lacks are computed again; none keeps the undefined values of `to_empty`."""
     with torch.device("meta"):
         empty, _, _ = build_model(get_args_parser().parse_args([*map(str, FLAGS), "--no_aux_loss"]))
     if not assign:
@@ -122,14 +122,14 @@ def test_a_model_made_without_memory(model, assign):
 
 
 @torch.no_grad()
-def test_constants_follow_the_model(model):
+def test_mean_and_deviation_of_pixels_follow_the_dtype_of_the_model(model):
     for values, found in ((IMAGENET_MEAN, model.pixel_mean), (IMAGENET_STD, model.pixel_std)):
         assert torch.equal(found, torch.tensor(values).view(3, 1, 1))
     assert copy.deepcopy(model).double().pixel_mean.dtype is torch.float64
 
 
 @torch.no_grad()
-def test_copies(model):
+def test_copies_compute_the_same(model):
     expected = model([RGB])["pred_logits"]
     file = io.BytesIO()
     torch.save(model, file)

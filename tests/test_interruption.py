@@ -1,4 +1,4 @@
-"""A run that is interrupted at any moment and resumed ends like one that never was: every bit, and every line."""
+"""A run that is interrupted at any moment and resumed ends like one without interruption, bit for bit."""
 
 import random
 import signal
@@ -11,7 +11,7 @@ from tests.conftest import TINY, assert_same_end
 from tests.forked import CONTEXT, run_main
 from util.preemption import EXIT_CODE
 
-# In the first two steps of a start and their checkpoints, so that most starts are killed and some progress is made.
+# Moments of the first two steps of a start, so that most starts are killed, and yet the run makes progress.
 MOMENTS = [
     moment.format(step)
     for step in (1, 2)
@@ -33,7 +33,7 @@ def flags(shapes, output, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run():
-    """Runs main.py in a process of its own, and returns the exit code."""
+    """Run main.py in another process, and return its exit code."""
 
     def run(flags: list[str], moment: str = "", number: int = signal.SIGKILL) -> int:
         process = CONTEXT.Process(target=killed.run, args=(flags, moment, number))
@@ -46,7 +46,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def whole(shapes, run, tmp_path_factory):
-    """Runs of some epochs that nobody interrupted."""
+    """Return the folder of a run of some epochs that was not interrupted."""
 
     def whole(epochs: int):
         output = tmp_path_factory.getbasetemp() / f"whole{epochs}"
@@ -58,7 +58,7 @@ def whole(shapes, run, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("epochs", "kills"), [(2, 4), pytest.param(8, 25, marks=pytest.mark.slow)])
-def test_killed_again_and_again(epochs, kills, shapes, tmp_path, run, whole):
+def test_a_run_that_is_killed_again_and_again_ends_the_same(epochs, kills, shapes, tmp_path, run, whole):
     rng = random.Random(epochs)
     killed_at = []
     exit_code = None
@@ -73,7 +73,7 @@ def test_killed_again_and_again(epochs, kills, shapes, tmp_path, run, whole):
 
 
 @pytest.mark.parametrize("moment", ["halfway into checkpoint_best.pth", "before the log line", "after the log line"])
-def test_killed_at_the_end_of_an_epoch(moment, shapes, tmp_path, run, whole):
+def test_a_run_that_is_killed_at_the_end_of_an_epoch_ends_the_same(moment, shapes, tmp_path, run, whole):
     code = run(flags(shapes, tmp_path, "--epochs", 2), f"{moment} after step 3")
     assert code == -signal.SIGKILL, f"{moment!r} never came"
     assert run(flags(shapes, tmp_path, "--epochs", 2)) == 0
@@ -91,7 +91,7 @@ def test_killed_at_the_end_of_an_epoch(moment, shapes, tmp_path, run, whole):
         (signal.SIGTERM, "after the log line after step 3"),
     ],
 )
-def test_asked_to_end(number, moment, shapes, tmp_path, run, whole):
+def test_a_run_that_is_asked_to_end_and_resumed_ends_the_same(number, moment, shapes, tmp_path, run, whole):
     assert run(flags(shapes, tmp_path, "--epochs", 2, "--num_workers", 1), moment, number) == EXIT_CODE, (
         f"{moment} never came"
     )
@@ -99,7 +99,7 @@ def test_asked_to_end(number, moment, shapes, tmp_path, run, whole):
     assert_same_end(tmp_path, whole(2))
 
 
-def test_the_published_reader_repeats_an_interrupted_epoch(shapes, tmp_path, run):
+def test_the_published_code_would_repeat_an_interrupted_epoch(shapes, tmp_path, run):
     assert (
         run(
             flags(shapes, tmp_path, "--epochs", 1, "--batch_size", 1),
@@ -114,7 +114,7 @@ def test_the_published_reader_repeats_an_interrupted_epoch(shapes, tmp_path, run
     assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 2)
 
 
-def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_taken(
+def test_an_unreadable_checkpoint_is_named_and_the_previous_one_used(
     shapes, tmp_path, run, whole, narrow, tmp_path_factory
 ):
     assert run(flags(shapes, tmp_path, "--epochs", 2), "halfway into latest.pth after step 3") == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""The language of all files, and the check itself."""
+"""Words to avoid: no file contains one, and scripts/language.py finds them."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from scripts.language import PATHS, ROOT, main, problems
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_nothing_is_left_to_improve(path):
+def test_files_have_no_words_to_avoid(path):
     assert list(problems(ROOT / path)) == []
 
 
@@ -20,7 +20,7 @@ def test_nothing_is_left_to_improve(path):
     ],
 )
 @pytest.mark.parametrize("gap", [" ", "\n"])
-def test_words_to_avoid(line, better, gap, tmp_path):
+def test_words_to_avoid_are_found_with_better_ones(line, better, gap, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Title\n\n" + line.format(gap))
     (problem,) = problems(page)
@@ -28,13 +28,13 @@ def test_words_to_avoid(line, better, gap, tmp_path):
     assert problem.endswith(f": write {better}")
 
 
-def test_other_words(tmp_path):
+def test_other_words_are_accepted(tmp_path):
     page = tmp_path / "page.md"
     page.write_text('Besides, an image and a step; "go on" is only mentioned.')
     assert list(problems(page)) == []
 
 
-def test_docstrings_comments_and_messages(tmp_path, capsys):
+def test_docstrings_comments_and_messages_are_checked(tmp_path, capsys):
     code = tmp_path / "code.py"
     code.write_text('"""What it does."""\nx = f"{1} be{0}side"  # an{0}ew\n'.replace("{0}", ""))
     assert main([str(code)]) == 1
@@ -43,7 +43,7 @@ def test_docstrings_comments_and_messages(tmp_path, capsys):
     assert main([str(code)]) == 0
 
 
-def test_headings(tmp_path):
+def test_headings_are_checked(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("Where it is.\n\n## Where it is\n")
     assert [problem.split(":")[1] for problem in problems(page)] == ["3"]

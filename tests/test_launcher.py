@@ -27,7 +27,7 @@ WRONG = [
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Set the variables of a launcher, and no others of one."""
+    """Unset the variables of torchrun, and return a function that sets others."""
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
 
@@ -39,7 +39,7 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize(("launcher", "name", "text"), WRONG, ids=lambda value: str(value)[:12])
-def test_wrong_variables(launcher, name, text, environment, parse, monkeypatch):
+def test_wrong_variables_are_named(launcher, name, text, environment, parse, monkeypatch):
     args = parse()
     environment(launcher if text is None else launcher | {name: text})
     if text is None:
@@ -48,20 +48,20 @@ def test_wrong_variables(launcher, name, text, environment, parse, monkeypatch):
         init_distributed_mode(args)
 
 
-def test_the_line_says_what_is_wrong(environment, parse):
+def test_the_line_says_which_values_are_possible(environment, parse):
     environment(TORCHRUN | {"RANK": "2"})
     with pytest.raises(InputError, match=r"RANK is 2: must be below WORLD_SIZE, which is 2, since .* counted from 0;"):
         init_distributed_mode(parse())
     environment({"LOCAL_RANK": "x"})
     with pytest.raises(InputError, match="LOCAL_RANK is 'x': must be an integer between 0 and 1000000; torchrun and"):
-        is_first_of_node()  # as predict asks for a URL
+        is_first_of_node()  # predict calls it to download a checkpoint
 
 
 @pytest.mark.parametrize(
     ("variables", "flags"),
     [({"RANK": "abc", "WORLD_SIZE": "2"}, ()), ({"LOCAL_WORLD_SIZE": "0"}, ("--num_workers", "auto"))],
 )
-def test_main_prints_one_line(variables, flags, shapes):
+def test_main_prints_one_line_for_wrong_variables(variables, flags, shapes):
     command = [sys.executable, ROOT / "main.py", "--coco_path", shapes, *flags, "--device", "cpu"]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
     assert done.returncode in (1, 2)
@@ -80,12 +80,12 @@ def test_main_prints_one_line(variables, flags, shapes):
         ("x.y.org", "x.y.org"),
     ],
 )
-def test_first_slurm_node(nodes, first):
+def test_the_first_node_is_read_from_slurms_list(nodes, first):
     assert first_slurm_node(nodes) == first
 
 
-def test_where_the_tasks_of_srun_meet(environment, parse, monkeypatch):
-    """At the first node, by a port that follows from the job's number."""
+def test_the_tasks_of_srun_meet_at_the_first_node(environment, parse, monkeypatch):
+    """The port follows from the number of the job."""
     asked = []
     monkeypatch.setattr(distributed, "join_process_group", lambda args, on_cuda: asked.append(dict(os.environ)))
     for name in ("MASTER_ADDR", "MASTER_PORT"):

@@ -15,7 +15,7 @@ LAYOUTS = {
     "roboflow": ("train/_annotations.coco.json", "train", "valid/_annotations.coco.json", "valid"),
     "one_folder": ("annotations/train.json", "images", "annotations/val.json", "images"),
     "folders": ("annotations/train.json", "images/train", "annotations/val.json", "images/val"),
-    "year_less": ("annotations/instances_train.json", "train", "annotations/instances_val.json", "val"),
+    "without_year": ("annotations/instances_train.json", "train", "annotations/instances_val.json", "val"),
     "compressed": (
         "annotations/instances_train2017.json.gz",
         "train2017",
@@ -43,7 +43,7 @@ def write_split(root: Path, split: str, file: str, folder: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, tmp_path, parse, capsys):
+def test_layouts_are_found(layout, tmp_path, parse, capsys):
     places = LAYOUTS[layout]
     for split, file, folder in zip(("train", "val"), places[::2], places[1::2], strict=True):
         write_split(tmp_path, split, file, folder)
@@ -53,8 +53,8 @@ def test_layouts(layout, tmp_path, parse, capsys):
 
 
 @pytest.mark.parametrize("folder", ["images", "images/default"])
-def test_an_export_that_does_not_name_its_split(folder, tmp_path, parse):
-    """It is used where only one split is looked for: with both, the model would be measured on what it learned."""
+def test_an_export_without_the_name_of_a_split_is_used_for_one_split_only(folder, tmp_path, parse):
+    """It is used if only one split is needed; used for both, it would evaluate the model on its training data."""
     write_split(tmp_path, "val", "annotations/instances_default.json", folder)
     path = "--coco_path", tmp_path
     assert build_dataset("val", parse(*path, "--eval")).summary().boxes == 12
@@ -67,7 +67,7 @@ def test_an_export_that_does_not_name_its_split(folder, tmp_path, parse):
         build_dataset("val", parse(*path, "--eval"))
 
 
-def test_several_annotation_files_of_one_split(tmp_path, parse):
+def test_several_annotation_files_of_one_split_are_refused(tmp_path, parse):
     for file in ("instances_default.json", "instances_Train.json"):
         write_split(tmp_path, "train", f"train/annotations/{file}", "train/images")
     with pytest.raises(InputError) as error:
@@ -79,7 +79,7 @@ def test_several_annotation_files_of_one_split(tmp_path, parse):
     )
 
 
-def test_a_layout_that_is_not_known(tmp_path, parse):
+def test_unknown_layouts_are_refused(tmp_path, parse):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "cells.json").write_text(json.dumps(cells()))
     with pytest.raises(InputError) as error:
