@@ -1,4 +1,4 @@
-"""Workers that stay, what they share with the main process, and evaluation that does not depend on the batch size."""
+"""Loading of batches: persistent workers, shared memory, and results that do not depend on the batch size."""
 
 import gc
 import json
@@ -31,8 +31,8 @@ from util.errors import InputError
 SMALL = ("--min_size", 48, "--max_size", 80)
 
 
-def test_running_workers_see_the_epoch(shapes, parse):
-    """The same processes load every epoch, with the augmentation that a process of its own would choose."""
+def test_persistent_workers_see_the_epoch(shapes, parse):
+    """The same workers load every epoch, with the augmentation that the main process would choose."""
     args = parse("--coco_path", shapes, *SMALL, "--num_workers", 2)
     alone = parse("--coco_path", shapes, *SMALL, "--num_workers", 0)
     loaders = [build_loader(build_dataset("train", flags), flags, train=True) for flags in (args, alone)]
@@ -52,8 +52,8 @@ def test_running_workers_see_the_epoch(shapes, parse):
     assert len(seen[0]) == 2
 
 
-def test_batches_keep_the_channels_last_until_the_device(shapes, parse):
-    """The device has the same batch in the usual layout, and targets that can be changed."""
+def test_batches_are_channels_last_until_they_reach_the_device(shapes, parse):
+    """On the device, the same batch has the usual layout, and its targets can be changed."""
     args = parse("--coco_path", shapes, *SMALL, "--num_workers", 1)
     for samples, targets in build_loader(build_dataset("val", args), args, train=False):
         assert samples.tensors.is_contiguous(memory_format=torch.channels_last)
@@ -77,8 +77,8 @@ def test_workers_have_one_thread(shapes, parse):
     assert all(target["threads"] == 1 for _, targets in batches for target in targets)
 
 
-def test_a_data_set_keeps_no_ground_truth_but_its_arrays(shapes, parse):
-    """Each evaluation makes its own, which scores like the one that is read from the file."""
+def test_a_data_set_keeps_its_ground_truth_only_as_arrays(shapes, parse):
+    """Each evaluation makes a new one, which gives the same scores as the one that is read from the file."""
     dataset = build_dataset("val", parse("--coco_path", shapes, *SMALL))
     found = {}
     for i, image_id in enumerate(dataset.ids):
@@ -100,8 +100,8 @@ def test_a_data_set_keeps_no_ground_truth_but_its_arrays(shapes, parse):
     assert reference() is None
 
 
-def test_samples_come_from_arrays_alone(shapes, parse):
-    """To read a Python object is to write its reference count, and in a worker to copy memory that it shares."""
+def test_samples_are_made_from_arrays_only(shapes, parse):
+    """Reading a Python object writes its reference count, so that a worker would copy memory that it shares."""
     dataset = build_dataset("train", parse("--coco_path", shapes, *SMALL))
     expected = dataset[3]
     dataset.coco = None
@@ -115,14 +115,14 @@ def test_samples_come_from_arrays_alone(shapes, parse):
 @pytest.mark.parametrize(
     ("cpus", "processes", "workers"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (2, 8, 1), (256, 8, MAX_AUTO_WORKERS)]
 )
-def test_auto_workers(cpus, processes, workers, monkeypatch, parse):
+def test_auto_workers_shares_the_cpus_among_processes(cpus, processes, workers, monkeypatch, parse):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert parse("--num_workers", "auto").num_workers == workers
     assert parse("--num_workers", "3").num_workers == 3
 
 
-def test_other_words_are_no_number_of_workers(parse, capsys):
+def test_other_words_are_refused_as_number_of_workers(parse, capsys):
     with pytest.raises(SystemExit):
         parse("--num_workers", "many")
     assert "--num_workers: invalid worker_count value: 'many'" in capsys.readouterr().err
@@ -131,7 +131,7 @@ def test_other_words_are_no_number_of_workers(parse, capsys):
 SHAPES = [(4, 3), (3, 4), (4, 3), None, (4, 3), (3, 4), None, (4, 3)]
 
 
-def test_batches_of_one_shape():
+def test_each_batch_has_images_of_one_shape():
     assert same_shape_batches(SHAPES, 1) == [[0], [2], [4], [7], [1], [5], [3], [6]]
     assert same_shape_batches(SHAPES, 3) == [[0, 2, 4], [7], [1, 5], [3], [6]]
     assert same_shape_batches([], 3) == []
@@ -147,7 +147,7 @@ def test_all_images_are_evaluated_by_some_process(processes):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A val split of nine pictures in four sizes, of which one is not annotated; without objects so far."""
+    """Write a val split of nine images of three sizes, without objects; the size of the first is not annotated."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
     images = []
@@ -165,7 +165,7 @@ def annotate(root, data: dict) -> None:
 
 @pytest.fixture
 def dc5(parse):
-    """A small DC5 of random weights, whose scores and boxes are spread."""
+    """Build a small DC5 model with random weights, whose scores and boxes vary."""
     torch.manual_seed(0)
     flags = ("--backbone", "resnet50", "--dilation", "--hidden_dim", 64, "--nheads", 2, "--dim_feedforward", 64)
     flags += ("--enc_layers", 1, "--dec_layers", 2, "--num_queries", 30, "--num_classes", 4)
@@ -177,7 +177,7 @@ def dc5(parse):
 
 
 def test_results_do_not_depend_on_the_batch_size(photos, dc5, parse):
-    """As they did by padding, which DC5's attention takes badly."""
+    """They would if images were padded, to which DC5's attention is sensitive."""
     model = dc5[0]
 
     def loader(batch_size: int):
@@ -204,7 +204,7 @@ def test_results_do_not_depend_on_the_batch_size(photos, dc5, parse):
             assert_close(value, expected, atol=1e-4, rtol=0)
 
     data = json.loads((photos / "annotations" / "instances_val2017.json").read_text())
-    for image_id, (scores, boxes) in alone.items():  # half of what is found is right, more or less
+    for image_id, (scores, boxes) in alone.items():  # about half of the detections are right
         width, height = Image.open(photos / "val2017" / f"{image_id}.png").size
         scale = torch.tensor([width, height, width, height])
         labels = (scores - scores.mean(0)).argmax(1)

@@ -1,4 +1,4 @@
-"""log.txt, whatever is in it: entries of epochs count, and everything else stops neither a run nor a picture."""
+"""log.txt with any content: entries of epochs are used, and other lines stop neither a run nor a plot."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def write(path, *lines: bytes) -> None:
 
 
 @pytest.mark.parametrize("line", NO_ENTRIES.values(), ids=NO_ENTRIES)
-def test_lines_that_are_no_entries(line, tmp_path, capsys):
+def test_lines_that_are_no_entries_are_dropped(line, tmp_path, capsys):
     log = tmp_path / "log.txt"
     write(log, line)
     assert read_log(log) == GOOD
@@ -62,7 +62,7 @@ def test_lines_that_are_no_entries(line, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("values", ODD_ENTRIES.values(), ids=ODD_ENTRIES)
-def test_entries_with_odd_values(values, tmp_path, capsys):
+def test_entries_with_odd_values_have_no_score(values, tmp_path, capsys):
     log = tmp_path / "log.txt"
     write(log, json.dumps({"epoch": 7} | values).encode())
     assert [entry["epoch"] for entry in read_log(log)] == [0, 7, 1, 2]
@@ -73,8 +73,8 @@ def test_entries_with_odd_values(values, tmp_path, capsys):
     assert "dropped 1 line of epoch 3 and later\n" in capsys.readouterr().out
 
 
-def test_other_ends_of_lines(tmp_path, capsys):
-    """A byte-order mark, line feeds of Windows, blank lines, a last line without its end."""
+def test_other_line_endings_are_read(tmp_path, capsys):
+    """A byte-order mark, line endings of Windows, blank lines, and a last line without an ending."""
     log = tmp_path / "log.txt"
     lines = [json.dumps(entry).encode() for entry in GOOD]
     log.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))
@@ -86,8 +86,8 @@ def test_other_ends_of_lines(tmp_path, capsys):
     assert log.read_bytes().count(b"\n") == 4
 
 
-def test_named_pipes(tmp_path):
-    """To open one would wait for its other end."""
+def test_named_pipes_are_not_opened(tmp_path):
+    """Opening one would wait for another program that opens it."""
     log = tmp_path / "log.txt"
     os.mkfifo(log)
     assert read_log(log) == []

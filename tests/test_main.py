@@ -1,4 +1,4 @@
-"""Runs of main.py: what training leaves and prints, evaluation, and mistakes in the flags."""
+"""Runs of main.py: the files and lines that training writes, evaluation, and mistakes in flags."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ from util.errors import InputError
 pytestmark = pytest.mark.usefixtures("narrow")
 
 
-def test_the_pictures_of_a_run(trained, tmp_path, capsys):
+def test_the_predictions_of_a_run_are_drawn(trained, tmp_path, capsys):
     """Six images whose long side is 320, each with its ground truth next to the detections."""
     for name in ("checkpoint.pth", "log.txt"):
         shutil.copy(trained / name, tmp_path / name)
@@ -27,7 +27,7 @@ def test_the_pictures_of_a_run(trained, tmp_path, capsys):
     assert 600 < height <= 3 * (320 + 32) + 4 * 8
 
 
-def test_what_a_run_leaves(trained):
+def test_a_run_writes_checkpoints_and_a_log(trained):
     checkpoints = {"checkpoint.pth", "checkpoint_previous.pth", "checkpoint0001.pth", "checkpoint_best.pth"}
     assert {path.name for path in trained.iterdir()} == checkpoints | {"log.txt", "eval"}
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
@@ -53,8 +53,8 @@ def test_what_a_run_leaves(trained):
             assert line[f"{part}_loss_bbox"] == pytest.approx(5 * line[f"{part}_loss_bbox_unscaled"], rel=1e-4)
 
 
-def test_the_best_checkpoint(shapes, trained, tmp_path, run_main):
-    """For inference: it evaluates to the AP that the log names, and starts a new run, but does not resume one."""
+def test_the_best_checkpoint_evaluates_to_the_logged_ap(shapes, trained, tmp_path, run_main):
+    """It has all that inference needs, but no state of the optimizer."""
     best = torch.load(trained / "checkpoint_best.pth", weights_only=True)
     assert set(best) == {"model", "epoch", "ap", "args", "class_ids", "class_names"}
     aps = [line["test_coco_eval_bbox"][0] for line in log_lines(trained)]
@@ -67,8 +67,8 @@ def test_the_best_checkpoint(shapes, trained, tmp_path, run_main):
     assert saved[saved > -1].mean().item() == pytest.approx(max(aps), abs=1e-9)
 
 
-def test_the_remaining_time_of_the_run(shapes, tmp_path, capsys):
-    """In each line of an epoch by its steps, after each epoch with evaluation; the last epoch ends the run."""
+def test_the_remaining_time_is_printed_before_the_last_epoch(shapes, tmp_path, capsys):
+    """Lines of steps estimate it from steps, and a line after each epoch includes the evaluation."""
     train(shapes, tmp_path, "--epochs", 3)
     lines = capsys.readouterr().out.splitlines()
     for epoch in range(3):
@@ -96,7 +96,7 @@ def test_a_run_ends_with_a_summary_whose_commands_work(shapes, tmp_path, run_mai
 
 
 def test_evaluation_alone_gives_the_same_numbers(shapes, trained, tmp_path, run_main):
-    """With the val files only, through the command line."""
+    """Evaluate on the command line, with the val files only."""
     val_only = tmp_path / "coco"
     shutil.copytree(shapes / "images" / "val2017", val_only / "val2017")
     (val_only / "annotations").mkdir()
@@ -110,19 +110,19 @@ def test_evaluation_alone_gives_the_same_numbers(shapes, trained, tmp_path, run_
     assert saved[saved > -1].mean().item() == pytest.approx(log_lines(trained)[-1]["test_coco_eval_bbox"][0], abs=1e-9)
 
 
-def test_evaluating_every_other_epoch(shapes, tmp_path):
+def test_eval_every_evaluates_some_epochs_and_the_last(shapes, tmp_path):
     train(shapes, tmp_path, "--epochs", 3, "--eval_every", 2)
     assert ["test_loss" in line for line in log_lines(tmp_path)] == [False, True, True]
 
 
-@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])  # CPUs lack its convolutions
-def test_precision_of_the_forward_pass(amp, shapes, trained, tmp_path):
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])  # fp16 is slow on CPUs
+def test_amp_changes_the_loss_a_little(amp, shapes, trained, tmp_path):
     common = ("--amp", amp, "--dropout", 0, "--lr_drop", 2, "--resume", "auto")
     for epochs in (1, 2):
         train(shapes, tmp_path, "--epochs", epochs, *common)
     scaler = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["scaler"]
     if amp == "fp16":
-        assert 0 < scaler["scale"] < 2**16  # steps that overflow come first, and lower it
+        assert 0 < scaler["scale"] < 2**16  # the first steps overflow, which lowers it
     else:
         assert scaler == {}
     for ours, float32 in zip(log_lines(tmp_path), log_lines(trained), strict=False):
@@ -151,14 +151,14 @@ def test_precision_of_the_forward_pass(amp, shapes, trained, tmp_path):
         (("--output_dir", __file__), "test_main.py: cannot be made"),
     ],
 )
-def test_mistakes(more, message, shapes, monkeypatch):
+def test_mistakes_in_flags_are_named(more, message, shapes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError) as error:
         main.main(main.get_args_parser().parse_args(flags(shapes, "--epochs", 1, *more)))
     assert message in str(error.value)
 
 
-def test_flags_with_which_nothing_would_be_trained(shapes, trained, tmp_path):
+def test_flags_that_would_train_nothing_are_refused(shapes, trained, tmp_path):
     model = {"model": torch.load(trained / "checkpoint.pth", weights_only=True)["model"]}
     torch.save(model, tmp_path / "model.pth")
     for more, message in (
@@ -173,12 +173,12 @@ def test_flags_with_which_nothing_would_be_trained(shapes, trained, tmp_path):
             train(shapes, tmp_path / "out", "--epochs", 1, *more)
 
 
-def test_overfitting_fewer_images_than_a_batch(shapes, tmp_path, capsys):
+def test_overfit_repeats_images_to_fill_a_batch(shapes, tmp_path, capsys):
     train(shapes, tmp_path, "--epochs", 1, "--overfit", 2, "--eval_every", 9)
     assert "--overfit 2: only 2 images have boxes, so that a batch of 4 images repeats some" in capsys.readouterr().out
 
 
-def test_weights_that_are_not_finite_are_not_evaluated(shapes, trained, tmp_path):
+def test_weights_that_are_not_finite_are_refused(shapes, trained, tmp_path):
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
     checkpoint["model"]["query_embed.weight"][0, 0] = float("nan")
     torch.save(checkpoint, tmp_path / "c.pth")
@@ -187,7 +187,7 @@ def test_weights_that_are_not_finite_are_not_evaluated(shapes, trained, tmp_path
             main.main(main.get_args_parser().parse_args(flags(shapes, *more, tmp_path / "c.pth")))
 
 
-def test_diverging_training_stops_before_it_touches_the_weights(shapes, trained, tmp_path):
+def test_diverging_training_stops_before_it_writes_a_checkpoint(shapes, trained, tmp_path):
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
     checkpoint["model"]["class_embed.bias"][:] = float("inf")
     torch.save(checkpoint, tmp_path / "c.pth")
@@ -196,6 +196,6 @@ def test_diverging_training_stops_before_it_touches_the_weights(shapes, trained,
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
-def test_evaluating_without_a_checkpoint_says_so(shapes, capsys):
+def test_evaluation_says_that_weights_are_random(shapes, capsys):
     main.main(main.get_args_parser().parse_args(flags(shapes, "--eval")))
     assert "evaluating random weights" in capsys.readouterr().out

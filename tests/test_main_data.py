@@ -1,4 +1,4 @@
-"""Runs on data with faults: skipped, refused in one line, or trained on."""
+"""Runs on faulty data: it is used, skipped with a warning, or refused in one line."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from util.errors import InputError
 pytestmark = pytest.mark.usefixtures("narrow")
 
 
-def test_a_mistake_is_one_line_on_the_terminal(shapes, tmp_path, run_main):
+def test_an_image_that_cannot_be_decoded_ends_the_run_with_one_line(shapes, tmp_path, run_main):
     broken = tmp_path / "coco"
     shutil.copytree(shapes, broken)
     (broken / "images" / "train2017" / "000003.jpg").write_bytes(b"no image")
@@ -25,7 +25,7 @@ def test_a_mistake_is_one_line_on_the_terminal(shapes, tmp_path, run_main):
     assert "Traceback" not in done.stderr
 
 
-def test_bad_images_are_skipped_on_request(shapes, tmp_path, capsys):
+def test_on_bad_image_skips_unreadable_images(shapes, tmp_path, capsys):
     broken = tmp_path / "coco"
     shutil.copytree(shapes, broken)
     (broken / "images" / "train2017" / "000003.jpg").write_bytes(b"no image")
@@ -38,7 +38,7 @@ def test_bad_images_are_skipped_on_request(shapes, tmp_path, capsys):
     assert len(torch.load(tmp_path / "out" / "eval" / "latest.pth", weights_only=True)["params"]["imgIds"]) == 6
 
 
-def test_data_of_other_classes_than_the_checkpoint(shapes, trained, tmp_path):
+def test_data_with_other_classes_than_the_checkpoint_is_refused(shapes, trained, tmp_path):
     other = tmp_path / "coco"
     shutil.copytree(shapes, other)
     path = other / "annotations" / "instances_val2017.json"
@@ -63,14 +63,14 @@ def without_boxes(shapes, tmp_path, *splits: str):
     return empty
 
 
-def test_training_data_without_any_box(shapes, tmp_path):
+def test_training_data_without_boxes_is_refused(shapes, tmp_path):
     empty = without_boxes(shapes, tmp_path, "train")
     with pytest.raises(InputError, match=r"instances_train2017.json: no image has a box to learn from"):
         train(empty, tmp_path / "out", "--epochs", 1)
 
 
-def test_training_data_whose_boxes_are_in_unreadable_images(shapes, tmp_path):
-    """Their images would be skipped, and nothing would be learned; a single one that can be read is enough."""
+def test_training_data_with_boxes_only_in_unreadable_images_is_refused(shapes, tmp_path):
+    """All of these images would be skipped, and nothing would be learned; one readable image is enough."""
     data = without_boxes(shapes, tmp_path, "train")
     path = data / "annotations" / "instances_train2017.json"
     annotations = json.loads((shapes / "annotations" / path.name).read_text())
@@ -88,7 +88,7 @@ def test_training_data_whose_boxes_are_in_unreadable_images(shapes, tmp_path):
     train(data, tmp_path / "out", *skip)
 
 
-def test_validation_data_without_any_box(shapes, tmp_path, capsys):
+def test_validation_data_without_boxes_gives_no_ap_and_no_best_checkpoint(shapes, tmp_path, capsys):
     empty = without_boxes(shapes, tmp_path, "val")
     train(empty, tmp_path / "out", "--epochs", 1)
     assert "instances_val2017.json has no boxes: AP cannot be measured, and no best" in capsys.readouterr().out
@@ -99,7 +99,7 @@ def test_validation_data_without_any_box(shapes, tmp_path, capsys):
     assert not (tmp_path / "out" / "checkpoint_best.pth").exists()
 
 
-def test_large_image_files_do_not_slip_through(shapes, tmp_path):
+def test_images_of_another_size_than_annotated_are_refused(shapes, tmp_path):
     other = tmp_path / "coco"
     shutil.copytree(shapes, other)
     Image.new("RGB", (300, 10)).save(other / "images" / "val2017" / "000001.jpg")

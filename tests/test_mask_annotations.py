@@ -1,4 +1,4 @@
-"""Segmentations in annotation files: which are usable, and what samples and ground truth make of them."""
+"""Segmentations in annotation files: usable ones become masks of samples and of the ground truth."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_any_value_is_packed_or_empty(segmentation):
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=200))
-def test_runs_add_up(pixels):
+def test_runs_give_the_encoded_pixels(pixels):
     code = mask_api.encode(np.asfortranarray(np.array(pixels, dtype=np.uint8)[:, None]))
     lengths = runs(code["counts"].decode())
     values = [value for i, length in enumerate(lengths) for value in [i % 2] * length]
@@ -89,7 +89,7 @@ def test_runs_add_up(pixels):
 
 
 def test_masks_follow_the_image(shapes, parse):
-    """Whatever the augmentation does, each mask stays inside its box, which it fills unless it was cropped."""
+    """After augmentation, each mask is inside its box, and fills it unless it was cropped."""
     dataset = build_dataset("train", parse("--coco_path", shapes, "--masks"))
     dataset.transforms = make_coco_transforms("train", 96, 160)
     for index in range(len(dataset)):
@@ -119,7 +119,7 @@ def test_the_ground_truth_has_the_masks_of_the_file(shapes, parse):
 
 
 def edited(shapes, tmp_path, change):
-    """A copy of the training annotations whose first annotation is changed."""
+    """Copy the training annotations, change the first one, and return the flags for the copy."""
     path = shapes / "annotations" / "instances_train2017.json"
     data = json.loads(path.read_text())
     change(data["annotations"][0], data)
@@ -128,7 +128,7 @@ def edited(shapes, tmp_path, change):
     return ["--train_images", shapes / "images" / "train2017", "--train_annotations", copy]
 
 
-def test_annotations_without_a_mask_are_counted(shapes, tmp_path, parse, capsys):
+def test_annotations_without_a_mask_are_left_out_and_counted(shapes, tmp_path, parse, capsys):
     flags = edited(shapes, tmp_path, lambda entry, _: entry.pop("segmentation"))
     everything = build_dataset("train", parse(*flags))
     with_masks = build_dataset("train", parse(*flags, "--masks"))
@@ -136,7 +136,7 @@ def test_annotations_without_a_mask_are_counted(shapes, tmp_path, parse, capsys)
     assert "1 annotation without a usable segmentation left out" in capsys.readouterr().out
 
 
-def test_codes_for_another_size_name_the_annotation(shapes, tmp_path, parse):
+def test_run_length_codes_for_another_size_are_refused(shapes, tmp_path, parse):
     def change(entry, _):
         entry["segmentation"] = {"size": [3, 4], "counts": [6, 6]}
 
@@ -145,8 +145,8 @@ def test_codes_for_another_size_name_the_annotation(shapes, tmp_path, parse):
         build_dataset("train", parse(*flags, "--masks"))
 
 
-def test_images_without_a_size_are_refused(shapes, tmp_path, parse):
-    """Their polygons cannot be scored."""
+def test_masks_of_images_without_a_size_are_refused(shapes, tmp_path, parse):
+    """Without a size, polygons of the ground truth cannot be turned into masks."""
     flags = edited(shapes, tmp_path, lambda _, data: [image.pop("width") for image in data["images"]])
     build_dataset("train", parse(*flags))
     with pytest.raises(InputError, match=r"train.json: annotation id 1: its image has no 'width' or no 'height'"):

@@ -24,7 +24,7 @@ from util.errors import InputError
 pytestmark = pytest.mark.usefixtures("narrow")
 
 
-def test_training_evaluation_and_resuming(shapes, tmp_path, parse):
+def test_training_is_evaluated_on_masks_and_ends_the_same_after_resuming(shapes, tmp_path, parse):
     flags = (*TINY, "--coco_path", shapes, "--masks", "--ema_decay", 0.9)
     main.main(parse(*flags, "--epochs", 2, "--output_dir", tmp_path / "once"))
     lines = log_lines(tmp_path / "once")
@@ -36,7 +36,7 @@ def test_training_evaluation_and_resuming(shapes, tmp_path, parse):
 
 
 def test_a_head_that_is_interrupted_within_an_epoch_ends_the_same(shapes, tmp_path, parse, monkeypatch):
-    """On a frozen detector; the process ends after the second of the epoch's three steps."""
+    """Train a head on a frozen detector, and interrupt it after two of the three steps of an epoch."""
     flags = (*TINY, "--coco_path", shapes, "--epochs", 1)
     main.main(parse(*flags, "--output_dir", tmp_path / "boxes"))
     flags += ("--masks", "--frozen_weights", tmp_path / "boxes" / "checkpoint.pth", "--ema_decay", 0.9)
@@ -64,7 +64,7 @@ def test_a_head_that_is_interrupted_within_an_epoch_ends_the_same(shapes, tmp_pa
         ("--group_detr", 2),
     ],
 )
-def test_masks_are_learnt_with_other_flags(more, shapes, tmp_path, parse):
+def test_masks_can_be_trained_with_other_flags(more, shapes, tmp_path, parse):
     main.main(parse(*TINY, "--coco_path", shapes, "--masks", "--epochs", 1, "--output_dir", tmp_path, *more))
     (line,) = log_lines(tmp_path)
     assert 0 < line["train_loss_mask"] < 5
@@ -73,7 +73,7 @@ def test_masks_are_learnt_with_other_flags(more, shapes, tmp_path, parse):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_masks_of_matched_queries_give_the_losses_and_gradients_of_all(groups):
+def test_masks_of_matched_queries_alone_give_the_same_losses_and_gradients(groups):
     model, criterion = build_small("--masks", "--dropout", 0, "--num_classes", 4, "--group_detr", groups)
     model.double().train()
     images, targets = images_and_targets([3, 0, 2])
@@ -94,7 +94,7 @@ def test_masks_of_matched_queries_give_the_losses_and_gradients_of_all(groups):
         assert torch.allclose(gradients[name], gradient, rtol=1e-6, atol=1e-12), name
 
 
-def test_evaluation_takes_masks_from_the_checkpoint(shapes, tmp_path, parse, capsys):
+def test_evaluation_takes_the_flag_masks_from_the_checkpoint(shapes, tmp_path, parse, capsys):
     flags = (*TINY, "--coco_path", shapes)
     main.main(parse(*flags, "--masks", "--epochs", 1, "--output_dir", tmp_path / "run"))
     capsys.readouterr()
@@ -104,7 +104,7 @@ def test_evaluation_takes_masks_from_the_checkpoint(shapes, tmp_path, parse, cap
     assert "IoU metric: segm" in printed
 
 
-def test_a_head_alone_is_trained_on_a_frozen_detector(shapes, tmp_path, parse):
+def test_only_the_head_is_trained_on_a_frozen_detector(shapes, tmp_path, parse):
     flags = (*TINY, "--coco_path", shapes, "--epochs", 1)
     main.main(parse(*flags, "--output_dir", tmp_path / "boxes"))
     boxes = tmp_path / "boxes" / "checkpoint.pth"
@@ -119,7 +119,7 @@ def test_a_head_alone_is_trained_on_a_frozen_detector(shapes, tmp_path, parse):
         main.main(parse(*flags, "--masks", "--frozen_weights", tmp_path / "masks" / "checkpoint.pth"))
 
 
-def test_finetuning_in_both_directions(shapes, tmp_path, parse, capsys):
+def test_fine_tuning_adds_or_drops_the_mask_head(shapes, tmp_path, parse, capsys):
     flags = (*TINY, "--coco_path", shapes, "--epochs", 1)
     main.main(parse(*flags, "--output_dir", tmp_path / "boxes"))
     boxes, masks = (tmp_path / name / "checkpoint.pth" for name in ("boxes", "masks"))
@@ -138,7 +138,7 @@ def test_finetuning_in_both_directions(shapes, tmp_path, parse, capsys):
         (("--masks", "--frozen_weights", "x.pth", "--finetune", "y.pth"), "drop one"),
     ],
 )
-def test_flags_that_do_not_go_together(flags, message, parse):
+def test_flags_that_cannot_be_combined_are_refused(flags, message, parse):
     with pytest.raises(InputError, match=message):
         main.main(parse(*TINY, *flags))
 
@@ -165,7 +165,7 @@ def test_prediction_writes_and_draws_masks(shapes, tmp_path, parse):
     assert (tmp_path / "run" / "predictions.png").exists()
 
 
-def test_the_gallery_has_the_part_of_a_mask_in_its_box():
+def test_the_gallery_has_the_part_of_a_mask_that_is_in_its_box():
     mask = np.zeros((40, 60), dtype=np.uint8, order="F")
     mask[10:20, 10:40] = 1
     detections = {
@@ -179,4 +179,4 @@ def test_the_gallery_has_the_part_of_a_mask_in_its_box():
     assert picture.size == (40, 10)
     alpha = np.asarray(picture.getchannel("A"))
     assert (alpha[:, :30] == 255).all() and not alpha[:, 30:].any()
-    assert second[6] == ""  # nothing of the mask is in that box
+    assert second[6] == ""  # the mask has no pixel in that box

@@ -1,4 +1,4 @@
-"""Which objects of an image count as missed and which detections as false."""
+"""Missed objects and false detections of an image."""
 
 import numpy as np
 import pytest
@@ -39,10 +39,10 @@ BOX, NEAR, FAR = [10, 10, 20, 20], [12, 10, 20, 20], [60, 60, 20, 20]
         ([(BOX, 1, 0.6), (NEAR, 1, 0.9)], [(BOX, 1, False)], [False, True], [False]),  # the second of two
         ([(NEAR, 1, 0.9), (BOX, 1, 0.8)], [(FAR, 1, False), (BOX, 1, False), (NEAR, 1, False)], None, [True, 0, 0]),
         ([(BOX, 1, 0.9), (BOX, 2, 0.8)], [([0, 0, 99, 99], 1, True)], [False, True], []),  # within a crowd
-        ([], [([10, 10, 0, 20], 1, False)], [], []),  # nothing to find
+        ([], [([10, 10, 0, 20], 1, False)], [], []),  # an object without width is left out
     ],
 )
-def test_mistakes(found, truth, false, missed):
+def test_missed_objects_and_false_detections_are_found(found, truth, false, missed):
     comparison = compare(detections(*found), objects(*truth))
     assert comparison.false.tolist() == (false or [False] * len(comparison.found))
     assert comparison.missed.tolist() == missed
@@ -50,14 +50,14 @@ def test_mistakes(found, truth, false, missed):
 
 
 def mask(left: int, top: int, right: int, bottom: int) -> dict:
-    """A run-length code of a rectangle in an image of 40×40 pixels."""
+    """Return the run-length code of a rectangle in an image of 40×40 pixels."""
     pixels = np.zeros((40, 40), dtype=np.uint8, order="F")
     pixels[top:bottom, left:right] = 1
     return mask_api.encode(pixels)
 
 
 def test_with_masks_the_iou_is_that_of_masks():
-    """A right box with a wrong mask is false; masks follow their objects and detections, of which some are left out."""
+    """A right box with a wrong mask is false; masks stay with their objects and detections if some are left out."""
     truth = objects((BOX, 1, False), ([0, 0, 0, 9], 1, False), (FAR, 2, True), (BOX, 2, False))
     found = detections((BOX, 1, 0.2), (BOX, 1, 0.6), (FAR, 2, 0.7), (FAR, 2, 0.8))
     whole, part, crowd, other = mask(10, 10, 30, 30), mask(10, 10, 19, 30), mask(0, 0, 40, 9), mask(0, 30, 40, 40)
@@ -68,7 +68,7 @@ def test_with_masks_the_iou_is_that_of_masks():
     assert comparison.masks == ([whole, other], [other, crowd, part])
 
 
-def test_the_masks_of_both_sides_are_drawn():
+def test_masks_of_objects_and_detections_are_drawn():
     comparison = compare(
         detections((BOX, 1, 0.9)), objects((BOX, 1, False)), masks=([mask(10, 10, 30, 20)], [mask(10, 20, 30, 30)])
     )

@@ -1,4 +1,4 @@
-"""The model away from its published sizes: other widths and depths, positions, initialisation, refusals."""
+"""Models of other sizes than the published ones, position embeddings, initialisation, and impossible flags."""
 
 import math
 
@@ -18,7 +18,7 @@ SMALL = ("--backbone", "resnet18", "--enc_layers", 2, "--dec_layers", 3, "--dim_
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(4, 1), (36, 3), (64, 8), (288, 8)])
-def test_any_width(dim, heads, parse):
+def test_a_model_can_have_any_width(dim, heads, parse):
     model, criterion, _ = build_model(parse(*SMALL, "--hidden_dim", dim, "--nheads", heads))
     outputs = model([torch.randn(3, 64, 96), torch.randn(3, 96, 64)])
     assert outputs["pred_boxes"].shape == (2, 7, 4)
@@ -29,7 +29,7 @@ def test_any_width(dim, heads, parse):
 
 
 @pytest.mark.parametrize(("enc_layers", "dec_layers"), [(0, 1), (1, 2), (3, 1)])
-def test_any_depth(enc_layers, dec_layers, parse):
+def test_a_model_can_have_any_depth(enc_layers, dec_layers, parse):
     model, criterion, _ = build_model(parse(*SMALL, "--enc_layers", enc_layers, "--dec_layers", dec_layers))
     outputs = model(torch.randn(1, 3, 64, 64))
     assert len(outputs["aux_outputs"]) == dec_layers - 1
@@ -38,13 +38,13 @@ def test_any_depth(enc_layers, dec_layers, parse):
     assert has_scale == (dec_layers > 1)
 
 
-def test_without_auxiliary_losses(parse):
+def test_no_aux_loss_keeps_only_the_last_layer(parse):
     model, criterion, _ = build_model(parse(*SMALL, "--no_aux_loss"))
     assert set(model(torch.randn(1, 3, 64, 64))) == {"pred_logits", "pred_boxes"}
     assert set(criterion.weight_dict) == {"loss_ce", "loss_bbox", "loss_giou"}
 
 
-def test_padded_cells_are_not_seen():
+def test_padded_cells_do_not_change_the_outputs():
     transformer = small_transformer(2, 3)
     x, position, queries = torch.randn(1, 9, 16), torch.randn(1, 9, 16), torch.randn(3, 16)
     padding = torch.arange(9)[None] >= 6
@@ -57,11 +57,11 @@ def test_padded_cells_are_not_seen():
 
 
 def of_mask(mask: torch.Tensor) -> NestedTensor:
-    """A feature map of which only the mask matters."""
+    """Return a feature map of which only the mask matters."""
     return NestedTensor(torch.zeros(mask[:, None].shape), mask)
 
 
-def test_learned_positions(parse):
+def test_learned_positions_join_embeddings_of_column_and_row(parse):
     model, _, _ = build_model(parse(*SMALL, "--position_embedding", "learned"))
     assert model.state_dict()["backbone.1.row_embed.weight"].shape == (50, 128)
     assert model.state_dict()["backbone.1.col_embed.weight"].shape == (50, 128)
@@ -104,7 +104,7 @@ def test_dilation_doubles_the_resolution():
         ),
     ],
 )
-def test_trained_part_of_the_backbone(flags, trained, parse):
+def test_flags_decide_which_part_of_the_backbone_is_trained(flags, trained, parse):
     model, _, _ = build_model(parse(*SMALL, *flags))
     body = model.backbone[0].body
     assert {key.split(".")[0] for key, p in body.named_parameters() if p.requires_grad} == trained
@@ -112,7 +112,7 @@ def test_trained_part_of_the_backbone(flags, trained, parse):
     assert bool(norms) == ("batch" in flags)
 
 
-def test_initialisation(parse):
+def test_weights_are_initialised_as_published(parse):
     model, _, _ = build_model(parse("--backbone", "resnet18", "--enc_layers", 2, "--dec_layers", 3))
     state = model.state_dict()
     assert_close(model.class_embed.bias, torch.full((91,), -math.log(99)))
@@ -132,7 +132,7 @@ def test_initialisation(parse):
     )
 
 
-def test_at_most_as_many_detections_as_there_are():
+def test_there_are_at_most_as_many_detections_as_logits():
     outputs = {"pred_logits": torch.randn(1, 3, 2), "pred_boxes": torch.rand(1, 3, 4)}
     (detections,) = PostProcess()(outputs, torch.tensor([[10, 20]]))
     assert detections["scores"].shape == (6,)
@@ -152,7 +152,7 @@ def test_at_most_as_many_detections_as_there_are():
         (("--set_cost_class", 0, "--set_cost_bbox", 0, "--set_cost_giou", 0), "cannot all be 0"),
     ],
 )
-def test_refusals(flags, message, parse):
+def test_impossible_flags_are_refused(flags, message, parse):
     with pytest.raises(InputError, match=message):
         build_model(parse(*flags))
 
