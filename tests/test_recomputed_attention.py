@@ -1,4 +1,4 @@
-"""Attention whose weights are computed again: bit for bit the plain attention, with less memory."""
+"""Attention whose weights are computed again has the bits of the plain attention, and needs less memory."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def _parts(request, monkeypatch):
 
 
 def inputs(dtype: torch.dtype) -> list[Tensor]:
-    """Queries, keys and values as `split_heads` returns them."""
+    """Return queries, keys and values as `split_heads` does."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, QUERIES, 6, 16), (2, KEYS, 6, 16), (2, KEYS, 6, 8))
     leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
@@ -30,7 +30,7 @@ def inputs(dtype: torch.dtype) -> list[Tensor]:
 
 
 def results(function, dtype: torch.dtype, visible: Tensor | None) -> list[Tensor]:
-    """The output, the gradients of the inputs, and the random numbers that follow each of the passes."""
+    """Return the output, the gradients of the inputs, and a random number drawn after each of the two passes."""
     tensors = inputs(dtype)
     torch.manual_seed(0)
     output = function(*tensors, visible, 0.3)
@@ -42,14 +42,14 @@ def results(function, dtype: torch.dtype, visible: Tensor | None) -> list[Tensor
 @pytest.mark.parametrize("visible", [None, VISIBLE], ids=["all", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_bits_of_the_plain_attention(dtype, visible, autocast, _parts):
+def test_outputs_and_gradients_have_the_bits_of_the_plain_attention(dtype, visible, autocast, _parts):
     with torch.autocast("cpu", enabled=autocast):
         found, expected = (results(function, dtype, visible) for function in (attend, attend_in_full))
     assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_the_gradients_of_a_transformer(checkpoint_activations, _parts, monkeypatch):
+def test_the_gradients_of_a_transformer_have_the_same_bits(checkpoint_activations, _parts, monkeypatch):
     def gradients() -> list[Tensor]:
         torch.manual_seed(0)
         transformer = small_transformer(dropout=0.3)
@@ -65,13 +65,13 @@ def test_the_gradients_of_a_transformer(checkpoint_activations, _parts, monkeypa
     assert_close(found, gradients(), rtol=0, atol=0)
 
 
-def test_weights_are_neither_stored_nor_computed_at_once(monkeypatch):
+def test_weights_are_not_stored_and_are_computed_in_parts(monkeypatch):
     monkeypatch.setattr(recomputed_attention, "PART", 1)
     x = torch.randn(2, 4, 64, 8, requires_grad=True)
     weights_of_head = 64 * 64
 
     def largest(limit: int) -> tuple[int, int]:
-        """Elements of the largest tensor that is stored, and of the largest one that is computed."""
+        """Return the numbers of elements of the largest stored and of the largest computed tensor."""
         monkeypatch.setattr(recomputed_attention, "LARGE", limit)
         stored = []
         with Recorder() as recorder, saved_tensors_hooks(lambda x: stored.append(x.numel()) or x, lambda x: x):

@@ -1,4 +1,4 @@
-"""scripts.replay repeats a failed step exactly, and says where it begins to fail."""
+"""scripts.replay repeats a failed step exactly, and says where it starts to fail."""
 
 import math
 
@@ -20,7 +20,7 @@ CPU = ("--device", "cpu")
 
 
 def batch(image_id: int, boxes: int = 2, size: float = 0.5):
-    """A batch of one image; with an infinite size of its boxes, its losses are not finite."""
+    """Return a batch of one image; its losses are not finite if the size of its boxes is not."""
     image = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(image_id))
     target = {"boxes": torch.full((boxes, 4), size), "labels": torch.arange(boxes), "image_id": torch.tensor(image_id)}
     masks = torch.ones(boxes, 64, 64, dtype=torch.uint8)
@@ -29,7 +29,7 @@ def batch(image_id: int, boxes: int = 2, size: float = 0.5):
 
 @pytest.fixture
 def fail(parse, tmp_path):
-    """Trains on batches, the last step of which fails, and returns what the run has written about it."""
+    """Train on batches until the last step fails, and return the dump of that step."""
 
     def fail(batches, *flags, change=lambda model: None):
         args = parse(*TINY, "--num_classes", 4, *flags)
@@ -52,20 +52,20 @@ def fail(parse, tmp_path):
     [("none", ()), ("bf16", ()), ("bf16", ("--masks",)), ("none", ("--masks", "--frozen_weights", "x"))],
 )
 def test_a_step_of_several_batches_is_repeated_exactly(amp, more, fail, capsys):
-    """With dropout, after a step that has changed the weights."""
+    """The step has dropout, and follows one that has changed the weights."""
     batches = [batch(1), batch(2), batch(3, boxes=1), batch(4, boxes=3, size=math.nan)]
     dump = fail(batches, "--accum_steps", 2, "--dropout", 0.3, "--amp", amp, *more)
     replay.main([str(dump), *CPU])
     printed = capsys.readouterr().out
     recorded = torch.load(dump, weights_only=True)["losses"]
     assert recorded["loss_ce"].isfinite()
-    for name in ("loss_ce", "gradient norm"):  # the latter is finite if boxes are frozen
+    for name in ("loss_ce", "gradient norm"):  # the gradient norm is finite if boxes are frozen
         assert f"  {name} {recorded[name]:g} (recorded: {recorded[name]:g})" in printed
     assert "all losses equal the recorded ones bit for bit" in printed
     assert "look at the targets" in printed
 
 
-def test_a_mask_head_that_fails_alone(fail, capsys):
+def test_a_mask_head_that_fails_is_named(fail, capsys):
     def spoil(model):
         model.mask_head.lay3.bias.data[0] = math.nan
 
@@ -76,9 +76,9 @@ def test_a_mask_head_that_fails_alone(fail, capsys):
     assert "the first module whose output is not finite: mask_head.lay3" in printed
 
 
-def test_gradients_that_fail_alone(fail, capsys):
+def test_a_gradient_norm_that_fails_although_losses_are_finite_is_explained(fail, capsys):
     def enlarge(model):
-        with torch.no_grad():  # the outputs stay as they are, but not the gradient of the second layer
+        with torch.no_grad():  # outputs do not change, but the gradient of the second layer grows
             model.bbox_embed.layers[0].weight.mul_(1e30)
             model.bbox_embed.layers[0].bias.mul_(1e30)
             model.bbox_embed.layers[1].weight.div_(1e30)
@@ -91,7 +91,7 @@ def test_gradients_that_fail_alone(fail, capsys):
     assert "all losses and gradients are finite, but the gradients are too large for their norm" in printed
 
 
-def test_a_replay_that_differs_says_so(fail, capsys):
+def test_a_replay_that_differs_from_the_run_gives_a_warning(fail, capsys):
     dump = fail([batch(1, size=math.inf)])
     contents = torch.load(dump, weights_only=True)
     contents["num_boxes"] += 1

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 @pytest.fixture
 def scores(monkeypatch):
-    """Makes the evaluations find one AP after the other."""
+    """Make evaluations return the given APs, one after the other."""
 
     def scores(*aps: float, kind: str = "coco_eval_bbox") -> None:
         left = iter(aps)
@@ -32,7 +32,7 @@ def scores(monkeypatch):
 
 @pytest.mark.parametrize(("aps", "best"), [((0.1, 0.3, 0.3, 0.2), 1), ((-1, 0.0), 1)])
 def test_the_first_of_the_highest_aps_is_the_best(aps, best, shapes, tmp_path, scores):
-    """As COCO has it, -1 is the AP of data without ground truth. The run is resumed once in the middle."""
+    """COCO's AP of data without ground truth is -1. The run is resumed before its last epoch."""
     scores(*aps)
     train(shapes, tmp_path, "--epochs", len(aps) - 1)
     train(shapes, tmp_path, "--epochs", len(aps), "--resume", "auto")
@@ -40,8 +40,8 @@ def test_the_first_of_the_highest_aps_is_the_best(aps, best, shapes, tmp_path, s
     assert (checkpoint["epoch"], checkpoint["ap"]) == (best, aps[best])
 
 
-def test_with_masks_their_ap_decides(shapes, tmp_path, scores, capsys):
-    """That of boxes stays the same on a frozen detector. Also after an interruption, and for --patience."""
+def test_the_best_checkpoint_of_a_model_with_masks_has_the_highest_mask_ap(shapes, tmp_path, scores, capsys):
+    """Mask AP also counts after the run is resumed, and for --patience. The box AP of a frozen detector is constant."""
     train(shapes, tmp_path / "boxes", "--epochs", 1)
     flags = ("--masks", "--frozen_weights", tmp_path / "boxes" / "checkpoint.pth", "--patience", 2, "--resume", "auto")
     scores(0.1, 0.2, 0.4, 0.3, 0.4, kind="coco_eval_masks")
@@ -54,8 +54,8 @@ def test_with_masks_their_ap_decides(shapes, tmp_path, scores, capsys):
     assert (checkpoint["epoch"], checkpoint["ap"]) == (2, 0.4)
 
 
-def test_a_best_epoch_interrupted_before_its_line_in_the_log(shapes, tmp_path, scores, monkeypatch):
-    """It is evaluated again, and counts once."""
+def test_a_best_epoch_that_is_interrupted_before_its_log_line_counts_once(shapes, tmp_path, scores, monkeypatch):
+    """The resumed run evaluates it again."""
 
     def interrupted(path, entry, original=training.append_log):
         if entry["epoch"] == 1:
@@ -74,8 +74,8 @@ def test_a_best_epoch_interrupted_before_its_line_in_the_log(shapes, tmp_path, s
 
 
 @pytest.mark.parametrize("stopped_after", [1, 3, None])
-def test_patience(stopped_after, shapes, tmp_path, scores, capsys):
-    """It ends after two evaluations without a better AP, also if the run is resumed in between or afterwards."""
+def test_patience_ends_a_run_without_a_better_ap(stopped_after, shapes, tmp_path, scores, capsys):
+    """The run ends after two evaluations without a better AP, also if it is resumed between or after them."""
     scores(0.1, 0.3, 0.3, 0.2, 0.4)
     patience = ("--patience", 2, "--resume", "auto")
     if stopped_after:
@@ -89,13 +89,13 @@ def test_patience(stopped_after, shapes, tmp_path, scores, capsys):
     assert torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)["epoch"] == 4
 
 
-def test_patience_without_an_output_folder(shapes, scores, capsys):
+def test_patience_needs_no_output_folder(shapes, scores, capsys):
     scores(0.2, 0.1)
     main.main(main.get_args_parser().parse_args(flags(shapes, "--epochs", 9, "--patience", 1)))
     assert "ended early: 1 evaluation without a better AP than 0.200" in capsys.readouterr().out
 
 
-def test_a_resumed_run_ends_like_one_never_interrupted(shapes, trained, tmp_path, capsys):
+def test_a_resumed_run_ends_like_one_that_was_never_interrupted(shapes, trained, tmp_path, capsys):
     common = ("--lr_drop", 2, "--dropout", 0, "--resume", "auto", "--num_workers", 1)
     train(shapes, tmp_path, "--epochs", 1, *common)
     assert "starting a new run" in capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_a_resumed_run_ends_like_one_never_interrupted(shapes, trained, tmp_path
     assert log_lines(tmp_path) == log_lines(trained)
 
 
-def test_going_on_from_an_earlier_checkpoint_drops_later_log_lines(shapes, trained, tmp_path, capsys):
+def test_resuming_from_an_earlier_checkpoint_drops_later_log_lines(shapes, trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     resume = trained / "checkpoint0001.pth"
     train(shapes, tmp_path / "run", "--epochs", 3, "--dropout", 0, "--lr_drop", 3, "--resume", resume)
@@ -121,7 +121,7 @@ def test_going_on_from_an_earlier_checkpoint_drops_later_log_lines(shapes, train
     assert lines[2]["train_lr"] == pytest.approx(1e-4)
 
 
-def test_a_model_without_training_state_is_a_start(shapes, trained, tmp_path, capsys):
+def test_resuming_a_model_without_training_state_starts_at_epoch_0(shapes, trained, tmp_path, capsys):
     model = torch.load(trained / "checkpoint.pth", weights_only=True)["model"]
     torch.save({"model": model}, tmp_path / "model.pth")
     train(shapes, tmp_path, "--epochs", 1, "--resume", tmp_path / "model.pth")
@@ -129,14 +129,14 @@ def test_a_model_without_training_state_is_a_start(shapes, trained, tmp_path, ca
     assert [line["epoch"] for line in log_lines(tmp_path)] == [0]
 
 
-def test_start_epoch_without_a_checkpoint(shapes, tmp_path):
+def test_start_epoch_needs_no_checkpoint(shapes, tmp_path):
     train(shapes, tmp_path, "--epochs", 3, "--start_epoch", 2, "--lr_drop", 2)
     (line,) = log_lines(tmp_path)
     assert (line["epoch"], line["train_lr"]) == (2, pytest.approx(1e-5))
 
 
 def test_flags_of_the_model_come_from_the_checkpoint(shapes, trained, tmp_path, run_main):
-    """Neither evaluation nor resuming needs them; what is given and contradicts is refused."""
+    """Neither evaluation nor resuming needs them; a flag that contradicts the checkpoint is refused."""
     data = ("--coco_path", shapes, "--device", "cpu", "--num_workers", 0)
     done = run_main(*data, "--eval", "--resume", trained / "checkpoint.pth")
     assert done.returncode == 0, done.stderr
@@ -155,7 +155,7 @@ def test_flags_of_the_model_come_from_the_checkpoint(shapes, trained, tmp_path, 
     assert "is of another model: --backbone is resnet50 now, resnet18 in the checkpoint; drop the flag" in line
 
 
-def test_a_checkpoint_of_another_model(shapes, trained):
+def test_a_checkpoint_of_another_model_is_refused(shapes, trained):
     resume = ("--eval", "--resume", trained / "checkpoint.pth")
     for more, message in (
         (("--nheads", 4), "--nheads is 4 now, 2 in the checkpoint"),
@@ -165,14 +165,14 @@ def test_a_checkpoint_of_another_model(shapes, trained):
             main.main(main.get_args_parser().parse_args(flags(shapes, *resume, *more)))
 
 
-def test_a_new_run_does_not_write_over_another(shapes, trained, tmp_path):
+def test_a_new_run_does_not_overwrite_another(shapes, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     with pytest.raises(InputError, match=r"holds the checkpoints of a run: continue it by --resume auto, or name"):
         train(shapes, tmp_path / "run", "--epochs", 1)
     assert log_lines(tmp_path / "run") == log_lines(trained)
 
 
-def test_imagenet_weights_are_fetched_for_a_new_run_only(shapes, trained, tmp_path, monkeypatch):
+def test_imagenet_weights_are_downloaded_only_for_a_new_run(shapes, trained, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("offline")
 
@@ -183,5 +183,5 @@ def test_imagenet_weights_are_fetched_for_a_new_run_only(shapes, trained, tmp_pa
         train(shapes, tmp_path, "--epochs", 1, *imagenet)
     main.main(main.get_args_parser().parse_args(flags(shapes, "--eval", *imagenet)))
     resume = ("--resume", trained / "checkpoint.pth")
-    with pytest.raises(InputError, match="--backbone_weights none"):  # loaded, but other parameters would train
+    with pytest.raises(InputError, match="--backbone_weights none"):  # it would train other parameters
         train(shapes, tmp_path, "--epochs", 4, *imagenet, *resume)

@@ -1,4 +1,4 @@
-"""All processes of a run have the model that the first one has read, whatever the version of torch."""
+"""All processes of a run start with the model of the first process, with every version of torch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.forked import run_on_several
 
 @pytest.fixture
 def run_recorded(meeting):
-    """Runs main.py on two processes that save the states of their models."""
+    """Run main.py on two processes that save the states of their models."""
 
     def run(*flags: object) -> None:
         run_on_several(recorded.run, ([*TINY, *map(str, flags)], meeting()), 2)
@@ -21,10 +21,10 @@ def run_recorded(meeting):
 
 
 @pytest.mark.parametrize("source", ["backbone_weights", "finetune"])
-def test_all_processes_train_from_the_weights_and_statistics_that_the_first_has_read(
+def test_all_processes_start_with_the_weights_and_statistics_that_the_first_has_read(
     source, shapes, tmp_path, parse, run_recorded
 ):
-    """Through main.py, in which only the first process reads such files; the norms are frozen."""
+    """In main.py, only the first process reads such files; the norms are frozen."""
     weights, prefix = torchvision.models.resnet18().state_dict(), "backbone.0.body."
     if source == "finetune":
         args = parse(*TINY, "--backbone_norm", "frozen", "--num_classes", 4)
@@ -47,7 +47,7 @@ def test_all_processes_train_from_the_weights_and_statistics_that_the_first_has_
             assert torch.equal(first[prefix + name], value), (moment, name)
 
 
-def test_evaluation_of_random_weights_takes_those_of_the_first_process(shapes, tmp_path, run_recorded):
+def test_all_processes_evaluate_the_random_weights_of_the_first(shapes, tmp_path, run_recorded):
     run_recorded("--coco_path", shapes, "--output_dir", tmp_path, "--eval")
     first, second = (torch.load(tmp_path / f"evaluated-{rank}.pt") for rank in range(2))
     assert all(torch.equal(second[name], value) for name, value in first.items())

@@ -1,4 +1,4 @@
-"""The mask head against the published code: see tests/data/README.md."""
+"""The mask head equals that of the published code: see tests/data/README.md."""
 
 import json
 import zlib
@@ -42,7 +42,7 @@ class Head(torch.nn.Module):
         self.load_state_dict(reference_weights(self.state_dict()))
 
 
-def drawn(name, *shape, scale=1.0):
+def random_tensor(name, *shape, scale=1.0):
     rng = np.random.RandomState(zlib.crc32(name.encode()))
     return torch.tensor(rng.standard_normal(shape) * scale, dtype=torch.float32)
 
@@ -50,25 +50,25 @@ def drawn(name, *shape, scale=1.0):
 @pytest.fixture
 def head_and_figures():
     _, arrays = load_figures("segmentation_head")
-    features = drawn("proj", 2, 256, 5, 7)
+    features = random_tensor("proj", 2, 256, 5, 7)
     stages = [
-        drawn("layer1", 2, 256, 38, 51, scale=0.05),
-        drawn("layer2", 2, 512, 19, 26, scale=0.05),
-        drawn("layer3", 2, 1024, 10, 13, scale=0.05),
+        random_tensor("layer1", 2, 256, 38, 51, scale=0.05),
+        random_tensor("layer2", 2, 512, 19, 26, scale=0.05),
+        random_tensor("layer3", 2, 1024, 10, 13, scale=0.05),
         features,
     ]
     embeddings = Embeddings(
         stages=[NestedTensor(stage, arrays["padding"]) for stage in stages],
         features=features,
-        memory=drawn("memory", 2, 256, 5, 7, scale=3).flatten(2).transpose(1, 2),
-        hs=drawn("hs", 2, 12, 256, scale=3)[None],
+        memory=random_tensor("memory", 2, 256, 5, 7, scale=3).flatten(2).transpose(1, 2),
+        hs=random_tensor("hs", 2, 12, 256, scale=3)[None],
         reference=None,
     )
     return QueryMasks(Head(), embeddings), arrays
 
 
 @torch.no_grad()
-def test_the_head_alone(head_and_figures):
+def test_attention_and_masks_of_the_head_equal_the_published_ones(head_and_figures):
     masks, arrays = head_and_figures
     assert sum(p.numel() for p in masks.model.parameters()) == 1_333_657
     keys, padding = masks.shared[0], arrays["padding"].flatten(1)
@@ -79,7 +79,7 @@ def test_the_head_alone(head_and_figures):
 
 
 @torch.no_grad()
-def test_chosen_queries_have_the_masks_that_they_have_among_all(head_and_figures):
+def test_chosen_queries_have_the_same_masks_as_among_all_queries(head_and_figures):
     masks, arrays = head_and_figures
     chosen = [torch.tensor([7, 0, 7]), torch.tensor([3])]
     expected = torch.cat([of_image[index] for of_image, index in zip(arrays["pred_masks"], chosen, strict=True)])
@@ -87,25 +87,25 @@ def test_chosen_queries_have_the_masks_that_they_have_among_all(head_and_figures
     assert_close(masks.of_image(1, chosen[1]), expected[3:], atol=1e-4, rtol=0)
 
 
-def test_no_query_gives_no_masks_and_gradients_of_zero(head_and_figures):
+def test_without_queries_there_are_no_masks_and_gradients_are_zero(head_and_figures):
     masks, _ = head_and_figures
     none = torch.zeros(0, dtype=torch.int64)
     nothing = masks.of([none, none])
     assert nothing.shape == (0, 38, 51)
     nothing.sum().backward()
-    assert all(not p.grad.any() for p in masks.model.parameters())  # so that no process waits for another one
+    assert all(not p.grad.any() for p in masks.model.parameters())  # if they were None, other processes would wait
 
 
-def test_losses_of_masks():
+def test_losses_of_masks_equal_the_published_ones():
     figures, _ = load_figures("segmentation_head")
     expected = figures["mask_losses"]
-    logits, target = drawn("x", 5, 1938) * 2, (drawn("target", 5, 1938) > 0).float()
+    logits, target = random_tensor("x", 5, 1938) * 2, (random_tensor("target", 5, 1938) > 0).float()
     for name, losses in pair_losses(logits, target).items():
         assert losses.sum().item() / expected["num_boxes"] == pytest.approx(expected[name], abs=1e-6)
 
 
-def test_panoptic_segmentations():
-    """Merged stuff, a segment of few pixels, a mask that is visible nowhere, and an image in which nothing is found."""
+def test_panoptic_segmentations_equal_the_published_ones():
+    """They have merged stuff, a small segment, a mask that is hidden by others, and an image without segments."""
     figures, arrays = load_figures("segmentation_head")
     expected = figures["panoptic"]
     outputs = {
@@ -119,7 +119,7 @@ def test_panoptic_segmentations():
 
 
 def inscribed_ellipses(boxes, height, width):
-    """Masks of the ellipses inscribed in relative boxes (cx, cy, w, h), by the centres of the pixels."""
+    """Return masks [N, H, W] of the ellipses inscribed in N relative boxes (cx, cy, w, h)."""
     y = (torch.arange(height) + 0.5)[:, None]
     x = (torch.arange(width) + 0.5)[None]
     cx, cy, w, h = (boxes * torch.tensor([width, height, width, height])).T[..., None, None]
@@ -127,7 +127,7 @@ def inscribed_ellipses(boxes, height, width):
 
 
 @pytest.mark.parametrize("name", PANOPTIC)
-def test_models_with_masks(name, _float64):
+def test_models_with_masks_equal_the_published_ones(name, _float64):
     figures, arrays = load_figures(name)
     arrays = {key: value.double() if value.is_floating_point() else value for key, value in arrays.items()}
     flags = [*PANOPTIC[name], "--masks", "--dropout", "0", "--device", "cpu"]
@@ -145,7 +145,7 @@ def test_models_with_masks(name, _float64):
         target |= {"size": torch.tensor(size), "orig_size": torch.tensor(original)}
 
     chosen = figures["mask_queries"]
-    if name.startswith("detr"):  # of all queries, as hub models return them
+    if name.startswith("detr"):  # the masks of all queries, as hub models return them
         chosen = list(range(100))
         model.all_masks = True
     with torch.no_grad():
@@ -191,6 +191,6 @@ def test_models_with_masks(name, _float64):
         assert result["ids"].tolist() == arrays[f"panoptic{image}_ids"].tolist()
 
 
-def test_figures_are_complete():
+def test_figures_are_recorded_in_float64():
     for name in PANOPTIC:
         assert json.loads((DATA / f"{name}.json").read_text())["precision"].startswith("float64")

@@ -1,4 +1,4 @@
-"""The generated data set."""
+"""The generated data set is valid, varied and reproducible."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import json
 from datasets.shapes import CLASSES, overlap, write_dataset
 
 
-def test_a_valid_coco_data_set_of_varied_scenes(tmp_path):
+def test_the_data_set_is_valid_coco_with_varied_images(tmp_path):
     write_dataset(tmp_path, num_train=60, num_val=20)
     digests = {}
     for split in ("train", "val"):
@@ -37,7 +37,7 @@ def test_the_same_call_makes_the_same_files(tmp_path):
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
 
 
-def test_overlap():
+def test_overlap_is_relative_to_the_smaller_box():
     square = [(0.0, 0.0), (10.0, 0.0), (10.0, 10.0), (0.0, 10.0)]
     assert overlap(square, square) == 1
     assert overlap(square, [(x + 5, y) for x, y in square]) == 0.5
