@@ -67,24 +67,24 @@ def assert_same_end(output, expected) -> None:
             assert torch.equal(ours["optimizer"]["state"][index][name], value), (index, name)
     assert (output / "log.txt").read_text() == (expected / "log.txt").read_text()
     files, their_files = ({path.name for path in folder.glob("[!.]*.pth")} for folder in (output, expected))
-    assert files ^ their_files <= {"checkpoint_previous.pth"}  # an interruption writes one checkpoint more
+    assert files ^ their_files <= {"checkpoint_previous.pth"}  # an interruption writes one more checkpoint
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests with the mark `gpu` on machines without one."""
+    """Skip tests with the mark `gpu` on machines without a GPU."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
-    """One where several processes share the tests (pytest-xdist), else two."""
+    """Use one thread if several processes share the tests (pytest-xdist), else two."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
-    """A small generated data set, for reading only."""
+    """A small generated data set, which tests only read."""
     root = tmp_path_factory.mktemp("shapes")
     write_dataset(root, num_train=14, num_val=7)
     return root
@@ -92,7 +92,7 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(shapes, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run of three epochs with a narrow model, for reading only."""
+    """The folder of an uninterrupted run of three epochs with a narrow model, which tests only read."""
     output = tmp_path_factory.mktemp("trained")
     with narrowed():
         train(shapes, output, "--epochs", 3, "--lr_drop", 2, "--dropout", 0)
@@ -107,7 +107,7 @@ def narrow(monkeypatch):
 
 @pytest.fixture
 def parse():
-    """Flags to a namespace, on the CPU."""
+    """Return a function that parses flags, with the CPU as device by default."""
 
     def parse(*flags: object) -> argparse.Namespace:
         return main.get_args_parser().parse_args(["--device", "cpu", *map(str, flags)])
@@ -117,24 +117,27 @@ def parse():
 
 @pytest.fixture
 def meeting():
-    """Return a function that opens a place where processes meet, and returns the environment variables that name it.
+    """Return a function that starts a store for the rendezvous of processes, and returns its environment variables.
 
-    A store listens there until the end of the test, so that nobody else can take its port.
+    The store listens until the end of the test, so that no other program can take its port.
     """
     stores = []
 
-    def open_place() -> dict[str, str]:
+    def start_store() -> dict[str, str]:
         stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
         port = str(stores[-1].port)
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
-    yield open_place
+    yield start_store
     stores.clear()
 
 
 @pytest.fixture
 def run_main(tmp_path_factory):
-    """Runs main.py as a user would and returns the finished process, which needs a fresh Python only if so asked."""
+    """Return a function that runs main.py as a user would, and returns the finished process.
+
+    A new Python is only started for a launcher, another script or variables for Python; forking is faster.
+    """
 
     def run(
         *flags: object, launcher: tuple[str, ...] = (), script: str = "main.py", **env: str
@@ -155,9 +158,9 @@ def run_main(tmp_path_factory):
 
 @pytest.fixture
 def run_on_two(tmp_path_factory, meeting):
-    """Runs main.py on two processes, as a launcher sets them up; returns both finished processes by rank.
+    """Return a function that runs main.py on two processes, as a launcher would, and returns both, finished, by rank.
 
-    `strikes` are a moment of `killed.CALLS` and the name of a signal for each process.
+    `strikes` has a moment of `killed.CALLS` and the name of a signal for each process.
     """
 
     def run(
@@ -180,7 +183,7 @@ def run_on_two(tmp_path_factory, meeting):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """Images for prediction, for reading only."""
+    """Images for prediction, which tests only read."""
     root = tmp_path_factory.mktemp("photos")
     predicting.write_photos(root)
     return root
@@ -188,7 +191,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def scored_checkpoint(tmp_path_factory) -> Path:
-    """A tiny model whose scores are spread over 0 to 1."""
+    """The checkpoint of a tiny model whose scores are spread over 0 to 1."""
     path = tmp_path_factory.mktemp("scored") / "checkpoint.pth"
     predicting.save_scored_checkpoint(path, TINY)
     return path
@@ -196,7 +199,10 @@ def scored_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_predict(scored_checkpoint, tmp_path, capsys):
-    """Predict with that model; return the exit code, the results by image id, and what was printed."""
+    """Return a function that predicts with `scored_checkpoint`.
+
+    It returns the exit code, the results by image id, and the printed text.
+    """
 
     def run(*flags: object) -> tuple[int, dict[int | str, list[dict]], str]:
         common = ("--checkpoint", scored_checkpoint, "--device", "cpu", "--output", tmp_path / "out")

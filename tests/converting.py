@@ -16,7 +16,7 @@ OWN_CLASSES = {
 
 
 def save(path: Path, *flags: object, num_classes: int = 91, sharp: bool = False, **more) -> Path:
-    """Save a checkpoint with weights as training would leave them; with `sharp`, its queries differ much."""
+    """Save a checkpoint with weights like those of a trained model; with `sharp`, its queries differ strongly."""
     args = get_args_parser().parse_args([*map(str, flags), "--num_classes", str(num_classes)])
     model, _, _ = build_model(args)
     weights = reference_weights(model.state_dict())

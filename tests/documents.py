@@ -53,7 +53,7 @@ def flags_of_main(command: list[str]) -> list[str] | None:
     """Return the flags of main.py in a command, also if a launcher or a recipe starts it; None in other commands."""
     for i, word in enumerate(command):
         if word == "main.py" or (word.endswith(".sh") and "main.py" in (ROOT / word).read_text("utf-8")):
-            return [flag for flag in command[i + 1 :] if flag != "--panoptic"]  # which is one of demo_masks.sh
+            return [flag for flag in command[i + 1 :] if flag != "--panoptic"]  # a flag of demo_masks.sh
     return None
 
 

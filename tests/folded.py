@@ -1,4 +1,4 @@
-"""A backbone whose norms are as training leaves them, and torchvision's own modules to compare it with."""
+"""A backbone with norms like those of a trained one, and torchvision's own modules to compare it with."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ IMAGE = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
 def random_norms(network: nn.Module) -> nn.Module:
-    """Norms as training leaves them."""
+    """Set the norms of a network to random values like those of a trained one, and return it."""
     generator = torch.Generator().manual_seed(1)
     for name, buffer in network.named_buffers():
         noise = torch.rand(buffer.shape, generator=generator)
@@ -41,7 +41,7 @@ def features(body: nn.Module, image: Tensor = IMAGE) -> Tensor:
 
 
 def assert_same(values: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    """Equal up to a part of the largest value."""
+    """Check that values are equal up to a fraction of the largest one."""
     assert_close(values, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 

@@ -1,4 +1,4 @@
-"""Processes that start quickly: they are forked from one that has imported what they need."""
+"""Processes that start quickly: they are forked from a process that has imported the modules that they need."""
 
 import multiprocessing
 import subprocess
@@ -20,9 +20,10 @@ LONGEST = 200  # seconds
 def run_main(
     flags: list[str], folder: Path, moment: str = "", number: int = 0, **env: str
 ) -> subprocess.CompletedProcess:
-    """Run main.py, with a signal at a moment of `killed.CALLS` if one is named; its output goes through `folder`.
+    """Run main.py in another process; its output is written to `folder`.
 
-    Its resnet18 is narrow if that of this process is.
+    If a moment of `killed.CALLS` is given, the process is sent the signal with this number at that moment. Its resnet18
+    is narrow if that of this process is.
     """
     printed = folder / "printed"
     process = CONTEXT.Process(target=killed.run_struck, args=(flags, moment, number, env, printed, is_narrow()))

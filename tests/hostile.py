@@ -1,4 +1,4 @@
-"""Hostile checkpoints: values that a file may hold instead of the expected ones, and their places."""
+"""Hostile checkpoints: values that a file may hold instead of the expected ones, and the places for them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Colour(enum.Enum):
 
 
 class Unknown:
-    """An object of a class that no checkpoint of ours has."""
+    """An object of a class that no valid checkpoint contains."""
 
 
 class Calls:
-    """An object whose file calls a function with the name of a file to make."""
+    """An object whose file calls a function when it is loaded."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -38,7 +38,7 @@ class Calls:
 
 
 def shared_list(depth: int = 60) -> list[Any]:
-    """Return lists of which each holds the next one twice: 2**60 entries if they are counted, in some bytes."""
+    """Return nested lists, each of which holds the next one twice: 2**60 entries in a small file."""
     value: list[Any] = []
     for _ in range(depth):
         value = [value, value]
@@ -100,8 +100,8 @@ PLAIN: dict[str, Any] = {
     **{"numpy array": np.zeros((2, 3)), "numpy empty": np.zeros((0, 10**6)), "numpy objects": np.array([Unknown()])},
     **{"numpy records": np.zeros(2, [("a", "i4")]), "numpy date": np.datetime64("2020-01-01")},
     **{"shared lists": shared_list(), "cyclic list": cyclic_list(), "cyclic dict": cyclic_dict()},
-    **{"many lists": nested(300, lambda v: [v]), "many dicts": nested(300, lambda v: {"model": v})},
-    **{"many tuples": nested(300, lambda v: (v, 1)), "tuple as key": {nested(200, lambda v: (v,)): 1}},
+    **{"deep lists": nested(300, lambda v: [v]), "deep dicts": nested(300, lambda v: {"model": v})},
+    **{"deep tuples": nested(300, lambda v: (v, 1)), "tuple as key": {nested(200, lambda v: (v,)): 1}},
 }
 OBJECTS: dict[str, Any] = {
     **{"object": Unknown(), "class": Unknown, "member": Colour.RED, "function": math.sqrt, "type": int},

@@ -1,14 +1,15 @@
-"""main.py, sent a signal at a moment with a name.
+"""Run main.py, which is sent a signal at a moment with a name.
 
-The moments of a run, N being the steps that this start of it has taken, and FILE what is written:
+Moments of a run, where N is the number of steps since its last start, and FILE is the name of a file that is written:
 
     before step N, after step N                          the optimizer's step
     halfway into FILE after step N, at the end of FILE after step N
     before FILE is in place after step N, after FILE is in place after step N
     before the log line after step N, after the log line after step N
 
-As a script, for torchrun: KILLED_AT holds "process: moment" for each start of the run that is to be struck, with
-"; " between them. With KILLED_SIGNAL, torchrun is sent that signal instead. The ResNet is narrow.
+As a script, for torchrun: KILLED_AT has an entry "rank: moment" for each start of the run, separated by "; ". The
+process with this rank is killed at that moment; with KILLED_SIGNAL, torchrun is sent this signal instead. The ResNet is
+narrow.
 """
 
 import io
@@ -31,13 +32,13 @@ STRUCK = "struck "  # begins the line that announces a moment
 
 
 class Strike:
-    """A signal to a process (this one) at a moment of the run; `came` says whether it was sent."""
+    """A signal to a process, by default this one, at a moment of the run; `came` is True after it was sent."""
 
     def __init__(
         self, moment: str, number: int = signal.SIGKILL, process: int | None = None, announced: bool = False
     ) -> None:
         self.moment = moment
-        self.announced = announced  # by a line
+        self.announced = announced  # by a line on standard error
         self.number = number
         self.process = process or os.getpid()
         self.came = False
@@ -52,7 +53,7 @@ class Strike:
             os.kill(self.process, self.number)
 
     def watch(self) -> None:
-        """Have the functions that a run consists of tell their moments."""
+        """Wrap the functions of a run, so that they call `at` at each moment."""
         step, save, replace, append_log = torch.optim.AdamW.step, torch.save, Path.replace, training.append_log
 
         def step_between(*args, **kwargs):
@@ -89,13 +90,13 @@ class Strike:
         training.append_log = append_between
 
 
-# Moments within the code that runs: just before these calls, counted from 1, of these functions.
+# Moments just before calls of functions: a function, and the numbers of these calls, counted from 1.
 CALLS: dict[str, tuple[str, range]] = {
     "a file of weights is read": ("torch.load", range(1, 2)),
     "the first image is decoded": ("datasets.images._decode_jpeg", range(1, 2)),
     "the second image is decoded": ("datasets.images._decode_jpeg", range(2, 3)),
-    "the first losses are there": ("run.step.logged_losses", range(1, 2)),
-    "the losses of the first and the second batch are there": ("run.step.logged_losses", range(1, 3)),
+    "the first losses are computed": ("run.step.logged_losses", range(1, 2)),
+    "the losses of the first and the second batch are computed": ("run.step.logged_losses", range(1, 3)),
     "the first evaluation is scored": ("engine.CocoEvaluator.accumulate", range(1, 2)),
     "the second evaluation is scored": ("engine.CocoEvaluator.accumulate", range(2, 3)),
     "the first line of the log is written": ("training.append_log", range(1, 2)),
@@ -110,7 +111,7 @@ CALLS: dict[str, tuple[str, range]] = {
 
 
 def strike_at(moment: str, number: int, came: Path | None = None) -> None:
-    """Send this process a signal at each call of a moment in `CALLS`; `came` is a file that is then written."""
+    """Send this process a signal at each call of a moment in `CALLS`, and write an empty file `came`."""
     place, chosen = CALLS[moment]
     owner_name, name = place.rsplit(".", 1)
     owner = pkgutil.resolve_name(owner_name)
@@ -128,9 +129,9 @@ def strike_at(moment: str, number: int, came: Path | None = None) -> None:
 
 
 def run_struck(flags: list[str], moment: str, number: int, env: dict[str, str], printed: Path, narrow: bool) -> None:
-    """Run main.py with these flags and a signal at a moment ("": none), for a fresh process.
+    """Run main.py with these flags and a signal at a moment ("" for no signal); only for a new process.
 
-    It prints to the files `printed`.out and .err, and writes `printed`.came at the moment.
+    Its output is written to the files `printed`.out and .err; at the moment, it writes an empty file `printed`.came.
     """
     torch.set_num_threads(1)
     if narrow:
@@ -145,7 +146,7 @@ def run_struck(flags: list[str], moment: str, number: int, env: dict[str, str], 
 
 
 def run(flags: list[str], moment: str, number: int) -> None:
-    """Run main.py with these flags and a narrow ResNet, sent a signal at that moment; for a fresh process."""
+    """Run main.py with these flags, a narrow ResNet and a signal at that moment; only for a new process."""
     torch.set_num_threads(1)
     make_narrow(pytest.MonkeyPatch())
     Strike(moment, number)

@@ -1,4 +1,4 @@
-"""Records of the operators that PyTorch is asked to compute."""
+"""Recorder of the operators that PyTorch computes."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Recorder(TorchDispatchMode):
-    """Within `with Recorder() as recorder`, notes the operators, their arguments and the sizes of their results."""
+    """Mode that records operators, their arguments and the sizes of their results: `with Recorder() as recorder`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Recorder(TorchDispatchMode):
         return [name for name, _, _ in self.calls]
 
     def count_waits(self) -> int:
-        """Operators that make the host wait for a GPU: reading a value, or a result whose size depends on values."""
+        """Count the operators that make the host wait for a GPU, to read a value or a size that depends on values."""
         by_mask = [
             name
             for name, args, _ in self.calls

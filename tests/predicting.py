@@ -1,4 +1,4 @@
-"""A tiny model and images for the tests of prediction, and readers of what it writes."""
+"""A tiny model and images for the tests of prediction, and functions that read the predictions."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def save_scored_checkpoint(path: Path, flags: list[str]) -> None:
 
 
 def write_photos(root: Path) -> None:
-    """Write images of several shapes, formats and folders, and a file that is not an image."""
+    """Write images of several shapes and formats into two folders, and a file that is not an image."""
     for number, name in enumerate(("a.jpg", "b.png", f"sub/{HOSTILE}", "sub/größe 猫.webp", "sub/.hidden.jpg")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         scene(number).save(root / name)

@@ -1,4 +1,4 @@
-"""main.py that leaves the state of each process's model in the output folder: before training, and as evaluated."""
+"""Run main.py, and save the model of each process in the output folder: before training, and before evaluation."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from util.distributed import get_rank
 
 
 def recording(function, moment: str):
-    """Return a function that saves the state of its first argument, a parallel model or a step, before it is called."""
+    """Wrap a function whose first argument is a parallel model or a step: save the model's state before the call."""
 
     def recorded(first, *args, **kwargs):
         parallel_model = first if hasattr(first, "module") else first.model
@@ -24,7 +24,7 @@ def recording(function, moment: str):
 
 
 def run(rank: int, flags: list[str], meeting: dict[str, str]) -> None:
-    """Run main.py as one of two processes, for a fresh process."""
+    """Run main.py as one of two processes; only for a new process."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} | meeting
     sys.argv = ["main.py", *flags]

@@ -1,4 +1,4 @@
-"""The weights, images and targets of the figures in tests/data, which depend on names, shapes and seeds alone."""
+"""Weights, images and targets of the figures in tests/data, which depend only on names, shapes and seeds."""
 
 import json
 import re
@@ -13,18 +13,18 @@ DATA = Path(__file__).parent / "data"
 
 
 def load_figures(name: str) -> tuple[dict, dict[str, Tensor]]:
-    """The scalars and the arrays recorded under a name."""
+    """Return the scalars and the arrays that were recorded under a name."""
     with np.load(DATA / f"{name}.npz") as arrays:
         return json.loads((DATA / f"{name}.json").read_text()), {key: torch.from_numpy(arrays[key]) for key in arrays}
 
 
 def reference_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reference value of every tensor of a state dict."""
+    """Return the reference value of every tensor of a state dict."""
     return {key: reference_tensor(key, tuple(value.shape)) for key, value in state_dict.items()}
 
 
 def reference_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
-    """A value in the range that a trained tensor of this name would have, drawn with the key's checksum as seed."""
+    """Return a value in the range of a trained tensor of this name, drawn with the key's checksum as seed."""
     rng = np.random.RandomState(zlib.crc32(key.encode()))
     vector = len(shape) == 1
     if key.endswith("running_var"):
@@ -45,7 +45,7 @@ def reference_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def reference_images(sizes: list[tuple[int, int]], seed: int) -> list[Tensor]:
-    """One [3, height, width] image of waves and noise for every (height, width)."""
+    """Return an image [3, height, width] of waves and noise for every (height, width)."""
     images = []
     for i, (height, width) in enumerate(sizes):
         rng = np.random.RandomState(1000 * seed + i)
@@ -59,7 +59,7 @@ def reference_images(sizes: list[tuple[int, int]], seed: int) -> list[Tensor]:
 
 
 def reference_targets(num_boxes: list[int], seed: int, num_classes: int = 91) -> list[dict[str, Tensor]]:
-    """Targets with as many boxes as said, of sides 0.05 to 0.5, and labels from 1 to below `num_classes`."""
+    """Return targets with the given numbers of boxes, whose sides are 0.05 to 0.5, and labels below `num_classes`."""
     targets = []
     for i, n in enumerate(num_boxes):
         rng = np.random.RandomState(7000 + 1000 * seed + i)

@@ -1,4 +1,4 @@
-"""A small transformer, and a small model with its criterion; weights are as training would leave them."""
+"""A small transformer, and a small model with weights like those of a trained one, and its criterion."""
 
 from main import get_args_parser
 from models import build_model

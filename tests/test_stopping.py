@@ -91,7 +91,7 @@ def test_a_signal_while_images_are_read_in_training_is_noted(shapes, tmp_path, s
 
 def test_ctrl_c_finishes_the_step_and_saves(shapes, tmp_path, struck):
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, "--num_workers", 1]
-    done = struck("the first losses are there", "SIGINT", *flags)
+    done = struck("the first losses are computed", "SIGINT", *flags)
     assert done.returncode == 130, done.stderr
     assert "Ctrl-C: finishing this step; press it again to stop at once" in done.stderr
     assert "to resume, repeat the command with --resume auto" in done.stdout
@@ -103,7 +103,7 @@ def test_ctrl_c_finishes_the_step_and_saves(shapes, tmp_path, struck):
 def test_the_second_ctrl_c_ends_at_once(shapes, tmp_path, struck):
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path, "--num_workers", 1]
     done = struck(
-        "the losses of the first and the second batch are there",
+        "the losses of the first and the second batch are computed",
         "SIGINT",
         *(*flags, "--batch_size", 1, "--accum_steps", 6),
     )
@@ -113,7 +113,7 @@ def test_the_second_ctrl_c_ends_at_once(shapes, tmp_path, struck):
 
 
 def test_without_an_output_folder_nothing_can_be_resumed(shapes, struck):
-    done = struck("the first losses are there", "SIGINT", *TINY, "--coco_path", shapes, "--epochs", 1)
+    done = struck("the first losses are computed", "SIGINT", *TINY, "--coco_path", shapes, "--epochs", 1)
     assert done.returncode == 130
     assert "warning: nothing will be saved, and the run cannot be resumed: name a folder by --output_dir" in done.stdout
     assert "nothing was saved: there is no --output_dir" in done.stdout
@@ -237,7 +237,7 @@ main.run()
 
 def test_processes_stop_together_though_one_is_asked(shapes, tmp_path, run_on_two):
     flags = [*TINY, "--batch_size", 1, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path]
-    strikes = [("", "SIGINT"), ("the first losses are there", "SIGINT")]
+    strikes = [("", "SIGINT"), ("the first losses are computed", "SIGINT")]
     first, second = run_on_two(*flags, strikes=strikes)
     assert (first.returncode, second.returncode) == (130, 130), first.stdout + first.stderr + second.stderr
     assert "ended on request (exit code 130); to resume, repeat the command with --resume auto" in first.stdout
