@@ -1,4 +1,4 @@
-"""Annotation files and images: what is filled in, what is dropped, and one clear line for what cannot be used."""
+"""Annotation files and images: values that are filled in, entries that are left out, and errors of one line."""
 
 import json
 
@@ -107,7 +107,7 @@ def test_crowds_and_boxes_without_area_are_counted_and_left_out(load):
     )
 
 
-def test_texts_as_annotation_ids(load):
+def test_strings_as_annotation_ids(load):
     data = with_annotation(id="a1")
     data["annotations"] += [data["annotations"][0] | {"id": text} for text in ("a1", "2")]
     assert list(load(data).coco.anns) == [3, 4, 2]
@@ -116,7 +116,7 @@ def test_texts_as_annotation_ids(load):
 @pytest.mark.parametrize(
     "counts", [[125, 2, 28, 2, 1043], mask.encode(np.pad(np.ones((2, 2), np.uint8, "F"), ((5, 23), (4, 34))))["counts"]]
 )
-def test_boxes_of_run_length_codes(counts, load):
+def test_boxes_of_run_length_encodings(counts, load):
     data = with_annotation(bbox="missing", area="missing")
     data["annotations"][0]["segmentation"] = {
         "size": [30, 40],
@@ -129,17 +129,17 @@ def test_boxes_of_run_length_codes(counts, load):
 @pytest.mark.parametrize(
     "segmentation",
     [
-        {"size": [30, 40], "counts": [1200]},  # nothing
-        {"size": [30, 40], "counts": [125, 2, 28]},  # less than the image
+        {"size": [30, 40], "counts": [1200]},  # an empty mask
+        {"size": [30, 40], "counts": [125, 2, 28]},  # fewer pixels than the image
         {"size": [30, 40], "counts": mask.encode(np.ones((2, 2), np.uint8, "F"))["counts"].decode()},
         {"size": [30, 40], "counts": [-1, 1201]},
         {"size": [0, 0], "counts": "0"},
-        {"size": [30, 40], "counts": "oooo"},  # a number without an end
+        {"size": [30, 40], "counts": "oooo"},  # a number that does not end
         {"size": [30], "counts": "1"},
         {"counts": "1"},
     ],
 )
-def test_run_length_codes_that_are_not_usable(segmentation, load, capsys):
+def test_unusable_run_length_encodings(segmentation, load, capsys):
     data = with_annotation(bbox="missing")
     data["annotations"][0]["segmentation"] = segmentation
     assert len(load(data).coco.anns) == 0
@@ -148,7 +148,7 @@ def test_run_length_codes_that_are_not_usable(segmentation, load, capsys):
 
 @pytest.mark.parametrize("nothing", [None, [], [[]]])
 def test_areas_in_another_unit(nothing, load, capsys):
-    """An object that fills a hundredth of its box has a segmentation."""
+    """Small areas raise a warning, except for objects with a segmentation, which may fill a hundredth of their box."""
     load(with_annotation(area=0.04, segmentation=nothing))
     assert "json: 1 box has no segmentation and an 'area' below 1% of width × height: AP of" in capsys.readouterr().out
     load(with_annotation(area=0.04, segmentation=[[1, 2, 11, 7, 1, 2]]))
@@ -214,7 +214,7 @@ def test_an_image_that_cannot_be_decoded_is_named(folder, load):
         dataset[1]
 
 
-def test_a_stored_size_that_contradicts_is_named(folder, load):
+def test_an_image_of_another_size_than_in_the_file_is_named(folder, load):
     Image.new("RGB", (30, 40)).save(folder / "images" / "val2017" / "a.jpg")
     dataset = load()
     with pytest.raises(InputError, match=r"a.jpg \(image id 7\): is 30×40, but .*json says 40×30"):
@@ -223,7 +223,7 @@ def test_a_stored_size_that_contradicts_is_named(folder, load):
 
 def test_exif_orientation_is_not_applied(folder, load):
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by a viewer
+    exif[0x0112] = 6  # viewers rotate the image
     Image.new("RGB", (40, 30)).save(folder / "images" / "val2017" / "a.jpg", exif=exif)
     assert load()[1][0].shape == (3, 800, 1066)
 
@@ -244,7 +244,7 @@ def test_category_ids_beyond_the_head(load):
         dataset.check_classes(2)
 
 
-def test_a_batch_has_to_be_filled_in_training(load, parse):
+def test_training_needs_one_full_batch(load, parse):
     assert len(build_loader(load(), parse("--batch_size", 3), train=False)) == 2
     with pytest.raises(InputError, match="2 images are fewer than a batch of 3"):
         build_loader(load(), parse("--batch_size", 3), train=True)
@@ -255,7 +255,7 @@ def test_other_data_sets_are_refused(parse):
         build_dataset("val", parse("--dataset_file", "lvis"))
 
 
-def test_a_file_that_is_no_text(tmp_path):
+def test_a_file_that_is_not_text(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"x.json: not JSON"):
         read_annotations(tmp_path / "x.json")

@@ -1,4 +1,4 @@
-"""Attention: every kernel computes the paper's formula, and what of it is held in memory."""
+"""Attention: every kernel computes the paper's formula, and stores the matrix of weights only if it has to."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -
 
 @pytest.mark.parametrize("width", [8, 16])
 @pytest.mark.parametrize("visible", [None, visible_keys()], ids=["all", "masked"])
-@pytest.mark.parametrize("p", [0.0, 1e-9], ids=["fused", "table"])
+@pytest.mark.parametrize("p", [0.0, 1e-9], ids=["fused", "matrix"])
 def test_the_formula_and_its_gradients(width, visible, p):
     ours, theirs = inputs(width), inputs(width)
     result, expected = attend(*ours, visible, p), formula(*theirs, visible)
@@ -44,31 +44,31 @@ def test_the_formula_and_its_gradients(width, visible, p):
 @pytest.mark.parametrize("width", [8, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("visible", [None, visible_keys(200)], ids=["all", "masked"])
-def test_without_dropout_there_is_no_table_of_weights(width, dtype, visible):
+def test_attention_without_dropout_has_no_matrix_of_weights(width, dtype, visible):
     with Recorder() as recorder:
         attend(*inputs(width, dtype, queries=100, keys=200), visible, 0.0)
-    assert recorder.largest <= 2 * 3 * 200 * width  # that of the keys
+    assert recorder.largest <= 2 * 3 * 200 * width  # the size of the keys
 
 
 def test_dropout_of_weights_keeps_the_input_precision():
     with Recorder() as recorder:
         result = attend(*inputs(16, torch.bfloat16, queries=100, keys=200), visible_keys(200), 0.5)
     assert result.dtype is torch.bfloat16
-    assert recorder.largest_bytes == 2 * (2 * 3 * 100 * 200)  # the table, with two bytes per weight
+    assert recorder.largest_bytes == 2 * (2 * 3 * 100 * 200)  # the matrix, with two bytes per weight
     torch.manual_seed(0)
     repeated = [t.detach().repeat(10_000, 1, 1, 1) for t in (*inputs(16), visible_keys())]
     means = attend(*repeated, 0.5).unflatten(0, (10_000, 2)).mean(0)
     assert_close(means, formula(*inputs(16), visible_keys()), atol=0.05, rtol=0)
 
 
-def test_without_dropout_no_table_of_weights_is_held():
+def test_training_without_dropout_stores_no_matrix_of_weights():
     cells, queries = 400, 10
     transformer = small_transformer()
     x, position = torch.randn(2, 1, cells, 16)
     with Recorder() as recorder:
         hs, *_ = transformer(x, position, torch.zeros(1, cells, dtype=torch.bool), torch.randn(queries, 16))
         hs.sum().backward()
-    assert recorder.largest == cells * 32  # the feed-forward network's; one head's table would be 400²
+    assert recorder.largest == cells * 32  # of the feed-forward network; the matrix of one head would have 400²
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -113,10 +113,10 @@ def test_attention_is_masked_only_with_padding(monkeypatch):
         masks.clear()
         with torch.no_grad():
             model(samples)
-        assert masks == [masked] * 2 + [False, masked] * 3  # the queries' self-attention needs none
+        assert masks == [masked] * 2 + [False, masked] * 3  # the self-attention of queries needs no mask
 
 
-def test_a_batch_made_without_that_knowledge():
+def test_a_batch_that_does_not_know_whether_it_is_padded():
     model, _ = build_small()
     padded = nested_tensor_from_tensor_list([torch.randn(3, 64, 96), torch.randn(3, 64, 64)])
     full = nested_tensor_from_tensor_list([torch.randn(3, 64, 96)] * 2)

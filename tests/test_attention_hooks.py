@@ -29,7 +29,7 @@ def test_the_code_of_the_documentation(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_hooks_of_the_encoder_find_what_those_of_multihead_attention_find(padded):
+def test_hooks_of_the_encoder_receive_the_same_as_those_of_multihead_attention(padded):
     model = build_small()[0].double()  # the activations of random weights are large
     attention = model.transformer.encoder.layers[0].self_attn
     published = nn.MultiheadAttention(attention.out_proj.in_features, attention.num_heads, batch_first=True).double()
@@ -44,7 +44,7 @@ def test_hooks_of_the_encoder_find_what_those_of_multihead_attention_find(padded
     assert_close((output, weights), expected)
 
 
-def test_weights_are_computed_for_hooks_only():
+def test_weights_are_computed_only_for_hooks():
     model, _ = build_small()
     attention = model.transformer.decoder.layers[-1].cross_attn
     inputs = [torch.rand(2, attention.num_heads, 4, attention.out_proj.in_features // attention.num_heads)] * 3

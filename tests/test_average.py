@@ -1,4 +1,4 @@
-"""Averaged weights: what they are, where they are kept, and who uses them (--ema_decay)."""
+"""Averaged weights (--ema_decay): their values, the checkpoints with them, and the commands that use them."""
 
 import copy
 
@@ -57,8 +57,8 @@ def test_the_average_follows_the_taken_steps():
     assert not average.model.training
 
 
-def test_a_skipped_step_leaves_the_average_as_it_is(parse):
-    """Weights and statistics of norms; the next step changes them again."""
+def test_a_skipped_step_does_not_change_the_average(parse):
+    """Neither weights nor statistics of norms change; the next step changes them again."""
     model, criterion = random_model(parse(*TINY, "--num_classes", 4), seed=1)
     average = MovingAverage(model, 0.9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -75,7 +75,7 @@ def test_a_skipped_step_leaves_the_average_as_it_is(parse):
         assert average.state_dict()["steps"] == count
 
 
-def test_what_checkpoints_hold(shapes, averaged, tmp_path):
+def test_contents_of_checkpoints(shapes, averaged, tmp_path):
     """The raw weights are those of a run without an average, bit for bit; the best model is the average."""
     train(shapes, tmp_path / "raw", "--epochs", 2)
     checkpoint, best = (read(averaged / f"checkpoint{name}.pth") for name in ("", "_best"))

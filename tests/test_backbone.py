@@ -1,4 +1,4 @@
-"""Pretrained backbone weights: downloaded once, read from files, and clear about what is missing."""
+"""Pretrained backbone weights: downloaded once or read from a file, with errors that say what is missing."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def weights(tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
-def test_a_file(norm, weights):
+def test_weights_from_a_file(norm, weights):
     path, resnet = weights
     backbone = Backbone("resnet18", norm=norm)
     load_backbone_weights(backbone, "resnet18", str(path))
@@ -37,7 +37,7 @@ def test_a_file(norm, weights):
     torch.testing.assert_close(features.flatten(1), resnet.eval()(image))
 
 
-def test_the_download(hub, weights, monkeypatch):
+def test_weights_are_downloaded_once(hub, weights, monkeypatch):
     _, resnet = weights
     asked = []
 
@@ -64,7 +64,7 @@ def test_a_failed_download_says_what_to_do(hub, monkeypatch):
         assert part in str(error.value)
 
 
-def test_files_that_are_no_weights(tmp_path, weights):
+def test_files_without_the_right_weights(tmp_path, weights):
     backbone = Backbone("resnet34")
     with pytest.raises(InputError, match=r"absent.pth: no such file; --backbone_weights takes a state dict"):
         load_backbone_weights(backbone, "resnet34", str(tmp_path / "absent.pth"))

@@ -1,4 +1,4 @@
-"""Annotation files with any kind of mistake: samples that can be used, counted drops, or one line that says where."""
+"""Annotation files with mistakes of any kind: usable samples, counted omissions, or an error that names the place."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ TRAIN, VAL = (make_coco_transforms(split, 24, 40) for split in ("train", "val"))
 
 
 def plain() -> dict:
-    """A data set without a mistake."""
+    """Return a data set without mistakes."""
     images = [{"id": i, "file_name": n, "width": w, "height": h} for i, (n, (w, h)) in enumerate(SIZES.items(), 1)]
     boxes = [(1, [1, 2, 10, 5]), (1, [0.5, 3, 8, 9.5]), (2, [0, 0, 20, 50]), (3, [0, 0, 1, 1])]
     annotations = [
@@ -36,7 +36,7 @@ def plain() -> dict:
 
 
 def with_entry(kind: str, **changes) -> dict:
-    """The plain data set with changes to the first entry of a list."""
+    """Return the plain data set with changes to the first entry of a list."""
     data = plain()
     data[kind][0] |= changes
     return data
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a new file: file systems wait for the disk if one is overwritten, thousands of times here."""
+    """Write a new file, since overwriting one makes file systems wait for the disk, here thousands of times."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
 
@@ -84,7 +84,7 @@ KEYS = ("id", "file_name", "width", "height", "image_id", "category_id", "bbox",
 
 @st.composite
 def mistaken(draw) -> object:
-    """The plain data set with up to four mistakes."""
+    """Draw the plain data set with up to four mistakes."""
     data = plain()
     for _ in range(draw(st.integers(0, 4))):
         kind = draw(st.sampled_from(["images", "annotations", "annotations", "annotations", "categories"]))
@@ -114,14 +114,14 @@ def assert_usable(dataset: CocoDetection, image: torch.Tensor, target: dict) -> 
     assert image.shape[1:] == tuple(target["size"].tolist())
     assert 0 < min(image.shape[1:]) <= max(image.shape[1:]) <= 80
     assert target["boxes"].shape == (len(target["labels"]), 4)
-    assert ((target["boxes"] >= 0) & (target["boxes"] <= 1 + 1e-6)).all()  # scaling rounds
+    assert ((target["boxes"] >= 0) & (target["boxes"] <= 1 + 1e-6)).all()  # up to rounding
     assert (target["boxes"][:, 2:] > 0).all()
     assert target["area"].isfinite().all()
     assert ((target["labels"] >= 0) & (target["labels"] < dataset.classes.num_labels)).all()
 
 
 def evaluate(dataset: CocoDetection) -> None:
-    """Scores a few predictions for every image, of which some are exactly right."""
+    """Score a few predictions for every image, some of which are exactly right."""
     evaluator = CocoEvaluator(get_coco_api_from_dataset(dataset), ["bbox"])
     labels = torch.arange(4)
     for image_id in dataset.ids:
@@ -134,7 +134,7 @@ def evaluate(dataset: CocoDetection) -> None:
 
 
 def check(folder, data) -> None:
-    """All that a run does with a data set, on `data`."""
+    """Do with `data` all that a run does with a data set."""
     try:
         dataset = build(folder, data)
         samples = list(dataset)
@@ -145,7 +145,7 @@ def check(folder, data) -> None:
         return
     for image, target in samples:
         assert_usable(dataset, image, target)
-    kept = len(dataset.coco.anns)  # not those of images that are not listed, and those without a box
+    kept = len(dataset.coco.anns)  # without those of unlisted images, and those without a box
     assert summary.boxes + summary.crowds + summary.dropped == kept <= len(data["annotations"])
     assert summary.images == len(samples) == len(data["images"])
     if all(entry.get("width") and entry.get("height") for entry in data["images"]):
@@ -177,7 +177,7 @@ def test_annotations_with_many_mistakes(data, folder):
 
 @settings(max_examples=50)
 @given(data=values)
-def test_files_of_any_json(data, folder):
+def test_files_with_any_json(data, folder):
     with pytest.raises(InputError, match=r"instances.json: not (JSON|a COCO instance file)"):
         build(folder, data)
 
@@ -216,13 +216,13 @@ def test_files_of_any_json(data, folder):
         ("annotations", {"bbox": [True, 0, 1, 1]}, "annotation id 1: 'bbox' must be four finite numbers"),
     ],
 )
-def test_the_line_names_the_mistake(kind, changes, message, folder):
+def test_the_error_names_the_mistake(kind, changes, message, folder):
     with pytest.raises(InputError, match=message) as error:
         build(folder, with_entry(kind, **changes))
     assert "\n" not in str(error.value)
 
 
-def test_mistakes_that_do_no_harm(folder):
+def test_harmless_mistakes(folder):
     """Entries that only other tasks need are ignored."""
     data = with_entry("annotations", segmentation={"counts": "no code", "size": 3}, ignore=[], keypoints=None)
     data["categories"][0] |= {"name": 7, "supercategory": []}
@@ -255,7 +255,7 @@ def test_entries_that_are_left_out_are_checked_and_counted(folder):
 
 
 def test_symbolic_links(tmp_path):
-    """Linked folders are common; links in circles lead nowhere, and broken ones are missing images."""
+    """Linked folders are common; images that are circular or broken links are missing."""
     store, folder = tmp_path / "store", tmp_path / "images"
     (store / "sub").mkdir(parents=True)
     for name, size in SIZES.items():
@@ -270,7 +270,7 @@ def test_symbolic_links(tmp_path):
             build(folder, with_entry("images", file_name=f"{number}.jpg"))
 
 
-def test_ids_given_to_annotations_are_new(folder):
+def test_annotations_without_an_id_get_unused_ids(folder):
     data = plain()
     for entry, annotation_id in zip(data["annotations"], (-1, None, 0, 5), strict=True):
         entry["id"] = annotation_id

@@ -1,4 +1,4 @@
-"""Image files of any mode and with any damage: a usable sample, a skipped image, or one line that names the file."""
+"""Image files of any mode and with any damage: a usable sample, a skipped image, or an error that names the file."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def encode(image: Image.Image, kind: str = "PNG", orientation: int | None = None
 
 
 def noise(mode: str, size: tuple[int, int]) -> Image.Image:
-    """The same picture at every call."""
+    """Return a picture of random pixels, the same at every call."""
     data = random.Random(0).randbytes(3 * size[0] * size[1])
     picture = Image.frombytes("RGB", size, data)
     if mode == "I;16":
@@ -52,7 +52,7 @@ def noise(mode: str, size: tuple[int, int]) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A COCO folder, of which `build` writes the files."""
+    """A COCO folder, in which `build` writes files."""
     root = tmp_path_factory.mktemp("coco")
     (root / "annotations").mkdir()
     (root / "val2017").mkdir()
@@ -63,7 +63,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def build(root):
-    """A data set whose first image, of three, is the file given; `size` is what its annotation says."""
+    """Return a function that makes a data set of three images, the first of which is the given file.
+
+    `size` is (width, height) of this image according to the annotations.
+    """
 
     def build(first: bytes | None, size=None, name="1.jpg", transforms=VAL, on_bad_image="error") -> CocoDetection:
         images = [{"id": i, "file_name": f"{i}.png", "width": 30, "height": 20} for i in (2, 3)]
@@ -85,7 +88,7 @@ def build(root):
 
 @st.composite
 def damaged(draw) -> tuple[bytes, tuple[int, int]]:
-    """A small image file, cut off, with wrong bytes, or intact; and the size it was made with."""
+    """Draw a small image file that is cut off, has wrong bytes, or is intact, and the size of its image."""
     kind = draw(st.sampled_from(sorted(MODES)))
     sides = st.one_of(st.just(1), st.integers(1, 60))
     size = draw(sides), draw(sides)
@@ -103,7 +106,7 @@ def damaged(draw) -> tuple[bytes, tuple[int, int]]:
 
 
 def check(build, file: bytes, size: tuple[int, int], known: bool, name: str) -> None:
-    """All that a run does with an image file; its size is in the annotations where `known`."""
+    """Do all that a run does with an image file; if `known`, its size is in the annotations."""
     for transforms in (VAL, TRAIN):
         dataset = build(file, size if known else None, name, transforms)
         neighbour = dataset[1]
@@ -141,7 +144,7 @@ def test_many_damaged_files(damage, known, name, build):
 
 @pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
 def test_every_mode_becomes_rgb(kind, mode, build):
-    """With the colours that the mode's own conversion has; what is transparent keeps its colour."""
+    """Colours are those of Pillow's conversion; transparent pixels keep their colour."""
     image = noise(mode, (30, 20))
     exact = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     loaded = build(encode(image, kind, **exact), (30, 20)).load_image(0).pixels
@@ -154,7 +157,7 @@ def test_every_mode_becomes_rgb(kind, mode, build):
 @settings(max_examples=150)
 @given(damage=damaged())
 def test_the_fast_decoder_agrees_with_pil(damage, root):
-    """On every pixel, and about what is too damaged to be used."""
+    """Both decode the same pixels, and refuse the same damaged files."""
     write(root / "any", damage[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -170,7 +173,7 @@ def test_the_fast_decoder_agrees_with_pil(damage, root):
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_annotations_for_the_turned_image(orientation, build):
+def test_annotations_for_the_rotated_image(orientation, build):
     dataset = build(encode(noise("RGB", (40, 30)), "JPEG", orientation), (30, 40))
     with pytest.raises(InputError, match=r"1.jpg \(image id 1\): is 40×30, but .* says 30×40, its size once"):
         dataset[0]
@@ -184,7 +187,10 @@ def test_other_sizes_are_not_blamed_on_exif(orientation, size, build):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (10, 20_000), (20_000, 400)])
 def test_extreme_shapes_stay_small(size, monkeypatch):
-    """However long and thin: what the model gets is about `max_size` long, what is made on the way not much more."""
+    """However long and thin an image is, the model's input has sides of about `max_size` at most.
+
+    Images in between are limited, too.
+    """
     made = []
     resize = T.F.resize
     monkeypatch.setattr(T.F, "resize", lambda image, shape, *rest: made.append(shape) or resize(image, shape, *rest))
@@ -200,7 +206,7 @@ def test_extreme_shapes_stay_small(size, monkeypatch):
 
 @pytest.mark.parametrize("damage", [b"no image", encode(Image.new("RGB", (9, 9))), None])
 def test_skipping(damage, build, capsys):
-    """Undecodable, of another size, missing: the next image takes the place, with its own augmentation."""
+    """The next image, with its own augmentation, replaces one that is damaged, of another size, or missing."""
     neighbour = build(damage if damage else b"", (30, 20), transforms=TRAIN)[1]
     dataset = build(damage, (30, 20), transforms=TRAIN, on_bad_image="skip")
     printed = capsys.readouterr().out
@@ -208,7 +214,7 @@ def test_skipping(damage, build, capsys):
     samples = list(dataset)
     assert [int(target["image_id"]) for _, target in samples] == [2, 2, 3]
     assert torch.equal(samples[0][0], neighbour[0])
-    assert all(target.keys() == neighbour[1].keys() for _, target in samples)  # nothing that a criterion does not know
+    assert all(target.keys() == neighbour[1].keys() for _, target in samples)  # no keys that a criterion does not know
     assert (dataset.take_skipped(), dataset.take_skipped()) == ([0], [])
     assert dataset.describe_skipped([0]) == "1 image could not be read and was skipped: 1.jpg (image id 1)"
 
@@ -241,7 +247,7 @@ def test_a_long_list_of_skipped_images_is_cut(build):
     assert text.endswith(" 9.jpg (image id 9), ..")
 
 
-def test_the_flag(build, root, parse):
+def test_the_flag_on_bad_image(build, root, parse):
     build(b"no image")
     flags = ("--coco_path", root, "--min_size", 24, "--max_size", 40, "--num_workers", 0)
     with pytest.raises(InputError, match=r"1.jpg \(image id 1\): cannot be decoded"):
@@ -253,8 +259,8 @@ def test_the_flag(build, root, parse):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("overfit", [0, 3])
-def test_every_pass_over_a_loader_tells_what_it_skipped(workers, overfit, build, parse, capsys):
-    """Also by workers that stay from pass to pass, and for images that are repeated: once each."""
+def test_every_pass_over_a_loader_reports_skipped_images(workers, overfit, build, parse, capsys):
+    """Each image is reported once per pass, also by persistent workers, and if images are repeated."""
     dataset = build(b"no image", on_bad_image="skip")
     if overfit:
         dataset.keep_first(overfit, at_least=12)
@@ -268,14 +274,14 @@ def test_every_pass_over_a_loader_tells_what_it_skipped(workers, overfit, build,
     assert capsys.readouterr().out == ""
 
 
-def test_loaders_of_users_skip_nothing(capsys):
+def test_loaders_of_users_report_nothing(capsys):
     for loader in ([], DataLoader([1, 2])):
         report_skipped(loader)
     assert capsys.readouterr().out == ""
 
 
-def test_one_line_names_what_any_process_skipped(shapes, tmp_path, run_on_two):
-    """Images 1 and 2 are of different processes."""
+def test_one_line_names_the_skipped_images_of_all_processes(shapes, tmp_path, run_on_two):
+    """Images 1 and 2 are read by different processes."""
     broken = tmp_path / "coco"
     shutil.copytree(shapes, broken)
     for image_id in (1, 2):

@@ -1,4 +1,4 @@
-"""The benchmark runs, and its report has what it promises."""
+"""The benchmark: its parts run on small sizes, its report is complete, and competitors run in other processes."""
 
 import argparse
 import json
@@ -70,7 +70,7 @@ def test_counts_of_all_models_are_the_published_ones(tmp_path):
 
 
 def test_a_step_has_few_operators(tmp_path):
-    """Their number bounds the speed of GPUs with few images."""
+    """Their number limits the speed on GPUs with small batches."""
     report = tmp_path / "report.json"
     flags = "--parts operators --device cpu --size 64 64 --batch_sizes 1 --amp none bf16"
     benchmark.main([*flags.split(), "--json", str(report)])
@@ -79,7 +79,7 @@ def test_a_step_has_few_operators(tmp_path):
         assert sum(parts) <= row["operators"] < limit
 
 
-def test_the_hosts_parts(tmp_path):
+def test_loading_and_scoring_on_the_host(tmp_path):
     data.write_photos(tmp_path, np.random.default_rng(0), images=1)
     for split in ("train", "val"):
         for run in data.loading_runs(tmp_path, 1, split).values():
@@ -92,7 +92,7 @@ def make_runs(flags: argparse.Namespace, file: Path) -> peer.Runs:
     return {"none": lambda: file.write_text(str(os.getpid())), "bf16": lambda: os._exit(1)}
 
 
-def test_the_competitor_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
+def test_a_competitor_runs_in_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr(peer, "installed_version", lambda name: "1.0")
     flags = argparse.Namespace(no_peer=False, device="cpu", amp=["none", "bf16", "fp16"])
     written = tmp_path / "pid"
@@ -123,7 +123,7 @@ def test_competitors_that_do_not_take_part(name, variant, changed, installed, mo
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
-def test_runtimes_of_onnx_compute_what_is_measured(runtime, monkeypatch):
+def test_measured_calls_of_onnx_runtimes(runtime, monkeypatch):
     pytest.importorskip("onnx")
     pytest.importorskip(runtime)
     monkeypatch.setitem(model.VARIANTS, "small", tuple(map(str, FLAGS)))
@@ -134,7 +134,7 @@ def test_runtimes_of_onnx_compute_what_is_measured(runtime, monkeypatch):
 
 
 @pytest.mark.parametrize("make", ["inference_of_transformers", "training_of_transformers"])
-def test_transformers_computes_what_is_measured(make):
+def test_measured_calls_of_transformers(make):
     pytest.importorskip("transformers")
     flags = argparse.Namespace(device="cpu", size=(64, 64), amp=["none"])
     batch = {"training_of_transformers": [1]}.get(make, [])

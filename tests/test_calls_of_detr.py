@@ -22,7 +22,7 @@ from util.misc import NestedTensor, nested_tensor_from_tensor_list
 
 
 def test_the_matcher_with_batched_single_and_empty_targets():
-    """Without arguments it is DETR's: softmax over K + 1 logits, and costs of weight 1."""
+    """Without arguments, the matcher is DETR's: softmax over K + 1 logits, and costs of weight 1."""
     generator = torch.Generator().manual_seed(0)
     logits, boxes = torch.rand(1, 30, 6, generator=generator), torch.rand(1, 30, 4, generator=generator)
     target = {"labels": torch.randint(5, (7,), generator=generator), "boxes": torch.rand(7, 4, generator=generator)}
@@ -130,8 +130,8 @@ def assert_exported(file: io.BytesIO | Path, model: nn.Module, *shapes: tuple[in
             np.testing.assert_allclose(value, expected[name].numpy(), atol=1e-4)
 
 
-def test_a_hub_model_goes_to_onnx():
-    """By the tracing exporter and with DETR's arguments."""
+def test_a_hub_model_is_exported_to_onnx():
+    """The tracing exporter is called with DETR's arguments."""
     model = hubconf.detr_resnet50()
     file = io.BytesIO()
     fixed = {"dynamo": False, "do_constant_folding": True, "opset_version": 12}
@@ -141,8 +141,8 @@ def test_a_hub_model_goes_to_onnx():
 
 @pytest.mark.parametrize("name", ["detr", "conditional_detr"])
 @pytest.mark.parametrize("dynamo", [False, True])
-def test_a_model_goes_to_onnx_with_free_sizes(name, dynamo, parse, tmp_path):
-    """Both exporters: the file takes images of other sizes and numbers."""
+def test_a_model_is_exported_to_onnx_with_dynamic_sizes(name, dynamo, parse, tmp_path):
+    """Files of both exporters take other batch sizes and image sizes."""
     if dynamo:
         pytest.importorskip("onnxscript")
     flags = ("--backbone_norm", "frozen", "--backbone", "resnet34", "--no_aux_loss", "--model", name)
@@ -156,7 +156,7 @@ def test_a_model_goes_to_onnx_with_free_sizes(name, dynamo, parse, tmp_path):
 
 
 class Wrapped(nn.Module):
-    """A model within a module of the user's own."""
+    """A module of a user, which contains a model."""
 
     def __init__(self, model):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model whose weights change, by whatever way, predicts with the weights that it has."""
+"""A model always predicts with its current weights, no matter how they were changed."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ def test_evaluation_between_steps(body, fused):
     take_step(body.train(), fused)
     assert_same(predict(body), unfolded(body))
     take_step(body.eval(), fused)
-    with torch.no_grad():  # not even a call of eval() between step and prediction
+    with torch.no_grad():  # without a call of eval() between step and prediction
         assert_same(features(body), unfolded(body))
 
 
@@ -47,7 +47,7 @@ def set_data(body: nn.Module) -> None:
 
 
 def copy_data(body: nn.Module) -> None:
-    """As `torch_ema` and timm's ModelEma do."""
+    """Change the weights in the way of `torch_ema` and timm's ModelEma."""
     for tensor in (*body.parameters(), *body.buffers()):
         tensor.data.copy_(tensor.data * 0.9 + 0.05)
 
@@ -91,7 +91,7 @@ def test_weights_that_change_between_predictions(body, change, mode):
     before = predict(body, mode)
     with torch.no_grad():
         change(body)
-    with mode():  # without a call of eval() that could tell
+    with mode():  # without a call of eval(), which could reveal the change
         after = features(body)
     assert not torch.allclose(before, after)
     assert_same(after, unfolded(body))
@@ -108,8 +108,8 @@ def test_weights_of_another_model_by_functional_call(body):
 
 
 @torch.no_grad()
-def test_replicas_have_weights_of_their_own(body):
-    """As DataParallel makes replicas: modules of the same structure whose tensors lie on another device."""
+def test_replicas_use_their_own_weights(body):
+    """Replicas of DataParallel are modules of the same structure, whose tensors are on another device."""
     before = predict(body)
     replicas = {module: module._replicate_for_data_parallel() for module in body.modules()}
     for module, replica in replicas.items():
@@ -123,7 +123,7 @@ def test_replicas_have_weights_of_their_own(body):
     assert_same(found, unfolded(body))
 
 
-def test_threads_that_predict_with_models_that_change(body):
+def test_threads_predict_with_models_that_change(body):
     other = copy.deepcopy(body)
     models = [body, body, other]
     with ThreadPoolExecutor(3) as pool:
@@ -144,7 +144,7 @@ def test_fake_and_meta_tensors_leave_nothing_behind(body):
     assert torch.equal(predict(body), before)
 
 
-def test_transforms_of_functions(body):
+def test_transforms_of_torch_func(body):
     """Forward and reverse derivatives, and a batch of models, agree with finite differences and with single calls."""
     body.double().requires_grad_(False).eval()
     image, direction = IMAGE.double(), torch.ones_like(IMAGE).double()

@@ -14,7 +14,7 @@ from util.errors import InputError
 @pytest.fixture
 def check(shapes, tmp_path, capsys):
     def check(change=lambda root, data: None, *flags):
-        """The report on a copy of the generated data after `change`, and the exit code."""
+        """Return the report on a copy of the generated data after `change`, and the exit code."""
         root = tmp_path / "data"
         shutil.copytree(shapes, root, dirs_exist_ok=True)
         files = {split: root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val")}
@@ -42,7 +42,7 @@ def test_a_good_data_set(tmp_path, capsys):
         assert Image.open(tmp_path / "out" / f"{split}.jpg").size == (4 * 408 + 8, 3 * 308 + 8)
 
 
-def test_what_is_left_out_and_why(check):
+def test_boxes_that_are_left_out_and_the_reasons(check):
     def change(root, data):
         boxes = ([0, 0, 0, 9], [0, 0, 9, -1], [900, 0, 9, 9], [0, 0, 9, 9])
         image_id = data["train"]["images"][0]["id"]
@@ -61,7 +61,7 @@ def test_padding(check):
     assert "in batches of 4, 0 %" not in report
 
 
-def test_suspicions(check):
+def test_suspicious_data(check):
     def change(root, data):
         train, val = (root / "images" / f"{split}2017" for split in ("train", "val"))
         names = [entry["file_name"] for entry in data["train"]["images"]]
@@ -103,8 +103,8 @@ def test_queries_and_classes_are_those_of_the_model(model, queries, check):
     assert "category id 3 (triangle) does not fit a model of 3 classes; --num_classes 4 or more is needed" in report
 
 
-def test_what_files_were_taken_for(check):
-    """Frames that are not used and deep greys are named."""
+def test_images_that_are_read_only_in_part(check):
+    """The report names images with unused frames, and those with more than 8 bits per channel."""
 
     def change(root, data):
         train = root / "images" / "train2017"
@@ -122,6 +122,6 @@ def test_what_files_were_taken_for(check):
     assert "2 images: more than 8 bits per channel; 4,095 is taken as white (000002.jpg, 000003.jpg)" in report
 
 
-def test_mistakes(tmp_path):
+def test_a_missing_folder(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         main(["--device", "cpu", "--coco_path", str(tmp_path / "nowhere")])

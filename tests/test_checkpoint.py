@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, found again, without code, and refused where they do not fit."""
+"""Checkpoints: they are written atomically, found again, and refused if they contain code or do not fit."""
 
 import argparse
 import functools
@@ -63,7 +63,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    """A limit on the size of files stops a write in the middle, as a full disk does; /dev/full takes nothing."""
+    """A limit on the size of files stops a write in the middle, as a full disk does; /dev/full is always full."""
     latest, previous = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth"
     for epoch in (1, 2):
         save_on_master(small(epoch=epoch), latest, keep_old_as=previous)
@@ -133,21 +133,21 @@ def test_latest_is_the_furthest_that_can_be_read(tmp_path):
         load_latest_checkpoint(tmp_path, reports.append)
 
 
-def test_the_previous_one_counts_where_the_latest_is_missing(tmp_path):
-    """As between the two renames of a checkpoint's writing."""
+def test_the_previous_checkpoint_is_used_if_the_latest_is_missing(tmp_path):
+    """This is the state between the two renames with which a checkpoint is written."""
     save_on_master(small(epoch=-1, step=3), tmp_path / "checkpoint_previous.pth")
     checkpoint, path = load_latest_checkpoint(tmp_path)
     assert (checkpoint["step"], path.name) == (3, "checkpoint_previous.pth")
 
 
-def test_the_best_one_is_no_place_to_go_on(tmp_path):
+def test_a_run_does_not_resume_from_the_best_checkpoint(tmp_path):
     save_on_master(small(epoch=7), tmp_path / "checkpoint_best.pth")
     assert load_latest_checkpoint(tmp_path) is None
     save_on_master(small(epoch=3), tmp_path / "checkpoint.pth")
     assert load_latest_checkpoint(tmp_path)[0]["epoch"] == 3
 
 
-def test_the_log_has_whole_lines_of_earlier_epochs_only(tmp_path, capsys):
+def test_the_log_has_only_whole_lines_of_earlier_epochs(tmp_path, capsys):
     log = tmp_path / "log.txt"
     assert read_log(log) == []
     for epoch in range(3):
@@ -217,7 +217,7 @@ def trained_model(parse, *flags):
     return model, optimizer
 
 
-def test_the_optimizer_keeps_its_moments_and_takes_this_runs_rates(parse):
+def test_the_optimizer_keeps_its_moments_and_takes_the_learning_rates_of_this_run(parse):
     _, optimizer = trained_model(parse)
     saved = optimizer.state_dict()
     model, _, _ = build_model(parse("--backbone", "resnet18", "--enc_layers", 1, "--dec_layers", 2))
@@ -240,7 +240,7 @@ def test_the_optimizer_keeps_its_moments_and_takes_this_runs_rates(parse):
     ],
     ids=["step", "linear"],
 )
-def test_the_schedule_goes_on_where_it_was(flags, factors, start, parse):
+def test_the_schedule_continues_where_it_was(flags, factors, start, parse):
     flags = resolve(parse(*flags))
 
     def rates(first: int, last: int) -> list[float]:
@@ -259,7 +259,7 @@ def test_the_schedule_goes_on_where_it_was(flags, factors, start, parse):
 
 
 @pytest.mark.parametrize("name", ["c.pth", "model.safetensors", "folder/config.json", "backbone.pth"])
-def test_named_pipes_do_not_wait(name, tmp_path):
+def test_named_pipes_are_refused_without_waiting(name, tmp_path):
     pytest.importorskip("safetensors")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / name)
@@ -272,7 +272,7 @@ def test_named_pipes_do_not_wait(name, tmp_path):
 
 
 def test_abandoned_downloads_are_removed(tmp_path):
-    """Those that nothing has come for in an hour; another process may be busy with the others."""
+    """Those that did not grow for an hour are removed; another process may be writing the others."""
     (tmp_path / "source.pth").write_bytes(b"whole")
     old, new, other = (tmp_path / f"{name}.partial" for name in ("c.pth.0a", "c.pth.0b", "d.pth.0c"))
     for path in (old, new, other):

@@ -1,4 +1,4 @@
-"""Category ids of any kind: labels where they are small, numbered otherwise, and the same in every file of a run."""
+"""Category ids of any kind: small ones are labels, others are numbered, and all files of a run have the same labels."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_names_decide_where_files_number_classes_differently():
 
 
 def test_exact_names_decide_before_similar_ones():
-    """As for letters, and for digits whose names are the ids of others."""
+    """Examples are letters, and digits whose names are the ids of other digits."""
     letters = Classes.from_categories(named(A=1, a=2))
     assert letters.of_categories(named(a=1, A=2)).ids == {2: 1, 1: 2}
     digits = Classes.from_categories([{"id": i, "name": str(i)} for i in range(3)])
@@ -89,7 +89,7 @@ def test_no_two_classes_share_a_label():
         Classes.from_categories(named(dog=1, cat=2)).of_categories([*named(cat=1), {"id": 2, "name": "2"}])
 
 
-def test_an_id_stands_for_one_class_in_what_is_written():
+def test_an_id_stands_for_one_class_in_checkpoints():
     train = Classes.from_categories(named(WBC=1, RBC=2, Platelets=3))
     val = train.of_categories(named(RBC=1, Platelets=2))
     assert (train | val).ids == {2: 1, 3: 2}
@@ -130,7 +130,7 @@ def test_classes_of_checkpoints():
     assert Classes.from_checkpoint(mine.state_dict(), 9) == mine
 
 
-def test_a_data_set_with_texts_for_ids(tmp_path):
+def test_a_data_set_with_strings_as_ids(tmp_path):
     load = write(tmp_path / "train", ["dog", "cat"], used="dog")
     assert load()[0][1]["labels"].tolist() == [1]
     assert [entry["category_id"] for entry in load().coco.anns.values()] == [1]

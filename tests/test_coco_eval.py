@@ -59,7 +59,7 @@ def score(coco, iou_type: str, batches: list[dict]) -> CocoEvaluator:
 
 
 def detections_of(evaluator: CocoEvaluator, iou_type: str) -> COCO:
-    """Return an evaluator's detections as pycocotools takes them."""
+    """Return the detections of an evaluator in the format of pycocotools."""
     annotations = []
     for image_id, detections in sorted(evaluator.detections.items()):
         masks = detections.masks() if iou_type == "segm" else [None] * len(detections.rows)
@@ -71,7 +71,7 @@ def detections_of(evaluator: CocoEvaluator, iou_type: str) -> COCO:
 
 
 def assert_as_pycocotools(evaluator: CocoEvaluator, iou_type: str) -> None:
-    """All results of pycocotools, from the same detections."""
+    """Check that all results are those of pycocotools for the same detections."""
     ours = evaluator.coco_eval[iou_type]
     reference = COCOeval(copy.deepcopy(evaluator.coco_gt), detections_of(evaluator, iou_type), iou_type)
     reference.params = copy.deepcopy(ours.params)
@@ -125,7 +125,7 @@ def test_crowded_scenes_are_scored_as_by_pycocotools(seed):
     assert_as_pycocotools(evaluator, "bbox")
 
 
-def test_parameters_that_were_set_count(sample, coco):
+def test_parameters_that_were_set_are_used(sample, coco):
     evaluator = CocoEvaluator(coco, ["bbox"])
     params = evaluator.coco_eval["bbox"].params
     params.iouThrs, params.catIds = np.array([0.5, 0.75]), [1, 3, 18]
@@ -137,7 +137,7 @@ def test_parameters_that_were_set_count(sample, coco):
 
 
 def test_image_ids_of_64_bits():
-    """Of which float64 holds only the first 53, and negative ones."""
+    """Float64 would hold only 53 of the bits; ids may also be negative."""
     ids = [-5, 2**62, 2**62 + 1]
     annotations = [
         {"id": n, "image_id": i, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
@@ -168,7 +168,7 @@ def test_only_the_images_given_are_scored(sample, coco):
     assert evaluator.coco_eval["bbox"].stats[0] > 0
 
 
-def test_without_a_single_detection(sample, coco):
+def test_without_detections(sample, coco):
     none = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
     evaluator = score(coco, "bbox", [{image["id"]: none for image in sample["ground_truth"]["images"]}])
     assert evaluator.coco_eval["bbox"].stats[0] == 0

@@ -127,7 +127,7 @@ def test_signatures():
 
 
 def test_the_three_kinds_of_samples_agree(parse):
-    """A NestedTensor, a list of images, one tensor; uint8 and normalised floats."""
+    """They are a NestedTensor, a list of images, and one tensor; pixels are uint8 or normalised floats."""
     model, criterion, postprocessors = build_model(
         parse("--backbone", "resnet18", "--enc_layers", 1, "--dec_layers", 2)
     )

@@ -1,4 +1,4 @@
-"""Comparison of models: the runs that the script starts, and the figure and tables that are made of them."""
+"""Comparison of models: the runs that the script starts, and the figure and tables that are made from them."""
 
 import json
 import os
@@ -52,8 +52,8 @@ def test_figure_and_tables(tmp_path, capsys):
     assert (tmp_path / "convergence.svg").exists()
 
 
-def test_a_comparison_that_is_not_finished(tmp_path):
-    """Runs of other lengths, evaluated every other epoch, not yet evaluated, of another model."""
+def test_an_unfinished_comparison(tmp_path):
+    """Runs may be shorter, evaluated every other epoch, not yet evaluated, or of another model."""
     aps = APS | {"conditional_detr/seed2": [None, 0.2], "group/seed1": [None, 0.1, None, 0.2], "detr/seed3": [None]}
     curves = convergence.read_curves(write(tmp_path, aps))
     assert {name: curve.epochs.tolist() for name, curve in curves.items()} == {"conditional_detr": [2], "group": [2, 4]}
@@ -67,7 +67,10 @@ def test_without_runs(tmp_path):
 
 @pytest.fixture
 def call(tmp_path):
-    """Runs the script with programs that only write down their arguments; returns those of main.py, in order."""
+    """Return a function that runs the script with programs that only record their arguments.
+
+    It returns the commands with main.py, in order.
+    """
     (tmp_path / "scripts").mkdir()
     script = shutil.copy(ROOT / "scripts" / "convergence.sh", tmp_path / "scripts")
     (tmp_path / "scripts" / "venv.sh").write_text('cd "$(dirname "${BASH_SOURCE[0]}")/.."\n')
@@ -85,7 +88,7 @@ def call(tmp_path):
 
 
 @pytest.mark.parametrize("coco", [False, True])
-def test_runs_differ_in_model_and_seed_only(coco, call):
+def test_runs_differ_only_in_model_and_seed(coco, call):
     flags = ["--coco_path", "/coco"] if coco else ["--batch_size", "8"]
     calls = call(*flags, SEEDS="4 5", OUTPUT_DIR="out")
     runs, rests = [], []

@@ -1,4 +1,4 @@
-"""Models go to transformers, safetensors and checkpoints, and come back the same."""
+"""Conversion to transformers, safetensors and checkpoints, and back: the models stay the same."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 SAMPLES = nested_tensor_from_tensor_list(reference_images([(128, 160), (96, 192)], seed=3))
 SMALL = ("--enc_layers", 1, "--dec_layers", 2, "--dim_feedforward", 64, "--num_queries", 20)
-# What microsoft/conditional-detr-resnet-50 has on the hub, with the sizes of a tiny model.
+# The configuration of microsoft/conditional-detr-resnet-50 on the hub, with the sizes of a tiny model.
 HUB_CONFIG = {
     **{"model_type": "conditional_detr", "architectures": ["ConditionalDetrForObjectDetection"]},
     **{"use_timm_backbone": True, "backbone": "resnet18", "dilation": False, "num_queries": 8, "d_model": 32},
@@ -46,14 +46,14 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tiny, tmp_path) -> Path:
-    """A model for transformers, in what was an empty folder."""
+    """A model for transformers, in a folder that existed and was empty."""
     (tmp_path / "folder").mkdir()
     main([str(tiny), str(tmp_path / "folder"), "--to", "transformers"])
     return tmp_path / "folder"
 
 
 def outputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The outputs of a model of ours or of theirs for the padded batch."""
+    """Return the outputs of one of our or their models for the padded batch."""
     with torch.inference_mode():
         if not isinstance(model, transformers.PreTrainedModel):
             return model(SAMPLES)
@@ -62,7 +62,7 @@ def outputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def from_pretrained(folder: Path) -> transformers.PreTrainedModel:
-    """Their model, all of whose weights come from the folder, which holds no others."""
+    """Return their model of a folder, and check that the folder holds all of its weights and no others."""
     load = transformers.ConditionalDetrForObjectDetection.from_pretrained
     model, info = load(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -102,7 +102,7 @@ def test_to_transformers_and_back(flags, tmp_path):
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
 def test_from_a_folder_of_the_hub(weights, tmp_path):
-    """Names and fields of version 4, which transformers still reads and, except for the fields, writes."""
+    """Keys and fields are those of version 4: transformers still reads both, and still writes the keys."""
     pytest.importorskip("timm")
     theirs = transformers.ConditionalDetrForObjectDetection(transformers.ConditionalDetrConfig(**HUB_CONFIG)).eval()
     theirs.load_state_dict(reference_weights(theirs.state_dict()))
@@ -121,7 +121,7 @@ def test_from_a_folder_of_the_hub(weights, tmp_path):
     assert (ours.args.min_size, ours.args.max_size) == (640, 900)
 
 
-def test_from_a_folder_with_the_names_of_todays_modules(folder):
+def test_from_a_folder_with_the_keys_of_current_modules(folder):
     theirs = from_pretrained(folder)
     assert "model.decoder.layers.1.encoder_attn.q_pos_sine_proj.weight" in theirs.state_dict()
     tensors = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}
@@ -130,7 +130,7 @@ def test_from_a_folder_with_the_names_of_todays_modules(folder):
 
 
 @pytest.mark.parametrize(("to", "name"), [("safetensors", "m.safetensors"), ("checkpoint", "m.pth")])
-def test_files_carry_all_that_inference_needs(to, name, tiny, tmp_path):
+def test_files_hold_all_that_inference_needs(to, name, tiny, tmp_path):
     main([str(tiny), str(tmp_path / "new" / name), "--to", to])
     written, source = load_checkpoint(tmp_path / "new" / name), load_checkpoint(tiny)
     del source["epoch"]
@@ -140,7 +140,7 @@ def test_files_carry_all_that_inference_needs(to, name, tiny, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
 
 
-def test_ids_of_the_data_and_names_survive_a_folder_that_transformers_writes_anew(folder, tmp_path):
+def test_class_ids_and_names_stay_when_transformers_saves_the_model(folder, tmp_path):
     theirs = from_pretrained(folder)
     assert theirs.config.id2label == OWN_CLASSES["class_names"]
     theirs.save_pretrained(tmp_path / "again")
@@ -149,7 +149,7 @@ def test_ids_of_the_data_and_names_survive_a_folder_that_transformers_writes_ane
         assert classes.state_dict() == OWN_CLASSES
 
 
-def test_their_processor_makes_the_images_that_the_model_was_evaluated_at(tiny, folder):
+def test_their_processor_resizes_images_as_for_our_model(tiny, folder):
     detector = load_detector(str(folder))
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((120, 90), (70, 110))]
@@ -168,7 +168,7 @@ def test_their_processor_makes_the_images_that_the_model_was_evaluated_at(tiny, 
 
 
 def test_evaluation_takes_a_folder(shapes, tmp_path, capsys):
-    """Trained norms have become frozen ones, which hold the same numbers."""
+    """The conversion turns trained norms into frozen ones with the same values, so --backbone_norm has to change."""
     source, folder = save(tmp_path / "c.pth", *TINY, num_classes=4), tmp_path / "folder"
     main([str(source), str(folder), "--to", "transformers"])
     flags = [*TINY, "--coco_path", str(shapes), "--eval", "--resume", str(folder)]
@@ -226,7 +226,7 @@ def test_damaged_files_are_named(file, contents, message, folder):
         load_detector(str(folder))
 
 
-def test_files_that_are_missing_are_named(folder, tmp_path):
+def test_missing_files_are_named(folder, tmp_path):
     with pytest.raises(InputError, match=r"the weights of a Hugging Face model; name its folder"):
         load_detector(str(folder / "model.safetensors"))
     (folder / "model.safetensors").unlink()

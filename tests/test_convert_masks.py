@@ -1,4 +1,4 @@
-"""Models with masks go to transformers' `DetrForSegmentation`, and come back the same."""
+"""Conversion of models with masks to transformers' `DetrForSegmentation`, and back: the models stay the same."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 SAMPLES = nested_tensor_from_tensor_list(reference_images([(64, 96), (96, 70)], seed=3))
 SAMPLES.tensors = SAMPLES.tensors.double()
 MASKS = ("--masks", "--model", "detr", "--nheads", 8)
-# What facebook/detr-resnet-50-panoptic has on the hub, with the sizes of a tiny model.
+# The configuration of facebook/detr-resnet-50-panoptic on the hub, with the sizes of a tiny model.
 HUB_CONFIG = {
     **{"model_type": "detr", "architectures": ["DetrForSegmentation"], "use_timm_backbone": True},
     **{"backbone": "resnet18", "dilation": False, "num_queries": 8, "d_model": 32, "dropout": 0.1},
@@ -45,11 +45,11 @@ def assert_same_outputs(theirs: transformers.PreTrainedModel, ours: torch.nn.Mod
     assert_close(found.logits, expected["pred_logits"], atol=1e-4, rtol=0)
     assert_close(found.pred_boxes, expected["pred_boxes"], atol=1e-4, rtol=0)
     assert_close(found.pred_masks, expected["pred_masks"], atol=1e-4, rtol=0)
-    assert expected["pred_masks"].std(1).mean() > 0.01  # queries have masks of their own
+    assert expected["pred_masks"].std(1).mean() > 0.01  # the masks of queries differ
 
 
 def from_pretrained(folder: Path) -> transformers.PreTrainedModel:
-    """Their model, all of whose weights come from the folder, which holds no others."""
+    """Return their model of a folder, and check that the folder holds all of its weights and no others."""
     model, info = transformers.DetrForSegmentation.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
@@ -95,7 +95,7 @@ def test_from_a_folder_of_the_hub(tmp_path):
     (found,) = ours([torch.zeros(3, 64, 96, dtype=torch.uint8)])
     assert len(found["codes"]) == len(found["scores"]) == 8
 
-    tensors = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}  # by the names of today's modules
+    tensors = {key: tensor.clone() for key, tensor in theirs.state_dict().items()}  # with the keys of current modules
     assert "mask_head.fpn_stages.0.refine.conv.weight" in tensors
     pytest.importorskip("safetensors.torch").save_file(tensors, tmp_path / "model.safetensors")
     for name, tensor in load_detector(str(tmp_path)).model.state_dict().items():
@@ -129,7 +129,7 @@ def test_evaluation_takes_a_folder(shapes, tmp_path, capsys):
         (("--hidden_dim", 48), "--hidden_dim to be 16, 32, 64 or a multiple of 128, .* this model's are 8 and 48"),
     ],
 )
-def test_models_that_transformers_computes_otherwise_are_refused(flags, message, tmp_path):
+def test_models_that_transformers_computes_differently_are_refused(flags, message, tmp_path):
     source = save(tmp_path / "c.pth", *TINY, *MASKS, *flags)
     with pytest.raises(InputError, match=message):
         main([str(source), str(tmp_path / "folder"), "--to", "transformers"])

@@ -1,4 +1,4 @@
-"""Conversions that are refused, before anything is written."""
+"""Conversions that are refused before anything is written."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ def tiny(tmp_path_factory) -> Path:
         ("checkpoint", "m.safetensors", r"--to checkpoint writes a file, name it \*.pth"),
     ],
 )
-def test_nothing_is_written_over(to, target, message, tiny, tmp_path):
+def test_nothing_is_overwritten(to, target, message, tiny, tmp_path):
     (tmp_path / "full" / "inside").mkdir(parents=True)
     for name in ("file", "taken.safetensors"):
         (tmp_path / name).write_text("precious")
@@ -40,14 +40,14 @@ def test_nothing_is_written_over(to, target, message, tiny, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_model_that_transformers_cannot_have_is_refused(tmp_path):
+def test_a_model_that_transformers_does_not_support_is_refused(tmp_path):
     path = save(tmp_path / "c.pth", *TINY, "--dec_layers", 1)
     with pytest.raises(InputError, match="one decoder layer"):
         main([str(path), str(tmp_path / "folder"), "--to", "transformers"])
     assert not (tmp_path / "folder").exists()
 
 
-def test_metadata_of_others_is_refused(tmp_path):
+def test_metadata_of_other_programs_is_refused(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     for args in ("{", "[1]"):
         save_file({"class_embed.bias": torch.zeros(3)}, tmp_path / "m.safetensors", {"args": args, "class_ids": args})
