@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LARGE = 2**20  # weights of all images and heads; fewer are stored
+LARGE = 2**17  # weights of a head: more than those of a decoder's self-attention, which are stored
 PART = 2**20  # weights that are computed at once: 4 MB stay in a core's cache. A single head may have more.
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
@@ -25,7 +25,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
 def is_large(query: Tensor, key: Tensor) -> bool:
     """Return whether the weights of queries [B, h, N, e] and keys [B, h, S, e] are too many to be stored."""
     would_be_stored = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    return would_be_stored and query.shape[:3].numel() * key.shape[2] > LARGE
+    return would_be_stored and query.shape[2] * key.shape[2] > LARGE
 
 
 def in_parts(attend: Attend, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:
