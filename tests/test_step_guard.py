@@ -1,4 +1,4 @@
-"""Steps that are not finite: left out on the device, reported with all that it takes to repeat them."""
+"""Steps that are not finite are skipped on the device, and reported with all that is needed to repeat them."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ def parts(parse, device, request):
 
 
 def batch(image_id: int, box: float = 0.5):
-    """A batch of one image; with an infinite box, its losses are not finite."""
+    """Return a batch of one image; its losses are not finite if the box is not."""
     generator = torch.Generator().manual_seed(image_id)
     image = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=generator)
     target = {"boxes": torch.full((1, 4), box), "labels": torch.tensor([2]), "image_id": torch.tensor([image_id])}
@@ -54,8 +54,8 @@ def train(parts, batches, epoch=0, progress=None, guard=None, scaler=None):
     return take_steps(step, batches, torch.device(args.device), epoch, progress or Progress())
 
 
-def everything(parts) -> list[torch.Tensor]:
-    """Weights, running statistics, moments and step counts."""
+def full_state(parts) -> list[torch.Tensor]:
+    """Return a copy of the weights, running statistics, moments and step counts."""
     model, _, optimizer, _ = parts
     moments = [value for state in optimizer.state.values() for value in state.values()]
     return copy.deepcopy([*model.state_dict().values(), *moments])
@@ -72,12 +72,12 @@ def test_a_failing_step_changes_nothing(fused, parts):
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     parts = model, criterion, optimizer, args
     train(parts, [batch(1), batch(2)])
-    before = everything(parts)
+    before = full_state(parts)
     guard = StepGuard(model, max_skipped=1)
     stats = train(parts, [batch(3, math.inf)], guard=guard)
     assert guard.skipped == 1
     assert "loss" not in stats
-    assert all(torch.equal(a, b) for a, b in zip(everything(parts), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(full_state(parts), before, strict=True))
 
 
 def test_skipped_steps_are_counted_reported_and_left_out_of_the_averages(parts, capsys):
@@ -97,7 +97,7 @@ def test_skipped_steps_are_counted_reported_and_left_out_of_the_averages(parts, 
 
 def test_the_error_names_step_losses_and_images(parts, tmp_path):
     train(parts, [batch(1)])
-    before = everything(parts)
+    before = full_state(parts)
     guard = StepGuard(parts[0], dump_dir=tmp_path)
     with pytest.raises(InputError) as error:
         train(parts, [batch(2), batch(5, math.nan), batch(3), batch(4)], epoch=6, guard=guard)
@@ -107,7 +107,7 @@ def test_the_error_names_step_losses_and_images(parts, tmp_path):
         r"nonfinite-epoch0006-step000001-process0.pth; lower --lr, or .* --skip_nonfinite N",
         str(error.value),
     )
-    assert not all(torch.equal(a, b) for a, b in zip(everything(parts), before, strict=True))  # step 0 was taken
+    assert not all(torch.equal(a, b) for a, b in zip(full_state(parts), before, strict=True))  # step 0 was taken
 
 
 @pytest.mark.parametrize("parts", [("--masks",)], indirect=True)
@@ -117,7 +117,7 @@ def test_the_error_names_losses_of_masks(parts):
         train(parts, [batch(1)])
 
 
-def test_a_gradient_alone_that_is_not_finite_is_found(parts):
+def test_a_gradient_that_is_not_finite_is_found_although_losses_are_finite(parts):
     model = parts[0]
     handle = model.query_embed.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(InputError, match=r"loss [\d.]+, .* gradient norm (inf|nan)"):
@@ -125,14 +125,14 @@ def test_a_gradient_alone_that_is_not_finite_is_found(parts):
     handle.remove()
 
 
-def test_float16_gradients_that_overflow_lower_the_scale_instead(parts):
+def test_float16_gradients_that_overflow_only_lower_the_loss_scale(parts):
     scaler = torch.amp.GradScaler(parts[3].device, init_scale=2.0**127)
     guard = StepGuard(parts[0])
-    before = everything(parts)
+    before = full_state(parts)
     train(parts, [batch(1)], guard=guard, scaler=scaler)
     assert guard.skipped == 0
     assert scaler.get_scale() == 2.0**126
-    assert all(torch.equal(a, b) for a, b in zip(everything(parts), before, strict=False))
+    assert all(torch.equal(a, b) for a, b in zip(full_state(parts), before, strict=False))
     with pytest.raises(InputError, match="training diverged"):
         train(parts, [batch(2, math.nan)], guard=guard, scaler=scaler)
 

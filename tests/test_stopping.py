@@ -1,4 +1,4 @@
-"""Signals and Ctrl-C: no code takes them for a damaged file, and each ends the process with its exit code."""
+"""Signals and Ctrl-C end a process with their exit codes, and are never taken for a damaged file."""
 
 import os
 import random
@@ -34,7 +34,7 @@ def run_code(code: str, *flags: object, **env: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def struck(tmp_path_factory):
-    """Runs main.py with a signal at a moment of `killed.CALLS`; "" for none."""
+    """Run main.py with a signal at a moment of `killed.CALLS`, or without one if the moment is ""."""
 
     def struck(moment: str, name: str, *flags: object, **env: str) -> subprocess.CompletedProcess:
         folder = tmp_path_factory.mktemp("printed")
@@ -67,7 +67,7 @@ def trained(shapes, tmp_path_factory):
     ],
     ids=["eval", "resume", "finetune", "backbone", "image"],
 )
-def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, moment, flags, shapes, trained, tmp_path, struck):
+def test_a_signal_while_a_file_is_read_is_not_taken_for_damage(name, moment, flags, shapes, trained, tmp_path, struck):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     paths = {"CHECKPOINT": trained / "checkpoint.pth", "BACKBONE": tmp_path / "resnet18.pth", "NEW": tmp_path / "new"}
     flags = [paths.get(flag, flag) for flag in ("--output_dir", trained, *flags)]
@@ -77,8 +77,8 @@ def test_a_signal_while_a_file_is_read_is_no_damaged_file(name, moment, flags, s
     assert all(word not in printed for word in ("damaged", "skipped", "cannot be", "Traceback", "Error"))
 
 
-def test_a_signal_while_images_are_read_in_training_is_noted(shapes, tmp_path, struck):
-    """The step ends with all its images, and the run is resumed to the same end."""
+def test_a_signal_while_training_images_are_read_ends_the_run_after_the_step(shapes, tmp_path, struck):
+    """The step uses all its images, and the resumed run ends like one without a signal."""
     more = ("--ema_decay", 0.8, "--on_bad_image", "skip", "--resume", "auto")
     flags = [*TINY, "--coco_path", shapes, "--epochs", 1, *more]
     done = struck("the second image is decoded", "SIGTERM", *flags, "--output_dir", tmp_path / "struck")
@@ -112,7 +112,7 @@ def test_the_second_ctrl_c_ends_at_once(shapes, tmp_path, struck):
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
-def test_without_an_output_folder_nothing_can_be_resumed(shapes, struck):
+def test_a_run_without_an_output_folder_says_that_it_cannot_be_resumed(shapes, struck):
     done = struck("the first losses are computed", "SIGINT", *TINY, "--coco_path", shapes, "--epochs", 1)
     assert done.returncode == 130
     assert "warning: nothing will be saved, and the run cannot be resumed: name a folder by --output_dir" in done.stdout
@@ -121,7 +121,7 @@ def test_without_an_output_folder_nothing_can_be_resumed(shapes, struck):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_tools_end_with_one_line(name, code, shapes, tmp_path):
+def test_tools_that_are_stopped_print_one_line(name, code, shapes, tmp_path):
     program = f"""
 from scripts import check_data
 from tests.killed import strike_at
@@ -135,7 +135,7 @@ run_command(check_data.main)
     assert line == f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}"
 
 
-# Sends this process a signal when it is about to import torch; Python runs a file of this name at its start.
+# Sends the process a signal when it imports torch. Python runs this code at its start, from sitecustomize.py.
 STRIKE_AT_IMPORT = """
 import os, sys
 class Strike:
@@ -155,7 +155,7 @@ sys.meta_path.insert(0, Strike())
         (["-m", "scripts.convert", "a.pth", "b.pth", "--to", "checkpoint"], "SIGTERM", 143),
     ],
 )
-def test_signals_while_modules_are_imported(command, name, code, tmp_path):
+def test_signals_while_modules_are_imported_print_one_line(command, name, code, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(STRIKE_AT_IMPORT)
     strike = {"PYTHONPATH": str(tmp_path), "STRIKE_WITH": str(int(getattr(signal, name)))}
     done = subprocess.run(
@@ -170,13 +170,13 @@ def test_signals_while_modules_are_imported(command, name, code, tmp_path):
     [
         ("the first evaluation is scored", 0),
         ("the second evaluation is scored", 1),
-        ("the second line of the log is written", 2),  # the run is finished by what it does next
+        ("the second line of the log is written", 2),  # no epoch is left: the run ends as usual
         ("workers are ended after the run", 2),
         ("the process group is left after the run", 2),
     ],
 )
-def test_a_signal_near_the_end_of_a_run(moment, logged, shapes, tmp_path, struck):
-    """The exit code tells whether all epochs are in the log."""
+def test_the_exit_code_after_a_signal_tells_if_all_epochs_are_in_the_log(moment, logged, shapes, tmp_path, struck):
+    """The signals come near the end of the run."""
     flags = [*TINY, "--coco_path", shapes, "--epochs", 2, "--output_dir", tmp_path, "--num_workers", 1]
     done = struck(moment, "SIGTERM", *flags)
     assert done.returncode == (0 if logged == 2 else EXIT_CODE), done.stderr
@@ -185,8 +185,8 @@ def test_a_signal_near_the_end_of_a_run(moment, logged, shapes, tmp_path, struck
     assert ("ended on request" in done.stdout) == (logged < 2)
 
 
-def test_an_error_that_follows_from_a_request_is_the_request(shapes, tmp_path):
-    """C++ code that calls Python may make any exception one of its own."""
+def test_an_error_that_a_signal_causes_is_reported_as_the_signal(shapes, tmp_path):
+    """C++ code that calls Python may replace an exception by another one."""
     code = """
 import os, signal, main
 def build_model(*arguments):
@@ -202,8 +202,8 @@ main.run()
     assert done.stderr == "stopped by SIGTERM\n"
 
 
-def test_a_request_that_python_loses_ends_the_process_nevertheless():
-    """An exception that is raised in `__del__` is printed and dropped."""
+def test_a_signal_whose_exception_python_drops_still_ends_the_process():
+    """Python prints and drops an exception that is raised in `__del__`."""
     code = """
 import os, signal, time
 from util.preemption import stop_request
@@ -217,8 +217,8 @@ time.sleep(100)
     assert run_code(code).returncode == EXIT_CODE
 
 
-def test_ctrl_c_while_a_process_waits_for_another(shapes, tmp_path, meeting):
-    """C++ code waits there, in which Python runs no handlers."""
+def test_ctrl_c_ends_a_process_that_waits_for_another(shapes, tmp_path, meeting):
+    """It waits in C++ code, during which Python runs no signal handlers."""
     code = """
 import os, signal, threading, torch
 meet = torch.distributed.rendezvous
@@ -235,7 +235,7 @@ main.run()
     assert done.stderr == "stopped at once\n"
 
 
-def test_processes_stop_together_though_one_is_asked(shapes, tmp_path, run_on_two):
+def test_all_processes_stop_if_one_receives_a_signal(shapes, tmp_path, run_on_two):
     flags = [*TINY, "--batch_size", 1, "--coco_path", shapes, "--epochs", 1, "--output_dir", tmp_path]
     strikes = [("", "SIGINT"), ("the first losses are computed", "SIGINT")]
     first, second = run_on_two(*flags, strikes=strikes)
@@ -245,7 +245,7 @@ def test_processes_stop_together_though_one_is_asked(shapes, tmp_path, run_on_tw
 
 
 def test_a_process_that_stops_earlier_does_not_make_the_other_fail(shapes, tmp_path, run_on_two):
-    """One is asked in the evaluation, which it leaves at once, the other after it, where it waits for the next step."""
+    """One gets the signal in the evaluation and ends at once; the other gets it later, before its next step."""
     flags = [*TINY, "--coco_path", shapes, "--batch_size", 1, "--epochs", 2, "--output_dir", tmp_path]
     strikes = [("the first line of the log is written", "SIGTERM"), ("the first evaluation is scored", "SIGTERM")]
     first, second = run_on_two(*flags, strikes=strikes)
@@ -255,7 +255,7 @@ def test_a_process_that_stops_earlier_does_not_make_the_other_fail(shapes, tmp_p
 
 @pytest.mark.slow
 def test_signals_at_random_moments_are_never_lost(shapes, tmp_path):
-    """Exit code 75 or 130 by the signal; 0 only if the run had finished."""
+    """The exit code is 75 or 130, depending on the signal, and 0 only if the run had finished."""
     flags = [sys.executable, ROOT / "main.py", *TINY, "--coco_path", shapes, "--epochs", 2, "--lr_drop", 1]
     flags = [*map(str, flags), "--resume", "auto", "--save_every", "1"]
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""--tensorboard: the curves that TensorBoard reads back are those of the log, also after interruptions."""
+"""With --tensorboard, the curves that TensorBoard reads are those of the log, also after interruptions."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ from util.errors import InputError
 pytestmark = pytest.mark.usefixtures("narrow")
 
 SHOWN = {"loss", "class_error", "loss_ce", "loss_bbox", "loss_giou"}
-STEPS = [1, 11, 15, 25, 29, 39]  # the lines of 14 steps an epoch
+STEPS = [1, 11, 15, 25, 29, 39]  # with a point, in three epochs of 14 steps
 
 
 def train(shapes, output, *more: object) -> None:
@@ -49,14 +49,14 @@ def assert_as_logged(output) -> None:
 
 @pytest.fixture(scope="module")
 def whole(shapes, tmp_path_factory):
-    """Three epochs without a break."""
+    """Train for three epochs without interruption."""
     output = tmp_path_factory.mktemp("whole")
     with narrowed():
         train(shapes, output, "--epochs", 3, "--lr_drop", 2)
     return output
 
 
-def test_curves(whole):
+def test_curves_are_those_of_the_log(whole):
     assert_as_logged(whole)
     scalars = {run: set(read(whole, run).Tags()["scalars"]) for run in ("train", "val", "steps")}
     assert scalars["train"] == {f"epochs/{name}" for name in SHOWN | {"lr"}}
@@ -71,7 +71,7 @@ def test_curves(whole):
     assert max(steps.values()) > 1
 
 
-def test_curves_of_masks(shapes, tmp_path):
+def test_masks_have_curves_too(shapes, tmp_path):
     train(shapes, tmp_path, "--epochs", 1, "--masks")
     assert_as_logged(tmp_path)
     for run, group in (("train", "epochs"), ("val", "epochs"), ("steps", "steps")):
@@ -80,14 +80,14 @@ def test_curves_of_masks(shapes, tmp_path):
     assert "coco_masks/AR_100" in val.Tags()["scalars"]
 
 
-def test_numbers_of_other_evaluators(tmp_path):
+def test_numbers_of_other_evaluators_have_curves(tmp_path):
     with TensorBoard(tmp_path / "tensorboard", lambda evaluator: ()) as board:
         board.begin(0, 0)
         board.write_epoch(1, {"test_loss": 2.0, "test_PQ_all": {"pq": 0.5, "n": 3}}, None)
     assert set(read(tmp_path, "val").Tags()["scalars"]) == {"epochs/loss", "PQ_all/pq", "PQ_all/n"}
 
 
-def test_pictures_of_the_same_images_after_every_evaluation(whole):
+def test_pictures_show_the_same_images_after_every_evaluation(whole):
     events = read(whole, "val")
     names = events.Tags()["images"]
     assert len(names) == 4
@@ -97,7 +97,7 @@ def test_pictures_of_the_same_images_after_every_evaluation(whole):
         assert pictures[0].width > 1.4 * pictures[0].height
 
 
-def test_a_run_that_goes_on_from_an_earlier_epoch(shapes, whole, tmp_path):
+def test_a_run_that_is_resumed_from_an_earlier_epoch_replaces_later_points(shapes, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     more = ("--resume", whole / "checkpoint0001.pth", "--lr_drop", 2, "--weight_decay", 0.1)
     train(shapes, tmp_path / "run", "--epochs", 3, *more)
@@ -108,7 +108,7 @@ def test_a_run_that_goes_on_from_an_earlier_epoch(shapes, whole, tmp_path):
 
 @pytest.mark.parametrize("before", ["append_log", "save_on_master"])
 def test_an_epoch_that_was_interrupted_is_drawn_once(before, shapes, whole, tmp_path, monkeypatch):
-    """After the curves and before the log's line, or within the second epoch before its checkpoint."""
+    """The run stops after the curves and before the line of the log, or in the second epoch before its checkpoint."""
     original, calls = getattr(training, before), []
 
     def interrupted(*args, **kwargs):
@@ -127,14 +127,14 @@ def test_an_epoch_that_was_interrupted_is_drawn_once(before, shapes, whole, tmp_
     assert curve(read(tmp_path, "steps"), "steps/loss") == {step: expected[step] for step in STEPS[:4]}
 
 
-def test_epochs_without_evaluation(shapes, tmp_path):
+def test_epochs_without_evaluation_have_no_points_of_val(shapes, tmp_path):
     train(shapes, tmp_path, "--epochs", 2, "--eval_every", 2)
     assert list(curve(read(tmp_path, "train"), "epochs/loss")) == [1, 2]
     assert list(curve(read(tmp_path, "val"), "coco/AP")) == [2]
 
 
-def test_without_tensorboard_or_a_folder(parse, monkeypatch, tmp_path):
-    """Before anything is read: there is no data."""
+def test_a_missing_package_or_output_folder_is_named(parse, monkeypatch, tmp_path):
+    """The error comes before anything is read: the test has no data."""
     with pytest.raises(InputError, match="--tensorboard writes to --output_dir: add that flag"):
         main.main(parse(*TINY, "--tensorboard"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

@@ -21,27 +21,27 @@ HOSTILE = "cat\x1b[2J\r\n\0\u202ereverse $x_{$"
         ("\u202eabc\ud800\u2028", r"\u202eabc\ud800\u2028"),
     ],
 )
-def test_printable(text, expected):
+def test_printable_escapes_control_characters(text, expected):
     assert printable(text) == expected
 
 
-def test_lines_on_the_terminal(capsys):
+def test_lines_on_the_terminal_are_printable(capsys):
     warn(HOSTILE)
     log(f"one\ntwo {HOSTILE}")
     printed = capsys.readouterr().out
     assert all(line.isprintable() for line in printed.splitlines())
-    assert len(printed.splitlines()) == 4  # the last message's own line break is one, and so is the text's
+    assert len(printed.splitlines()) == 4  # one of the warning; the message has two line breaks
     assert error_line(HOSTILE).isprintable()
 
 
-def test_class_names_of_a_checkpoint():
+def test_class_names_of_a_checkpoint_are_printable():
     classes = Classes.from_checkpoint({"class_names": {0: HOSTILE, 1: "dog"}}, 2)
     assert classes.name_of(0).isprintable()
     assert classes.name_of(1) == "dog"
 
 
-def test_pictures_with_odd_names(tmp_path):
-    """Neither a line break nor a formula that matplotlib cannot set breaks drawing."""
+def test_pictures_can_have_any_names(tmp_path):
+    """Names may contain line breaks and formulas that matplotlib cannot draw."""
     name = Classes.from_checkpoint({"class_names": {0: HOSTILE}}, 1).name_of(0)
     picture = annotate(Image.new("RGB", (200, 100)), [[10, 10, 90, 90]], [0], [name])
     side_by_side([picture], [name])
@@ -53,7 +53,7 @@ def test_pictures_with_odd_names(tmp_path):
         plot_logs.plot_logs(shown, tmp_path / "curves")
 
 
-def test_numbers_with_their_nouns():
+def test_nouns_agree_with_their_numbers():
     assert counted(0, "epoch") == "0 epochs"
     assert [counted(n, "image") for n in (0, 1, 2_000)] == ["0 images", "1 image", "2,000 images"]
     assert [counted(2, noun) for noun in ("box", "class", "batch", "query")] == [

@@ -1,4 +1,4 @@
-"""The command-line tools as users start them: as a file or by -m, and on terminals of any encoding."""
+"""The command-line tools as users start them: as a file or with -m, and on terminals of any encoding."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TOOLS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "run_com
 
 
 def run(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """Runs Python with bytes as output, whose encoding is what the tests are about."""
+    """Run Python and return its output as bytes, because the tests check their encoding."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -32,7 +32,7 @@ def test_the_tools_are_found():
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_tools_run_as_files(tool, tmp_path):
-    """From any folder, also where the terminal knows little more than letters."""
+    """They start in any folder, also on a terminal that only has ASCII characters."""
     process = run(ROOT / "scripts" / f"{tool}.py", "--help", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith(b"usage:")
@@ -40,7 +40,7 @@ def test_tools_run_as_files(tool, tmp_path):
 
 @pytest.fixture
 def cats(tmp_path) -> list[object]:
-    """Flags that name a data set whose class and file no 8-bit encoding can print."""
+    """Return the flags of a data set whose names no 8-bit encoding can print."""
     Image.new("RGB", (40, 30)).save(tmp_path / "猫é.png")
     data = {
         "images": [{"id": 1, "file_name": "猫é.png", "width": 40, "height": 30}],
@@ -59,7 +59,7 @@ def test_characters_that_the_encoding_lacks_are_replaced(encoding, printed, cats
     assert printed in process.stdout.decode(encoding)
 
 
-def test_main_replaces_them_too(tmp_path):
+def test_main_replaces_characters_that_the_encoding_lacks(tmp_path):
     process = run(ROOT / "main.py", "--coco_path", "猫é", cwd=tmp_path, PYTHONIOENCODING="cp1252")
     assert process.returncode == 1
     assert process.stderr.decode("cp1252").startswith("error: --coco_path ?é: no such folder")

@@ -1,4 +1,4 @@
-"""A training step: what it recomputes, when the host waits, and its compiled form."""
+"""Training steps: recomputed activations, waits of the host, compilation, and accumulated batches."""
 
 import copy
 import shutil
@@ -43,7 +43,7 @@ def test_checkpointed_activations_give_the_same_gradients(more, parse):
         loss = total_loss(model, criterion, IMAGES, make_targets())
         with Recorder() as recorder:
             loss.backward()
-        assert ("native_layer_norm" in recorder.names) == args.checkpoint_activations  # the forward pass once more
+        assert ("native_layer_norm" in recorder.names) == args.checkpoint_activations  # of a second forward pass
         results.append((loss, {key: p.grad for key, p in model.named_parameters() if p.requires_grad}))
     assert_close(*results, rtol=0, atol=0)
     with torch.no_grad():
@@ -62,12 +62,12 @@ def test_the_host_reads_no_value_in_a_step(more):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("more", [(), ("--masks",)])
-def test_the_host_waits_for_a_gpu_once_a_step(more):
+def test_the_host_waits_for_a_gpu_once_per_step(more):
     model, criterion = build_small(*more)
     model.train()
     model.cuda()
     samples, targets = [image.cuda() for image in IMAGES], make_targets("cuda")
-    total_loss(model, criterion, samples, targets).backward()  # libraries initialise
+    total_loss(model, criterion, samples, targets).backward()  # initialises libraries
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchroniz") as waits:
@@ -124,8 +124,8 @@ def test_compiled_code_gives_the_same_outputs():
 
 
 @pytest.mark.parametrize(("processes", "more"), [(1, ()), (1, ("--model", "detr")), (1, ("--masks",)), (2, ())])
-def test_accumulated_batches_are_one_large_batch(processes, more, parse, tmp_path, meeting):
-    """Images of one size with different numbers of boxes, frozen norms, no dropout."""
+def test_accumulated_batches_give_the_gradients_of_one_large_batch(processes, more, parse, tmp_path, meeting):
+    """Images have one size and different numbers of boxes; norms are frozen, and there is no dropout."""
     found = []
     for accum_steps in (1, 2):
         args = parse(*FLAGS, *more, "--dropout", 0, "--accum_steps", accum_steps, "--clip_max_norm", 0)
@@ -136,14 +136,14 @@ def test_accumulated_batches_are_one_large_batch(processes, more, parse, tmp_pat
         found.append(torch.load(output / f"{processes}-0.pth"))
     whole, accumulated = found
     for name, value in whole["stats"].items():
-        if "error" not in name:  # means over images that differ in their number of boxes
+        if "error" not in name:  # a mean over batches, which have different numbers of boxes
             assert accumulated["stats"][name] == pytest.approx(value, rel=1e-5), name
     for name, gradient in whole["gradients"].items():
         assert_close(accumulated["gradients"][name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_each_process_divides_the_cross_entropy_of_detr_by_its_own_weights(parse, tmp_path, meeting):
-    """Losses of boxes are divided by the mean number of targets of the processes; then gradients are averaged."""
+    """Losses of boxes are divided by the mean number of targets per process. Then, gradients are averaged."""
     boxes = (1, 0, 3, 5)  # the processes have 4 and 5 of them
     args = parse(*TINY, "--model", "detr", "--backbone_norm", "frozen", "--backbone_weights", "x", "--dropout", 0)
     run_on_several(two_processes.step, (2, meeting(), args, tmp_path, boxes), 2)

@@ -1,4 +1,4 @@
-"""Hugging Face transformers' implementation with the same weights gives the same outputs."""
+"""The implementation in Hugging Face transformers gives the same outputs with the same weights."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("model", ["conditional_detr", "detr"])
-def test_same_outputs_on_a_padded_batch(model, parse):
+def test_outputs_for_a_padded_batch_are_the_same(model, parse):
     name = {"conditional_detr": "ConditionalDetr", "detr": "Detr"}[model]
     config = getattr(transformers, f"{name}Config")(
         use_timm_backbone=False,
@@ -25,7 +25,7 @@ def test_same_outputs_on_a_padded_batch(model, parse):
     theirs = getattr(transformers, f"{name}ForObjectDetection")(config).eval()
     ours, _, _ = build_model(parse("--model", model))
     weights = reference_weights(ours.state_dict())
-    weights = sharpened(weights) if model == "detr" else weights  # queries that differ
+    weights = sharpened(weights) if model == "detr" else weights  # so that queries differ
     ours.load_state_dict(weights)
     ours.eval()
     modules = their_modules(config.encoder_layers, config.decoder_layers, config.backbone_config.depths, model)
@@ -42,7 +42,7 @@ def test_same_outputs_on_a_padded_batch(model, parse):
     assert_close(outputs["pred_boxes"], expected.pred_boxes, atol=1e-5, rtol=0)
 
 
-def test_same_masks_on_a_padded_batch(parse):
+def test_masks_for_a_padded_batch_are_the_same(parse):
     config = transformers.DetrConfig(
         use_timm_backbone=False,
         use_pretrained_backbone=False,
@@ -67,4 +67,4 @@ def test_same_masks_on_a_padded_batch(parse):
         outputs = ours.double().eval()(samples)
     assert_close(outputs["pred_logits"], expected.logits, atol=1e-4, rtol=0)
     assert_close(outputs["pred_boxes"], expected.pred_boxes, atol=1e-4, rtol=0)
-    assert_close(outputs["pred_masks"], expected.pred_masks, atol=1e-3, rtol=0)  # weights sharpened by up to 100
+    assert_close(outputs["pred_masks"], expected.pred_masks, atol=1e-3, rtol=0)  # weights are up to 100 times as large

@@ -1,4 +1,4 @@
-"""Sizes and targets of the published transforms, and the recipe's randomness."""
+"""Transforms give the published sizes and targets, and are reproducible."""
 
 import json
 import random
@@ -37,32 +37,32 @@ def assert_same(target: T.Target, plain: dict) -> None:
 
 
 def whole_image(width: int, height: int) -> T.Target:
-    """The target of an image with one object."""
+    """Return the target of an image that one object fills."""
     object_ = {"bbox": [0, 0, width, height], "category_id": 1, "area": 1.0, "iscrowd": 0}
     return make_target(1, Objects.from_annotations([object_], LABELS), width, height)
 
 
 def texture(width: int, height: int) -> torch.Tensor:
-    """Edges and noise at several scales, over the whole range of values."""
+    """Return an image of edges and noise at several scales, over the whole range of values."""
     fine, coarse = (Image.effect_noise((side, side), 90).convert("RGB") for side in (128, 8))
     mixed = Image.composite(fine, coarse.resize((128, 128), 0), Image.linear_gradient("L").resize((128, 128)))
     return pil_to_tensor(mixed.resize((width, height), 0))
 
 
 @pytest.mark.parametrize("case", FIGURES["resize_sizes"])
-def test_resized_sizes(case):
+def test_sizes_are_the_published_ones(case):
     size = T.resized_size(case["width"], case["height"], case["size"], case["max_size"])
     assert size == (case["out_width"], case["out_height"])
 
 
 @pytest.mark.parametrize("case", FIGURES["prepare"])
-def test_prepare(case):
+def test_targets_are_the_published_ones(case):
     objects = Objects.from_annotations(({"iscrowd": 0} | entry for entry in case["annotations"]), LABELS)
     assert_same(make_target(case["image_id"], objects, case["width"], case["height"]), case["target"])
 
 
 @pytest.mark.parametrize("case", FIGURES["resize"])
-def test_resize(case):
+def test_resized_targets_are_the_published_ones(case):
     image = blank(case["width"], case["height"])
     image, target = T.resize(image, as_target(case["in"]), case["size"], case["max_size"])
     assert image.shape == (3, case["out_height"], case["out_width"])
@@ -71,8 +71,8 @@ def test_resize(case):
 
 @pytest.mark.parametrize("new", [(1066, 800), (640, 480), (333, 250), (100, 1333), (61, 7), (1, 1)])
 @pytest.mark.parametrize("old", [(640, 480), (427, 640), (2000, 37)])
-def test_pixels_are_those_of_pil(old, new):
-    """Within one grey level on 99.9 % of them; in any memory layout, and of a crop."""
+def test_resized_pixels_are_those_of_pil(old, new):
+    """At least 99.9 % of them differ by at most one grey level. Memory layouts and crops make no difference."""
     image = texture(*old)
     reference = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(new, Image.Resampling.BILINEAR)
     resized, _ = T.resize(image, {}, new)
@@ -86,7 +86,7 @@ def test_pixels_are_those_of_pil(old, new):
 
 
 @pytest.mark.parametrize("case", FIGURES["crop"])
-def test_crop(case):
+def test_cropped_targets_are_the_published_ones(case):
     region = case["region_top_left_height_width"]
     image, target = T.crop(blank(640, 480), as_target(case["in"]), tuple(region))
     assert image.shape[1:] == tuple(region[2:])
@@ -94,14 +94,14 @@ def test_crop(case):
 
 
 @pytest.mark.parametrize("case", FIGURES["hflip"])
-def test_hflip(case):
+def test_flipped_targets_are_the_published_ones(case):
     _, target = T.hflip(blank(case["width"], case["height"]), as_target(case["in"]))
     assert_same(target, case["target"])
 
 
 @pytest.mark.parametrize("case", FIGURES["normalize"])
-def test_normalize(case):
-    """Boxes become relative in the transform, pixels normalised floats in the model."""
+def test_normalised_targets_and_images_are_the_published_ones(case):
+    """The transform makes boxes relative; the model normalises pixels."""
     image = torch.tensor(case["image_uint8_hwc"], dtype=torch.uint8).permute(2, 0, 1)
     target = T.normalize_boxes(as_target(case["in"]), width=image.shape[2], height=image.shape[1])
     assert_same(target, case["target"])
@@ -133,7 +133,7 @@ def test_the_recipe_scales_with_min_size():
 
 
 @pytest.mark.parametrize("size", [(640, 480), (50, 700), (1, 1)])
-def test_augmentation_depends_on_its_generator_alone(size):
+def test_augmentation_depends_only_on_its_generator(size):
     transform = T.make_coco_transforms("train", 200, 333)
     target = whole_image(*size)
     image = texture(*size)

@@ -1,4 +1,4 @@
-"""Videos keep their frame times: from a file to frames, and from frames to the file with boxes."""
+"""Videos keep the times of their frames when they are read and written."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -25,7 +25,7 @@ def picture(number: int) -> Image.Image:
 def record(
     path: Path, times: Sequence[int], codec: str = "libx264", unit: Fraction = MILLISECOND, sound: int = 0, **options
 ) -> Path:
-    """A video with frames at these times, in `unit`s, and perhaps as many seconds of sound."""
+    """Write a video with frames at the given times, in units of `unit`, and with `sound` seconds of silence."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=25, options={"bf": "3", **options})
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
@@ -36,7 +36,7 @@ def record(
             frame.pts, frame.time_base = time, unit
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-        for _ in range(sound * 43):  # frames of 1024 samples per second
+        for _ in range(sound * 43):  # per second, of frames of 1024 samples
             silence = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
             silence.rate = 44_100
             file.mux(audio.encode(silence))
@@ -46,7 +46,7 @@ def record(
 
 
 def stamps(path: Path) -> tuple[list[Fraction], Fraction]:
-    """The times of a video's frames in seconds, as its player has them, and its end."""
+    """Return the times of a video's frames, and of its end, in seconds as a player shows them."""
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
         frames = [(frame.pts * stream.time_base, frame.duration * stream.time_base) for frame in file.decode(stream)]
@@ -54,7 +54,7 @@ def stamps(path: Path) -> tuple[list[Fraction], Fraction]:
 
 
 def copied(source: Path, every: int = 1) -> Path:
-    """The frames of a video, written as predict writes them."""
+    """Write the frames of a video to another one, as predict does, and return its path."""
     path = source.with_name("copy.mp4")
     reader = VideoReader(source, every)
     with write_video(path, reader.rate, reader.time_base, SIZE) as write:
@@ -66,8 +66,8 @@ def copied(source: Path, every: int = 1) -> Path:
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov"])
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-def test_uneven_times(codec, name, every, tmp_path, monkeypatch):
-    """With frames stored in another order than shown, and where the writer lacks H.264."""
+def test_uneven_times_are_kept(codec, name, every, tmp_path, monkeypatch):
+    """Frames may be stored in another order than they are shown, and the writer may lack H.264."""
     source = record(tmp_path / name, UNEVEN, codec)
     monkeypatch.setattr(av, "codecs_available", {codec})
     times, end = stamps(source)
@@ -85,7 +85,7 @@ def test_uneven_times(codec, name, every, tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_other_units_of_time(unit, times, tmp_path):
+def test_times_in_other_units_are_kept(unit, times, tmp_path):
     source = record(tmp_path / "a.mp4", times, unit=unit)
     times, end = stamps(source)
     got, got_end = stamps(copied(source))
@@ -93,21 +93,21 @@ def test_other_units_of_time(unit, times, tmp_path):
     assert got_end == pytest.approx(end, abs=1e-6)
 
 
-def test_units_that_mpeg4_cannot_hold(tmp_path, monkeypatch):
+def test_times_in_units_that_mpeg4_lacks_are_close(tmp_path, monkeypatch):
     source = record(tmp_path / "a.mp4", [0, 3003, 6006, 90_000], unit=Fraction(1, 90_000))
     monkeypatch.setattr(av, "codecs_available", set())
     assert stamps(copied(source))[0] == pytest.approx(stamps(source)[0], abs=1e-4)
 
 
-def test_a_late_beginning(tmp_path):
-    """Some seconds stay as they are; hours are those of a recording that the video was cut from."""
+def test_a_late_start_is_kept_if_it_is_seconds_and_removed_if_it_is_hours(tmp_path):
+    """Hours are the time in a recording that the video was cut from."""
     some = record(tmp_path / "some.mkv", [2000, 2040, 2080])
     hours = record(tmp_path / "hours.mkv", [7_200_000, 7_200_040, 7_200_080])
     assert stamps(copied(some))[0] == stamps(some)[0]
     assert stamps(copied(hours))[0] == [0, Fraction(40, 1000), Fraction(80, 1000)]
 
 
-def test_sound_is_no_missing_picture(tmp_path):
+def test_sound_does_not_change_the_times_of_frames(tmp_path):
     for name in ("a.mp4", "a.mkv"):
         source = record(tmp_path / name, [0, 40, 80], sound=5)
         assert stamps(copied(source))[0] == stamps(source)[0]
@@ -131,8 +131,8 @@ class Undated:
     ],
     ids=["none", "some", "backwards", "negative"],
 )
-def test_missing_and_wrong_times(stamped, expected, tmp_path, monkeypatch):
-    """Frames follow each other at the average rate where nothing better is known."""
+def test_missing_and_wrong_times_are_replaced(stamped, expected, tmp_path, monkeypatch):
+    """Frames without a usable time follow the previous frame at the average rate."""
     reader = VideoReader(record(tmp_path / "a.mkv", [0, 40, 80, 120]))
     frames = [Undated(frame, pts) for frame, pts in zip(reader._file.decode(reader._stream), stamped, strict=True)]
 
@@ -150,8 +150,7 @@ def test_missing_and_wrong_times(stamped, expected, tmp_path, monkeypatch):
     assert [frame.time / MILLISECOND for frame in reader] == expected
 
 
-def test_a_broken_tail(tmp_path):
-    """Frames that can be read are yielded first, with their times."""
+def test_readable_frames_of_a_damaged_video_come_before_the_error(tmp_path):
     source = record(tmp_path / "a.mkv", range(0, 8000, 40), codec="mpeg4")
     source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
     seen = []

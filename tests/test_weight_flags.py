@@ -1,4 +1,4 @@
-"""Weights without flags that do not fit the defaults: the line names the flags, and where to store them."""
+"""If weights without flags do not fit the default model, the error names the flags and the place to store them."""
 
 import re
 
@@ -33,14 +33,14 @@ def build(*flags: object) -> torch.nn.Module:
     ],
 )
 @pytest.mark.parametrize("args", [{}, {"num_queries": 9}])
-def test_flags_that_weights_need(flags, args):
+def test_the_error_names_the_flags_that_weights_need(flags, args):
     end = ": correct its args" if args else ": pass these, --nheads and --dilation to main.py"
     with pytest.raises(InputError, match=rf"^c\.pth does not fit the model: .* its weights need {flags}{end}") as error:
         load_model_weights(build(), {"model": build(*flags.split()).state_dict(), "args": args}, "c.pth")
     assert len(str(error.value)) < 500
 
 
-def test_tools_say_where_flags_are_stored(tmp_path):
+def test_tools_say_where_to_store_flags(tmp_path):
     flags = {"backbone": "resnet18", "enc_layers": 1, "dec_layers": 1, "num_queries": 7, "dim_feedforward": 64}
     pairs = [text for flag, value in flags.items() for text in (f"--{flag}", value)]
     weights = {key: torch.zeros(tensor.shape) for key, tensor in build(*pairs).state_dict().items()}

@@ -37,7 +37,7 @@ def raw(args) -> dict[str, Tensor]:
 
 @pytest.fixture
 def save(args, tmp_path):
-    """Write a file with the flags and some contents."""
+    """Write a file with the flags and the given contents."""
 
     def save(contents: object, **more: object):
         torch.save({"args": vars(args)} | contents | more, tmp_path / "c.pth")
@@ -47,7 +47,7 @@ def save(args, tmp_path):
 
 
 def shifted(weights: dict[str, Tensor], by: float = 1.0) -> dict[str, Tensor]:
-    """Return other weights, as an average would have: those of the queries differ."""
+    """Return weights that differ in those of the queries, as an average would."""
     return weights | {"query_embed.weight": weights["query_embed.weight"] + by}
 
 
@@ -70,7 +70,7 @@ def prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         (lambda w: {"model": w}, ""),
     ],
 )
-def test_wrapped_weights(wrap, place, raw, tmp_path, capsys):
+def test_wrapped_weights_are_found(wrap, place, raw, tmp_path, capsys):
     torch.save(wrap(raw), tmp_path / "c.pth")
     weights = load_checkpoint(tmp_path / "c.pth")["model"]
     assert weights.keys() == raw.keys()
@@ -89,7 +89,7 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("place", AVERAGES)
-def test_averaged_weights_win_except_in_training(place, raw, save, capsys):
+def test_averaged_weights_are_preferred_unless_training_continues(place, raw, save, capsys):
     path = save(AVERAGES[place](shifted(raw)), model=raw)
     for training, kind, name, other, by in (
         (False, "averaged", place, "model", 1),
@@ -100,8 +100,8 @@ def test_averaged_weights_win_except_in_training(place, raw, save, capsys):
         assert f"taking the {kind} weights in {name}, not those in {other}" in capsys.readouterr().out
 
 
-def test_averaged_weights_in_every_use(args, raw, save, shapes, tmp_path, parse, capsys, monkeypatch):
-    """Of --eval, --finetune and predict, which take averaged ones, and of --resume, which continues with raw ones."""
+def test_only_resumed_runs_take_raw_weights(args, raw, save, shapes, tmp_path, parse, capsys, monkeypatch):
+    """--eval, --finetune and predict take averaged weights; --resume continues with raw ones."""
     path = save({"model": raw, "model_ema": shifted(raw, by=100)}, epoch=0)
     used: list[float] = []
     forward = type(build_model(args)[0]).forward
@@ -126,8 +126,8 @@ def test_averaged_weights_in_every_use(args, raw, save, shapes, tmp_path, parse,
     assert first_use(lambda: main.main(parse(*common, "--resume", path))) == "raw"
 
 
-def test_averages_of_parameters_alone(args, save, capsys):
-    """torch's own averaged model keeps no buffers; timm's averages may leave out frozen layers, too."""
+def test_averages_without_buffers_take_those_of_the_model(args, save, capsys):
+    """torch's averages have no buffers, and timm's may not have frozen layers."""
     model, _, _ = build_model(args)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     torch.nn.init.ones_(model.query_embed.weight)
@@ -145,12 +145,12 @@ def test_averages_of_parameters_alone(args, save, capsys):
         capsys.readouterr().out,
     )
     load_detector(str(path))
-    del learned["module.input_proj.bias"]  # of what is learned, nothing is mixed
+    del learned["module.input_proj.bias"]  # learned weights are never mixed
     with pytest.raises(InputError, match=r"input_proj.bias is \[32\] in the model, missing in the file"):
         load_detector(str(save({"model": model.state_dict(), "ema": learned})))
 
 
-def test_finetuning_without_heads(raw, save, shapes, parse, capsys):
+def test_only_finetuning_accepts_weights_without_heads(raw, save, shapes, parse, capsys):
     headless = {name: tensor for name, tensor in raw.items() if name not in HEADS}
     path = save({"model": headless})
     main.main(parse(*TINY, "--coco_path", shapes, "--epochs", 1, "--finetune", path))
@@ -176,12 +176,12 @@ def test_finetuning_without_heads(raw, save, shapes, parse, capsys):
         ),
     ],
 )
-def test_files_without_weights(contents, found, save):
+def test_files_without_weights_are_refused(contents, found, save):
     with pytest.raises(InputError, match=re.escape(found)):
         load_checkpoint(save(contents))
 
 
-def test_names_that_are_none(parse, shapes, monkeypatch, tmp_path):
+def test_unknown_names_are_refused(parse, shapes, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
         main.main(parse(*TINY, "--coco_path", shapes, "--eval", "--resume", "conditional_detr_resnet50dc5"))
@@ -191,7 +191,7 @@ def test_names_that_are_none(parse, shapes, monkeypatch, tmp_path):
         load_checkpoint("absent.pth")
 
 
-def test_a_folder_names_the_checkpoint_inside(save, raw, parse, shapes, tmp_path):
+def test_the_error_for_a_folder_names_the_checkpoints_in_it(save, raw, parse, shapes, tmp_path):
     best = save({"model": raw}).rename(tmp_path / "checkpoint_best.pth")
     latest = save({"model": raw}).rename(tmp_path / "checkpoint.pth")
     with pytest.raises(InputError, match=rf"name a file in it: {latest}, {best}"):
@@ -209,7 +209,7 @@ def test_a_folder_names_the_checkpoint_inside(save, raw, parse, shapes, tmp_path
     ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_is_named_and_does_not_run(value, name, zipped, raw, tmp_path, monkeypatch):
+def test_code_in_a_file_is_named_and_does_not_run(value, name, zipped, raw, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for contents in ({"model": raw, "args": value}, {"model": raw | {"x": value}}, value):
         torch.save(contents, "c.pth", _use_new_zipfile_serialization=zipped)

@@ -1,4 +1,4 @@
-"""Functions for one of several processes: it joins the others, leaves them, or takes a training step with them."""
+"""Functions that a test runs on several processes: they meet, leave each other, or take a training step together."""
 
 import argparse
 import os
@@ -46,7 +46,7 @@ def random_model(args: argparse.Namespace, seed: int) -> tuple[Detector, SetCrit
 
 
 def join(rank: int, world_size: int, meeting: dict, args: argparse.Namespace) -> None:
-    """Join the other processes at a place of the fixture `meeting`."""
+    """Join the other processes at the place that the fixture `meeting` returns."""
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} | meeting
@@ -71,7 +71,7 @@ def step(
     """Take a step of gradient descent on this process's share of four images; save losses, gradients and weights."""
     join(rank, world_size, meeting, args)
     device = torch.device(args.device)
-    model, criterion = random_model(args, seed=rank)  # the first process's weights and statistics count
+    model, criterion = random_model(args, seed=rank)  # all processes then take those of the first
     model.to(device)
     parallel_model = distribute(model, device, trained_norms=False, trains=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
