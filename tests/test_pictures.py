@@ -84,7 +84,7 @@ crowds = st.lists(st.tuples(st.tuples(sides, st.integers(1, 30)), st.tuples(*[co
 
 @given(crowd=crowds, size=st.tuples(sides, sides))
 def test_texts_never_overlap(crowd, size):
-    """Every text keeps its size and begins within the image, and the first text always has a place."""
+    """A text that has a place keeps its size and begins within the image; the first text always has a place."""
     places = place_texts([extent for extent, _ in crowd], [box for _, box in crowd], size)
     assert len(places) == len(crowd)
     assert None not in places[:1]

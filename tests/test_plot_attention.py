@@ -64,7 +64,7 @@ def test_combined_maps_are_the_attention_that_the_model_used(layer, model, image
     assert_close(mean[0], maps.combined.mean(0), atol=1e-6, rtol=0)
     logits = query[0] @ key[0].mT / query.shape[-1] ** 0.5
     assert_close(maps.combined, logits.softmax(-1), atol=1e-6, rtol=0)
-    product = maps.spatial * maps.content  # the sum of logits is a product of softmaxes
+    product = maps.spatial * maps.content  # softmax(a + b) is softmax(a) · softmax(b), normalised
     assert_close(product / product.sum(-1, keepdim=True), maps.combined, atol=1e-6, rtol=0)
     for a, b in ((maps.spatial, maps.content), (maps.spatial, maps.combined), (maps.content, maps.combined)):
         assert (a - b).abs().max() > 0.01

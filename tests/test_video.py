@@ -36,7 +36,7 @@ def record(
             frame.pts, frame.time_base = time, unit
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-        for _ in range(sound * 43):  # per second, of frames of 1024 samples
+        for _ in range(sound * 43):  # a second has about 43 frames of 1024 samples
             silence = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
             silence.rate = 44_100
             file.mux(audio.encode(silence))
@@ -100,7 +100,7 @@ def test_times_in_units_that_mpeg4_lacks_are_close(tmp_path, monkeypatch):
 
 
 def test_a_late_start_is_kept_if_it_is_seconds_and_removed_if_it_is_hours(tmp_path):
-    """Hours are the time in a recording that the video was cut from."""
+    """A start after hours is the time in a recording that the video was cut from."""
     some = record(tmp_path / "some.mkv", [2000, 2040, 2080])
     hours = record(tmp_path / "hours.mkv", [7_200_000, 7_200_040, 7_200_080])
     assert stamps(copied(some))[0] == stamps(some)[0]

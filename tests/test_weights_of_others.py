@@ -47,7 +47,7 @@ def save(args, tmp_path):
 
 
 def shifted(weights: dict[str, Tensor], by: float = 1.0) -> dict[str, Tensor]:
-    """Return weights that differ in those of the queries, as an average would."""
+    """Return weights with another query embedding, which stand for an average."""
     return weights | {"query_embed.weight": weights["query_embed.weight"] + by}
 
 
