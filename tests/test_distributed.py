@@ -271,7 +271,7 @@ def test_torchrun_restarts_a_run_whose_process_dies(processes, killed_at, shapes
     moments = [strike.split(": ")[1] for strike in killed_at.split("; ")]
     printed = output_of_struck(killed_run(shapes, tmp_path / "killed", processes, killed_at, start), moments)
     times = killed_at.count(":")
-    assert printed.count("failed (exitcode: ") == times  # of the killed process, or of one that misses it
+    assert printed.count("failed (exitcode: ") == times  # of the killed process, or of one that lost it
     assert printed.count("loading") == times
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 

@@ -130,7 +130,7 @@ def test_dropout_drops_a_share_of_the_attention_weights():
     assert_close(weights[~dropped], torch.full_like(weights[~dropped], 1 / (1 - p)), rtol=1e-4, atol=0)
     direction = torch.randn_like(weights)
     (gradient,) = torch.autograd.grad(weights, value, direction)
-    assert_close(gradient, weights.detach().transpose(-2, -1) @ direction, rtol=1e-4, atol=1e-3)  # of the same weights
+    assert_close(gradient, weights.detach().transpose(-2, -1) @ direction, rtol=1e-4, atol=1e-3)  # same weights
 
 
 def test_dropout_drops_a_share_of_the_activations():

@@ -89,7 +89,7 @@ def test_the_tasks_of_srun_meet_at_the_first_node(environment, parse, monkeypatc
     asked = []
     monkeypatch.setattr(distributed, "join_process_group", lambda args, on_cuda: asked.append(dict(os.environ)))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # to be restored
+        monkeypatch.setenv(name, "")  # so that the end of the test restores it
         monkeypatch.delenv(name)
     environment(SRUN | {"SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_JOB_ID": "1234567"})
     init_distributed_mode(parse())

@@ -177,7 +177,7 @@ def dc5(parse):
 
 
 def test_results_do_not_depend_on_the_batch_size(photos, dc5, parse):
-    """They would if images were padded, to which DC5's attention is sensitive."""
+    """Images of one batch are not padded, since padding changes what DC5 models predict."""
     model = dc5[0]
 
     def loader(batch_size: int):
