@@ -1,9 +1,9 @@
 """Attention that does not store its weights for the backward pass, which computes them again, part by part.
 
 On CPUs, training with dropout needs the N×S weights of every head. Those of all layers of DC5-R50 take more memory than
-all the rest. `in_parts` returns the bits of the function that it is given, and has the bits of its gradients.
+everything else. Results and gradients of `in_parts` have the same bits as those of the function that it is given.
 
-Shapes: B images, h heads, N queries, S keys, d and e the widths of values, and of queries and keys.
+Shapes: B images, h heads, N queries, S keys, d the width of values, e the width of queries and keys.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LARGE = 2**17  # weights of a head: more than those of a decoder's self-attention, which are stored
+LARGE = 2**17  # weights of a head; up to this number they are stored, as in the decoder's self-attention
 PART = 2**20  # weights that are computed at once: 4 MB stay in a core's cache. A single head may have more.
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
 
 
 def is_large(query: Tensor, key: Tensor) -> bool:
-    """Return whether the weights of queries [B, h, N, e] and keys [B, h, S, e] are too many to be stored."""
+    """Return whether gradients need too many weights to store them, for queries [B, h, N, e], keys [B, h, S, e]."""
     would_be_stored = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     return would_be_stored and query.shape[2] * key.shape[2] > LARGE
 
 
 def in_parts(attend: Attend, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:
     """Return `attend(query, key, value, visible, p)`, [B, h, N, d]; for its arguments see `models.attention`."""
-    heads = query.flatten(0, 1), key.mT.flatten(0, 1).mT, value.flatten(0, 1)  # laid out as for one product of all
+    # With the memory layout that a single product of all heads would use.
+    heads = query.flatten(0, 1), key.mT.flatten(0, 1).mT, value.flatten(0, 1)
     mask = None if visible is None else visible.expand(*query.shape[:2], -1, -1).flatten(0, 1)
     return InParts.apply(attend, *heads, mask, p).unflatten(0, query.shape[:2])
 
@@ -38,8 +39,8 @@ def in_parts(attend: Attend, query: Tensor, key: Tensor, value: Tensor, visible:
 class InParts(torch.autograd.Function):
     """`in_parts` for queries, keys, values and mask [B·h, .., ..].
 
-    Results have the memory of all parts from the start: were they collected, each would lie in the middle of the memory
-    that the next part needs again.
+    The first part allocates the memory of the whole result. If parts were collected in a list, each would lie in the
+    middle of the memory that the next part needs again.
     """
 
     @staticmethod
@@ -76,8 +77,8 @@ class InParts(torch.autograd.Function):
 def parts(query: Tensor, key: Tensor) -> list[slice]:
     """Return slices of the heads of all images, for queries [B·h, N, e] and keys [B·h, S, e].
 
-    Four neighbouring weights share a random number (`models.dropout`): in parts of multiples of four weights, each gets
-    the one that it would get without parts.
+    Four neighbouring weights share a random number (`models.dropout`). Parts begin at multiples of four weights, so
+    that each weight gets the random number that it would get without parts.
     """
     weights_of_head = query.shape[1] * key.shape[1]
     heads = 4 // gcd(4, weights_of_head)
