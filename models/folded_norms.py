@@ -21,17 +21,20 @@ from models.not_scriptable import NotScriptable
 Terms = dict[nn.Module, tuple[Tensor, Tensor]]  # scale [C', 1] and shift [C'] of each norm
 
 
-def norm_terms(network: nn.Module) -> Terms:
+def norm_terms(network: nn.Module, dtype: torch.dtype) -> Terms:
     """Return the scale and the shift of each frozen norm of a network: norm(y) = scale · y + shift.
 
-    All are computed at once, since a GPU would have to wait while the host launches five tiny operators for each of 50
-    norms.
+    All are computed and converted at once, since a GPU would have to wait while the host launches six tiny operators
+    for each of 50 norms.
+
+    Args:
+        dtype: of the shifts, the precision in which the convolutions are computed.
     """
     norms = [module for module in network.modules() if isinstance(module, FrozenBatchNorm2d)]
     names = "weight", "bias", "running_mean", "running_var"
     weight, bias, mean, variance = (torch.cat([getattr(norm, name) for norm in norms]) for name in names)
     scale = weight * (variance + norms[0].eps).rsqrt()
-    shift = bias - mean * scale
+    shift = (bias - mean * scale).to(dtype)
     terms, start = {}, 0
     for norm in norms:  # slices: ONNX Runtime fails to load files in which one `split` has an output per norm
         part = slice(start, start + len(norm.weight))
@@ -73,7 +76,7 @@ class FoldedBasicBlock(BasicBlock):
 
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
         """Return [B, C', H', W'] from [B, C, H, W]; `terms` include those of this block's norms."""
-        terms = terms or norm_terms(self)
+        terms = terms or norm_terms(self, compute_dtype(x))
         shortcut = shortcut_of(self, x, terms)
         y = self.conv1(x, terms[self.bn1], relu=True)
         return self.conv2(y, terms[self.bn2], added=shortcut, relu=True)
@@ -84,7 +87,7 @@ class FoldedBottleneck(Bottleneck):
 
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
         """Return [B, C', H', W'] from [B, C, H, W]; `terms` include those of this block's norms."""
-        terms = terms or norm_terms(self)
+        terms = terms or norm_terms(self, compute_dtype(x))
         shortcut = shortcut_of(self, x, terms)
         y = self.conv1(x, terms[self.bn1], relu=True)
         y = self.conv2(y, terms[self.bn2], relu=True)
@@ -104,7 +107,7 @@ class FoldedStage(nn.Sequential):
 
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
         """Return [B, C', H', W'] from [B, C, H, W]."""
-        terms = terms or norm_terms(self)
+        terms = terms or norm_terms(self, compute_dtype(x))
         for block in self:
             x = block(x, terms)
         return x
@@ -120,7 +123,7 @@ class FoldedBody(nn.Sequential):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the features of each stage for images [B, 3, H, W]."""
-        terms = norm_terms(self)
+        terms = norm_terms(self, compute_dtype(images))
         x = self.conv1(images, terms[self.bn1])
         x = self.relu(self.maxpool(x))
         features = {}

@@ -99,7 +99,8 @@ def fix_folded_weights(model: nn.Module) -> None:
         if not isinstance(body, FoldedBody):
             continue
         convolutions = (module for module in body.modules() if isinstance(module, FoldedConv2d))
-        for conv, terms in zip(convolutions, norm_terms(body).values(), strict=True):  # both in the order of modules
+        terms_of_norms = norm_terms(body, body.conv1.weight.dtype).values()
+        for conv, terms in zip(convolutions, terms_of_norms, strict=True):  # both in the order of modules
             for name, tensor in zip(FOLDED, conv.fold(*terms), strict=True):
                 conv.register_buffer(name, tensor)
             conv.fold = partial(_kept, conv)  # type: ignore[method-assign]  # of this copy of the model alone
