@@ -183,7 +183,7 @@ def print_training(start: Start, loader: CocoLoader) -> None:
     if flags.overfit:
         log(f"overfitting: {counted(flags.overfit, 'image')}, each many times per epoch, without augmentation")
     if not flags.output_dir:
-        warn("nothing will be saved, and the run cannot be resumed: name a folder by --output_dir")
+        warn("nothing will be saved, and the run cannot be resumed: name a folder with --output_dir")
     for line in advice(flags, images, steps, from_scratch=not (start.checkpoint or start.other_model)):
         warn(line)
 

@@ -28,7 +28,7 @@ def load_backbone_weights(backbone: Backbone, name: str, source: str) -> None:
         advice = f"place {path.name} from {url} at {path} or name it with --backbone_weights PATH"
     else:
         path, advice = Path(source), f"--backbone_weights takes a state dict of torchvision's {name}"
-    advice += ", or train without pretrained weights by --backbone_weights none --backbone_norm batch"
+    advice += ", or train without pretrained weights with --backbone_weights none --backbone_norm batch"
 
     if source == "imagenet" and not path.exists():
         try:

@@ -129,7 +129,7 @@ def num_classes_of(checkpoint: dict[str, Any], source: str | Path) -> int:
     no_object = model_of(checkpoint["model"]) == "detr"
     if head is None or head.dim() != 1 or len(head) <= no_object:
         raise InputError(
-            f"{source}: it has no class head (class_embed.bias); start a training from its other weights by --finetune"
+            f"{source}: it has no class head (class_embed.bias); train from its other weights with --finetune"
         )
     return len(head) - no_object
 

@@ -105,8 +105,8 @@ def panoptic_split(flags: Flags, split: str) -> tuple[Path, Path, Path]:
     images, annotations = getattr(flags, f"{split}_images"), getattr(flags, f"{split}_annotations")
     if not annotations and not flags.coco_panoptic_path:
         raise InputError(
-            f"--dataset_file coco_panoptic: no {split} data: name the folder with annotations/ and the PNG files by "
-            f"--coco_panoptic_path, or the file by --{split}_annotations"
+            f"--dataset_file coco_panoptic: no {split} data: name the folder with annotations/ and the PNG files with "
+            f"--coco_panoptic_path, or the file with --{split}_annotations"
         )
     annotations, segments = find_panoptic(Path(flags.coco_panoptic_path or "."), split, annotations)
     if not images:
@@ -141,7 +141,7 @@ def coco_folder(path: str | None, image_set: str) -> Path:
     """Return the folder of `--coco_path`, which must exist."""
     if not path:
         others = f", or both --{image_set}_images and --{image_set}_annotations" if image_set != "test" else ""
-        raise InputError(f"no {image_set} data: name the folder with annotations/ and images/ by --coco_path{others}")
+        raise InputError(f"no {image_set} data: name the folder with annotations/ and images/ with --coco_path{others}")
     if not Path(path).is_dir():
         raise InputError(f"--coco_path {path}: no such folder")
     return Path(path)

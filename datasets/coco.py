@@ -241,7 +241,7 @@ class CocoDetection(Dataset):
         class_id, name = self.classes.id_of(worst), self.classes.name_of(worst)
         advice = f"--num_classes {worst + 1} or more is needed"
         if class_id != worst:
-            advice = "the model was trained without it: start from it by --finetune"
+            advice = "the model was trained without it: start from it with --finetune"
         raise InputError(
             f"{self.annotation_file}: category id {class_id} ({name}) does not fit a model of "
             f"{counted(num_classes, 'class', 'classes')}; {advice}"

@@ -40,7 +40,7 @@ def find_images(root: Path, split: str, file: Path) -> Path:
     existing = (folder for folder in folders if folder.is_dir())
     folder = next(filter(holds_files, folders), None) or next(existing, None)
     if folder is None:
-        advice = "; add test2017/" if split == "test" else f"; name it by --{split}_images"
+        advice = "; add test2017/" if split == "test" else f"; name it with --{split}_images"
         raise InputError(f"--coco_path {root}: no folder of the {split} images{advice}")
     return folder
 
@@ -86,7 +86,7 @@ def find_annotations(root: Path, split: str, alone: bool) -> Path:
         names = ", ".join(str(path.relative_to(root)) for path in found[:MOST_NAMED])
         problem = f"several files may be the annotations of the {split} images: {names}"
     raise InputError(
-        f"--coco_path {root}: {problem}; name the file by --{split}_annotations and its images by --{split}_images"
+        f"--coco_path {root}: {problem}; name the file with --{split}_annotations and its images with --{split}_images"
     )
 
 

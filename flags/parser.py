@@ -271,7 +271,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.finetune and (args.eval or args.resume not in ("", "auto")):
         raise InputError(
             "--finetune starts a new training: do not combine it with --eval or --resume, except --resume auto; "
-            "to evaluate or resume a model, name it by --resume alone"
+            "to evaluate or resume a model, name it with --resume alone"
         )
     if args.resume == "auto" and not args.output_dir:
         raise InputError("--resume auto looks for checkpoints in --output_dir: add that flag")

@@ -1,6 +1,6 @@
 """Conditional DETR: separate content and spatial attention in the decoder, and boxes as offsets from reference points.
 
-Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021; sections and equations are from this paper.
+Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021; sections are those of this paper.
 Groups of queries: Chen et al., "Group DETR", ICCV 2023.
 
 Shapes: B images, S = H·W cells of the feature map, Q queries in G groups (a single group in evaluation mode), C width,
@@ -156,7 +156,7 @@ class ConditionalDecoder(nn.Module):
         x = memory.new_zeros(memory.shape[0], *query_pos.shape)
         outputs = []
         for i, layer in enumerate(self.layers):
-            spatial = p_s if i == 0 else self.query_scale(x) * p_s  # equation (5): λ_q ⊙ p_s
+            spatial = p_s if i == 0 else self.query_scale(x) * p_s  # section 3.3: p_q = λ_q ⊙ p_s
             x = run_layer(layer, self.checkpoint_activations, x, query_pos, spatial, memory, position, visible)
             outputs.append(self.norm(x))
         return torch.stack(outputs), reference
@@ -174,7 +174,7 @@ class ConditionalDETR(Detector):
     def boxes(self, hs: Tensor, reference: Tensor | None) -> Tensor:
         """Return boxes [L, B, Q, 4] for decoder outputs [L, B, Q, C].
 
-        Their centres are predicted as offsets from the reference points [Q, 2] (section 3.2).
+        Their centres are predicted as offsets from the reference points [Q, 2] (section 3.1).
         """
         assert reference is not None  # the decoder returns them
         offset = F.pad(inverse_sigmoid(reference), (0, 2))  # [Q, 4]

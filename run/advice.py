@@ -35,7 +35,7 @@ def advice(flags: Flags, images: int, steps: int, from_scratch: bool) -> list[st
     if from_scratch and not flags.overfit and steps < needed:
         lines.append(
             f"{counted(steps, 'step is', 'steps are')} too few for a transformer from random weights (below "
-            f"{needed:,} steps, expect an AP near 0): start from a trained model by "
+            f"{needed:,} steps, expect an AP near 0): start from a trained model with "
             f"--finetune {suggested_start(flags)}, or raise --epochs"
         )
     elif from_scratch and not flags.overfit and steps < SHORT and flags.lr_schedule == "step":

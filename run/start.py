@@ -149,7 +149,7 @@ def load_detector_to_freeze(source: str) -> Checkpoint:
     if has_masks(checkpoint["model"]):
         raise InputError(
             f"--frozen_weights {source}: already has a mask head (its detector's weights begin with detr.); "
-            "continue its training by --finetune, or name a model without masks"
+            "continue its training with --finetune, or name a model without masks"
         )
     check_finite(checkpoint["model"], source)
     return checkpoint | {"args": checkpoint["args"] | {"masks": True}}
@@ -189,7 +189,7 @@ def check_folder_is_new(flags: Flags) -> None:
     """Raise InputError for a new run in the folder of another run, whose checkpoints it would replace."""
     if not flags.eval and flags.output_dir and all_gather_plain(has_checkpoint(flags.output_dir))[0]:
         raise InputError(
-            f"--output_dir {flags.output_dir} holds the checkpoints of a run: continue it by --resume auto, "
+            f"--output_dir {flags.output_dir} holds the checkpoints of a run: continue it with --resume auto, "
             "or name another folder"
         )
 

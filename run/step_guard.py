@@ -107,7 +107,7 @@ class StepGuard:
         if self.skipped <= self.max_skipped:
             warn(f"not finite in {place}, skipped ({self.skipped} of at most {self.max_skipped}): {story}")
             return
-        advice = self._dump(step) + "lower --lr, or continue without such steps by --skip_nonfinite N"
+        advice = self._dump(step) + "lower --lr, or continue without such steps with --skip_nonfinite N"
         barrier()  # the end of one process may end others, which may still be writing their dump
         raise InputError(f"training diverged in {place}, weights are as before: {story}; {advice}")
 

@@ -198,7 +198,7 @@ def test_unusable_annotations(data, message, load):
 def test_missing_files(folder, load, parse):
     with pytest.raises(InputError, match=r"--coco_path .*nowhere: no such folder"):
         build_dataset("val", parse("--coco_path", folder / "nowhere"))
-    with pytest.raises(InputError, match=r"no val data: .* by --coco_path"):
+    with pytest.raises(InputError, match=r"no val data: .* with --coco_path"):
         build_dataset("val", parse())
     with pytest.raises(InputError, match=r"no annotations of the train images; it holds annotations/instances_val2017"):
         build_dataset("train", parse("--coco_path", folder))

@@ -305,7 +305,7 @@ def test_missing_test_files_are_named(shapes, data, tmp_path):
     with pytest.raises(InputError, match=r"no annotations/image_info_test-dev2017.json; it holds annotations/"):
         run(shapes, tmp_path, "--image_set", "test")
     with pytest.raises(
-        InputError, match=r"no test data: name the folder with annotations/ and images/ by --coco_path$"
+        InputError, match=r"no test data: name the folder with annotations/ and images/ with --coco_path$"
     ):
         main.main(
             main.get_args_parser().parse_args([*TINY, "--image_set", "test", "--eval", "--output_dir", str(tmp_path)])

@@ -60,7 +60,7 @@ def test_an_export_without_the_name_of_a_split_is_used_for_one_split_only(folder
     assert build_dataset("val", parse(*path, "--eval")).summary().boxes == 12
     assert build_dataset("train", parse(*path, "--val_annotations", "other.json")).summary().boxes == 12
     assert build_dataset("train", parse(*path, "--overfit", 2)).summary().boxes > 0
-    with pytest.raises(InputError, match=r"it holds annotations/instances_default.json; name the file by --train_anno"):
+    with pytest.raises(InputError, match=r"it holds annotations/instances_default.json; name the file with --train"):
         build_dataset("train", parse(*path))
     write_split(tmp_path, "train", "annotations/instances_part2.json", folder)
     with pytest.raises(InputError, match=r"no annotations of the val images; it holds annotations/instances_default"):
@@ -75,7 +75,7 @@ def test_several_annotation_files_of_one_split_are_refused(tmp_path, parse):
     assert str(error.value).endswith(
         "several files may be the annotations of the train images: train/annotations/instances_Train.json, "
         "train/annotations/instances_default.json; "
-        "name the file by --train_annotations and its images by --train_images"
+        "name the file with --train_annotations and its images with --train_images"
     )
 
 
@@ -86,5 +86,5 @@ def test_unknown_layouts_are_refused(tmp_path, parse):
         build_dataset("train", parse("--coco_path", tmp_path))
     assert str(error.value).endswith(
         "no annotations of the train images; it holds labels/cells.json; "
-        "name the file by --train_annotations and its images by --train_images"
+        "name the file with --train_annotations and its images with --train_images"
     )

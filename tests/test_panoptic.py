@@ -372,7 +372,7 @@ def test_a_model_without_masks_trains_on_panoptic_data(scenes, tmp_path, parse, 
     ("flags", "message"),
     [
         (("--coco_panoptic_path", "x"), "--coco_panoptic_path: panoptic data needs --dataset_file coco_panoptic"),
-        (("--dataset_file", "coco_panoptic"), "name the folder with annotations/ and the PNG files by --coco_panoptic"),
+        (("--dataset_file", "coco_panoptic"), "name the folder with annotations/ and the PNG files with --coco"),
         (("--dataset_file", "coco_panoptic", "--coco_panoptic_path", "/x"), "no annotations/panoptic_train2017.json"),
         (("--dataset_file", "lvis"), "choose one of coco, coco_panoptic"),
     ],

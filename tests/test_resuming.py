@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_model_is_refused(shapes, trained):
 
 def test_a_new_run_does_not_overwrite_another(shapes, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    with pytest.raises(InputError, match=r"holds the checkpoints of a run: continue it by --resume auto, or name"):
+    with pytest.raises(InputError, match=r"holds the checkpoints of a run: continue it with --resume auto, or name"):
         train(shapes, tmp_path / "run", "--epochs", 1)
     assert log_lines(tmp_path / "run") == log_lines(trained)
 

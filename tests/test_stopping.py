@@ -115,7 +115,7 @@ def test_the_second_ctrl_c_ends_at_once(shapes, tmp_path, struck):
 def test_a_run_without_an_output_folder_says_that_it_cannot_be_resumed(shapes, struck):
     done = struck("the first losses are computed", "SIGINT", *TINY, "--coco_path", shapes, "--epochs", 1)
     assert done.returncode == 130
-    assert "warning: nothing will be saved, and the run cannot be resumed: name a folder by --output_dir" in done.stdout
+    assert "nothing will be saved, and the run cannot be resumed: name a folder with --output_dir" in done.stdout
     assert "nothing was saved: there is no --output_dir" in done.stdout
     assert "--resume auto" not in done.stdout
 
