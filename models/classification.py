@@ -71,7 +71,7 @@ class Classification(Protocol):
 
 
 class FocalSigmoid:
-    """One sigmoid per class, trained by the focal loss (Lin et al., ICCV 2017; Conditional DETR, implementation details).
+    """One sigmoid per class, trained by the focal loss of Lin et al., ICCV 2017, as Conditional DETR is.
 
     Args:
         alpha: the focal loss's weight of positives.
