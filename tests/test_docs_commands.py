@@ -83,9 +83,7 @@ def run(command: list[str], folder: Path, monkeypatch) -> None:
             assert Path(value).exists() or Path(f"{value}.png").exists(), command
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(map(is_run, commands(page)))], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
 def test_commands_run(page, folder, monkeypatch):
     for command in filter(is_run, commands(page)):
         run(command, folder, monkeypatch)
