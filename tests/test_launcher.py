@@ -44,7 +44,9 @@ def test_wrong_variables_are_named(launcher, name, text, environment, parse, mon
     environment(launcher if text is None else launcher | {name: text})
     if text is None:
         monkeypatch.delenv(name)
-    with pytest.raises(InputError, match=rf"^the environment variable {name} is .*(launcher|; torchrun and srun set it)"):
+    with pytest.raises(
+        InputError, match=rf"^the environment variable {name} is .*(launcher|; torchrun and srun set it)"
+    ):
         init_distributed_mode(args)
 
 
