@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
+from models.blocked_attention import attend_in_blocks
 from models.dropout import dropout
 from models.fast_linear import linear
-from models.modes import is_transformed
+from models.modes import is_transformed, needs_only_values
 from models.not_scriptable import NotScriptable
 from models.recomputed_attention import in_parts, is_large
 
@@ -41,9 +42,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
     PyTorch's fused kernels never store the N×S matrix of weights, so memory grows with N + S. The kernels for GPUs
     support everything that the models need. The kernel for CPUs has no dropout and needs values as wide as the queries;
     for other inputs, PyTorch computes the matrix, always in float32. On CPUs, values are therefore padded with zeros,
-    and training with dropout computes the matrix here, in the input's precision and with cheaper random numbers. A
-    large matrix is computed in parts, which are not stored. Tracing and torch.func's transforms compute the matrix,
-    too: ONNX and fvcore's counter of FLOPs, for example, do not know the kernels.
+    and training with dropout computes the matrix here, in the input's precision and with cheaper random numbers.
+    Predictions in bfloat16 do so in blocks, and training in parts if the matrix is large; neither stores it. Tracing
+    and torch.func's transforms compute the matrix, too: ONNX and fvcore's counter of FLOPs, for example, do not know
+    the kernels.
 
     Args:
         query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
@@ -55,6 +57,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
     if not (torch.jit.is_tracing() or is_transformed()):
         if query.device.type != "cpu":
             return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=p)
+        if p == 0 and query.dtype == torch.bfloat16 and needs_only_values(query, key, value):
+            return attend_in_blocks(query, key, value, visible)
         if p == 0:
             widened = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # [B, h, S, e]
             return F.scaled_dot_product_attention(query, key, widened, attn_mask=visible)[..., : value.shape[-1]]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.modes import is_plain, needs_gradients, onednn_supports
+from models.modes import needs_only_values, onednn_supports
 from models.not_scriptable import NotScriptable
 
 
@@ -32,9 +32,7 @@ def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
     if {tensor.dtype for tensor in tensors} != {torch.float32} or torch.is_autocast_enabled("cpu"):
         return False
-    if not is_plain(*tensors) or needs_gradients(*tensors) or not onednn_supports(*tensors):
-        return False
-    return weight.is_contiguous()
+    return needs_only_values(*tensors) and onednn_supports(*tensors) and weight.is_contiguous()
 
 
 class FastLinear(NotScriptable, nn.Linear):

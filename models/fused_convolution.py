@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.modes import is_plain, needs_gradients, onednn_supports
+from models.modes import needs_only_values, onednn_supports
 
 
 def can_fuse(x: Tensor, weight: Tensor, added: Tensor | None) -> bool:
     """Return whether oneDNN's operators, which have no gradients, can be used for these arguments."""
     tensors = [x, weight] if added is None else [x, weight, added]
-    return is_plain(*tensors) and not needs_gradients(*tensors) and onednn_supports(*tensors)
+    return needs_only_values(*tensors) and onednn_supports(*tensors)
 
 
 def fused_convolution(

@@ -13,17 +13,15 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def needs_gradients(*tensors: Tensor) -> bool:
-    """Return whether a result that is computed from these tensors needs gradients."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def needs_only_values(*tensors: Tensor) -> bool:
+    """Return whether operators on these tensors only have to compute values.
 
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Return whether operators on these tensors only have to compute values and gradients.
-
-    Tools that inspect operators (tracers, compilers, fake tensors, counters of FLOPs) and torch.func's transforms do
-    not know the faster operators, whose forward derivatives would silently be zero.
+    Operators that replace PyTorch's own for speed have no gradients; forward derivatives would silently be zero. Tools
+    that inspect operators (tracers, compilers, fake tensors, counters of FLOPs) and torch.func's transforms do not know
+    them.
     """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
     if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
