@@ -147,7 +147,14 @@ def peak(run: Callable[[], Any], device: torch.device) -> float | None:
 
 
 def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure the latency of one image by precision, in turns with other software."""
+    """Measure the time of predictions by number of images and precision, in turns with other software."""
+    return [row for images in flags.images for row in measure_predictions(variant, images, flags, machine)]
+
+
+def measure_predictions(
+    variant: str, images: int, flags: argparse.Namespace, machine: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Measure predictions for batches of one size."""
     device = torch.device(flags.device)
     models = {"": build(variant, device, "--no_aux_loss")[0].eval()}
     gflop = count_gflop(variant, flags.size)
@@ -155,28 +162,29 @@ def measure_inference(variant: str, flags: argparse.Namespace, machine: dict[str
     if flags.compile:
         models[" compiled"] = build(variant, device, "--no_aux_loss")[0].eval()
         compile_model(models[" compiled"])
-    image = random_images(1, flags.size, device)
-    runs = {(amp, kind): inference(model, image, amp) for amp in flags.amp for kind, model in models.items()}
+    pixels = random_images(images, flags.size, device)
+    runs = {(amp, kind): inference(model, pixels, amp) for amp in flags.amp for kind, model in models.items()}
     if "none" in flags.amp:
         runs["none", ", attention weights in full"] = sdpa_kernel(SDPBackend.MATH)(runs["none", ""])
     if "bf16" in flags.amp:  # with these weights, forward passes need no conversion
         converted = build(variant, device, "--no_aux_loss")[0].eval().bfloat16()
-        runs["bf16", ", weights in bfloat16"] = inference(converted, image, "none")
+        runs["bf16", ", weights in bfloat16"] = inference(converted, pixels, "none")
     makers = {"transformers": inference_of_transformers}
     makers |= {runtime: partial(inference_of_runtime, runtime, variant) for runtime in TITLES}
     with ExitStack() as processes:
         for peer, make in makers.items():
-            theirs = processes.enter_context(peer_runs(peer, variant, make, flags))
+            theirs = processes.enter_context(peer_runs(peer, variant, make, flags, images))
             runs |= {(amp, f" {TITLES.get(peer, peer)}"): run for amp, run in theirs.items()}
         return [
             {
                 "model": variant + kind,
                 "precision": PRECISIONS[amp],
+                "images": images,
                 "parameters M": round(parameters, 1),
-                "GFLOP": round(gflop, 1),
+                "GFLOP per image": round(gflop, 1),
                 "ms": round(1e3 * seconds, 2),
-                "images/s": round(1 / seconds, 2),
-                "of matmul rate": round(gflop / seconds / machine["matmul GFLOP/s"][PRECISIONS[amp]], 3),
+                "images/s": round(images / seconds, 2),
+                "of matmul rate": round(images * gflop / seconds / machine["matmul GFLOP/s"][PRECISIONS[amp]], 3),
                 "peak MiB": peak(runs[amp, kind], device),
             }
             for (amp, kind), seconds in alternate(runs, device, flags.repeats).items()

@@ -80,6 +80,7 @@ def benchmark() -> Parser:
     add("--variants", nargs="+", default=["r50"], choices=VARIANTS, help="models to measure")
     add_device(parser)
     add("--size", nargs=2, type=int, default=(800, 1066), metavar=("HEIGHT", "WIDTH"), help="size of images")
+    add("--images", nargs="+", type=int, default=[1], help="images per prediction")
     add("--batch_sizes", nargs="+", type=int, default=[2], help="images per training step")
     add("--group_detr", nargs="+", type=int, default=[1], help="groups of queries in a training step (Group DETR)")
     add("--amp", nargs="+", default=["none", "bf16"], choices=("none", "bf16", "fp16"), help="precisions")

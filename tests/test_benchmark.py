@@ -51,7 +51,8 @@ def test_a_small_run(part, tmp_path, monkeypatch, capsys):
         assert [other["masks"] for other in others] == ["masks of all queries", "masks needed", "masks of all queries"]
     elif part == "inference":
         assert row["parameters M"] == 43.5
-        assert 0 < row["GFLOP"] < 170.5
+        assert 0 < row["GFLOP per image"] < 170.5
+        assert row["images/s"] == pytest.approx(1e3 / row["ms"], rel=0.01)
     else:
         assert all(row[f"{name} ms"] > 0 for name in ("forward", "matching", "backward", "clip and AdamW"))
 
@@ -128,14 +129,13 @@ def test_measured_calls_of_onnx_runtimes(runtime, monkeypatch):
     pytest.importorskip(runtime)
     monkeypatch.setitem(model.VARIANTS, "small", tuple(map(str, FLAGS)))
     flags = argparse.Namespace(size=(64, 96), amp=["none", "bf16", "fp16"])
-    runs = onnx_peers.inference_of_runtime(runtime, "small", flags)
+    runs = onnx_peers.inference_of_runtime(runtime, "small", flags, 2)
     assert set(runs) == ({"none", "bf16"} if "bf16" in onnx_peers.precisions(runtime) else {"none"})
-    assert runs["none"]()["pred_logits"].shape == (1, 7, 91)
+    assert runs["none"]()["pred_logits"].shape == (2, 7, 91)
 
 
 @pytest.mark.parametrize("make", ["inference_of_transformers", "training_of_transformers"])
 def test_measured_calls_of_transformers(make):
     pytest.importorskip("transformers")
     flags = argparse.Namespace(device="cpu", size=(64, 64), amp=["none"])
-    batch = {"training_of_transformers": [1]}.get(make, [])
-    getattr(peer, make)(flags, *batch)["none"]()
+    getattr(peer, make)(flags, 2)["none"]()

@@ -16,12 +16,13 @@ from scripts.onnx_runtimes import LOADERS, precisions
 PRECISIONS = {"none": "f32", "bf16": "bf16"}  # by --amp; no other precision is measured on CPUs
 
 
-def inference_of_runtime(runtime: str, variant: str, flags: argparse.Namespace) -> Runs:
-    """Return forward passes of one image in the precisions that the runtime supports, with PyTorch's thread count."""
+def inference_of_runtime(runtime: str, variant: str, flags: argparse.Namespace, images: int) -> Runs:
+    """Return predictions for a batch in the precisions that the runtime supports, with PyTorch's number of threads."""
     cpu = torch.device("cpu")
     model, _ = build(variant, cpu, "--no_aux_loss")
     contents = export(ExportedModel(model, None).eval())
-    inputs = {"images": random_images(1, flags.size, cpu).numpy(), "padding_mask": np.zeros((1, *flags.size), bool)}
+    pixels = random_images(images, flags.size, cpu).numpy()
+    inputs = {"images": pixels, "padding_mask": np.zeros((images, *flags.size), bool)}
     supported = precisions(runtime)
     return {
         amp: partial(LOADERS[runtime](contents, PRECISIONS[amp], torch.get_num_threads()), inputs)

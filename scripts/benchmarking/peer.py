@@ -117,11 +117,11 @@ def serve(pipe: Connection, make: Callable[..., Runs], flags: argparse.Namespace
             pipe.send(None)
 
 
-def inference_of_transformers(flags: argparse.Namespace) -> Runs:
-    """Return forward passes of one image."""
+def inference_of_transformers(flags: argparse.Namespace, images: int) -> Runs:
+    """Return predictions for a batch of images."""
     model = build_transformers(flags.device).eval()
-    image = random_images(1, flags.size, torch.device(flags.device)) / 255
-    return {amp: inference(model, image, amp) for amp in flags.amp}
+    pixels = random_images(images, flags.size, torch.device(flags.device)) / 255
+    return {amp: inference(model, pixels, amp) for amp in flags.amp}
 
 
 def training_of_transformers(flags: argparse.Namespace, batch_size: int) -> Runs:
