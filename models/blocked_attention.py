@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 2**20  # weights of all heads that are computed at once: 2 MB
+ROWS = 48  # queries in a block
+WEIGHTS = 2**20  # of images that are computed together; larger images are computed one by one
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
@@ -22,19 +23,21 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, visible: Tensor 
         query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
         visible: [B, 1, 1, S], False for keys that are masked; None if none are.
     """
-    heads = query.shape[:2]
-    queries = (query * query.shape[-1] ** -0.5).flatten(0, 1)  # [B·h, N, e]
-    keys = key.mT.flatten(0, 1).contiguous()  # [B·h, e, S]
-    values = value.flatten(0, 1).contiguous()  # [B·h, S, d]
-    hidden = None
-    if visible is not None:
-        hidden = torch.where(visible, 0.0, -torch.inf).to(query.dtype).expand(*heads, -1, -1).flatten(0, 1)
-    blocks = queries.split(max(BLOCK // (len(keys) * keys.shape[2]), 1), dim=1)
-    outputs = [attend_block(block, keys, values, hidden) for block in blocks]
-    return torch.cat(outputs, dim=1).unflatten(0, heads)
+    images = max(WEIGHTS // (query.shape[1:3].numel() * key.shape[2]), 1)
+    parts = [tensor.split(images) for tensor in (query, key, value)]
+    masks = [None] * len(parts[0]) if visible is None else visible.split(images)
+    return torch.cat([attend_images(*part) for part in zip(*parts, masks, strict=True)])
+
+
+def attend_images(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    """Return the result of `attend_in_blocks`, with all images in every block."""
+    queries = query * query.shape[-1] ** -0.5
+    keys, values = key.mT.contiguous(), value.contiguous()  # [B, h, e, S], [B, h, S, d]
+    hidden = None if visible is None else torch.where(visible, 0.0, -torch.inf).to(query.dtype)  # [B, 1, 1, S]
+    return torch.cat([attend_block(block, keys, values, hidden) for block in queries.split(ROWS, dim=2)], dim=2)
 
 
 def attend_block(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
-    """Return softmax(q k + hidden) v for queries [B·h, n, e], keys [B·h, e, S] and values [B·h, S, d]."""
+    """Return softmax(q k + hidden) v, [B, h, n, d], for n scaled queries."""
     logits = queries @ keys
     return (logits if hidden is None else logits.add_(hidden)).softmax(-1) @ values

@@ -21,9 +21,10 @@ def inputs(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("visible", [None, VISIBLE], ids=["all", "masked"])
-@pytest.mark.parametrize("block", [1, 2 * HEADS * KEYS * 2, 2**20], ids=["1 query", "2 queries", "all"])
-def test_blocks_give_the_values_of_the_plain_attention(block, visible, monkeypatch):
-    monkeypatch.setattr(blocked_attention, "BLOCK", block)
+@pytest.mark.parametrize(("rows", "weights"), [(1, 2**20), (2, 0), (48, 2**20)])
+def test_blocks_give_the_values_of_the_plain_attention(rows, weights, visible, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "ROWS", rows)
+    monkeypatch.setattr(blocked_attention, "WEIGHTS", weights)
     exact = inputs(torch.float64)
     assert_close(attend_in_blocks(*exact, visible), attend_in_full(*exact, visible, 0.0))
     found = attend_in_blocks(*inputs(), visible)
