@@ -93,6 +93,7 @@ LIMITS: dict[str, Number] = {
     "layer": Number(int, -100, 99),
     "size": Number(int, 32, 10_000, MEMORY),
     "batch_sizes": Number(int, 1, 2**16, MEMORY),
+    "images": Number(int, 1, 2**16, MEMORY),
     "repeats": Number(int, 1, 10**6, "no measurement needs more"),
     "train": Number(int, 1, 10**6, "file names count images in six digits"),
     "val": Number(int, 1, 10**6, "file names count images in six digits"),

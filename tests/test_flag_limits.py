@@ -269,7 +269,7 @@ def test_tools_refuse_odd_numbers(tool):
     """Flags that take several numbers check each of them."""
     for flag, kind in numeric(PARSERS[tool]()).items():
         for value in (kind(-9999), 2**64, 10**400, math.nan, -math.inf):
-            flags = argparse.Namespace(**{flag: [1, value] if flag in ("queries", "batch_sizes") else value})
+            flags = argparse.Namespace(**{flag: [1, value] if flag in ("queries", "batch_sizes", "images") else value})
             with pytest.raises(InputError, match=rf"--{flag} (-9999|1844|1e400|nan|-inf).*: must be "):
                 check_numbers(flags)
 
