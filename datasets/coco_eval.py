@@ -42,6 +42,8 @@ class Detections(NamedTuple):
     def of_categories(self, category_ids: Sequence[int]) -> Detections:
         """Return the detections of some categories."""
         kept = np.isin(self.rows[:, 0], category_ids)
+        if kept.all():
+            return self
         masks = self.masks()
         codes = b"".join(mask["counts"] for mask, is_kept in zip(masks, kept, strict=True) if is_kept) if masks else b""
         return Detections(self.rows[kept], codes)

@@ -13,6 +13,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+def needs_gradients(*tensors: Tensor) -> bool:
+    """Return whether a result that is computed from these tensors needs gradients."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def needs_only_values(*tensors: Tensor) -> bool:
     """Return whether operators on these tensors only have to compute values.
 
@@ -20,7 +25,7 @@ def needs_only_values(*tensors: Tensor) -> bool:
     that inspect operators (tracers, compilers, fake tensors, counters of FLOPs) and torch.func's transforms do not know
     them.
     """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if needs_gradients(*tensors):
         return False
     if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
         return False

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.modes import needs_gradients
+
 LARGE = 2**17  # weights of a head; up to this number they are stored, as in the decoder's self-attention
 PART = 2**20  # weights that are computed at once: 4 MB stay in a core's cache. A single head may have more.
 
@@ -24,8 +26,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
 
 def is_large(query: Tensor, key: Tensor) -> bool:
     """Return whether gradients need too many weights to store them, for queries [B, h, N, e], keys [B, h, S, e]."""
-    would_be_stored = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    return would_be_stored and query.shape[2] * key.shape[2] > LARGE
+    return needs_gradients(query, key) and query.shape[2] * key.shape[2] > LARGE
 
 
 def in_parts(attend: Attend, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:
