@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
-from models.blocked_attention import attend_in_blocks
+from models.blocked_attention import are_faster, attend_in_blocks
 from models.dropout import dropout
 from models.fast_linear import linear
-from models.modes import is_transformed, needs_only_values
+from models.modes import is_transformed
 from models.not_scriptable import NotScriptable
 from models.recomputed_attention import in_parts, is_large
 
@@ -43,9 +43,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
     support everything that the models need. The kernel for CPUs has no dropout and needs values as wide as the queries;
     for other inputs, PyTorch computes the matrix, always in float32. On CPUs, values are therefore padded with zeros,
     and training with dropout computes the matrix here, in the input's precision and with cheaper random numbers.
-    Predictions in bfloat16 do so in blocks, and training in parts if the matrix is large; neither stores it. Tracing
-    and torch.func's transforms compute the matrix, too: ONNX and fvcore's counter of FLOPs, for example, do not know
-    the kernels.
+    On some CPUs, predictions in bfloat16 do so in blocks, and training in parts if the matrix is large; neither stores
+    it. Tracing and torch.func's transforms compute the matrix, too: ONNX and fvcore's counter of FLOPs, for example, do
+    not know the kernels.
 
     Args:
         query, key, value: [B, h, N, e], [B, h, S, e], [B, h, S, d].
@@ -57,7 +57,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
     if not (torch.jit.is_tracing() or is_transformed()):
         if query.device.type != "cpu":
             return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=p)
-        if p == 0 and query.dtype == torch.bfloat16 and needs_only_values(query, key, value):
+        if p == 0 and are_faster(query, key, value):
             return attend_in_blocks(query, key, value, visible)
         if p == 0:
             widened = F.pad(value, (0, query.shape[-1] - value.shape[-1]))  # [B, h, S, e]
@@ -127,6 +127,10 @@ class PackedAttention(MultiHeadAttention):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
 
+    def project(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Return the projection of x [.., C] by rows `start` to `stop` of the matrix, [.., stop - start]."""
+        return linear(x, self.in_proj_weight[start:stop], self.in_proj_bias[start:stop])
+
     def attend_projected(self, *projected: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the result of `attend_heads` for projected queries, keys and values [B, .., C]."""
         query, key, value = (split_heads(x, self.num_heads) for x in projected)
@@ -142,10 +146,8 @@ class SelfAttention(PackedAttention):
         x: [B, N, C]; position: [B, N, C], or [N, C] for all images.
         """
         dim = x.shape[-1]
-        w_qk, w_v = self.in_proj_weight.split([2 * dim, dim])
-        b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])
-        query, key = linear(x + position, w_qk, b_qk).chunk(2, dim=-1)
-        value = linear(x, w_v, b_v)
+        query, key = self.project(x + position, 0, 2 * dim).chunk(2, dim=-1)
+        value = self.project(x, 2 * dim, 3 * dim)
         return self.attend_projected(query, key, value, visible=visible)
 
 
@@ -159,6 +161,8 @@ class CrossAttention(PackedAttention):
 
         x: [B, N, C]; query_pos: [N, C]; memory and position: [B, S, C].
         """
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        inputs = x + query_pos, memory + position, memory
-        return self.attend_projected(*map(linear, inputs, weights, biases), visible=visible)
+        dim = x.shape[-1]
+        query = self.project(x + query_pos, 0, dim)
+        key = self.project(memory + position, dim, 2 * dim)
+        value = self.project(memory, 2 * dim, 3 * dim)
+        return self.attend_projected(query, key, value, visible=visible)

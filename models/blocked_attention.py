@@ -1,8 +1,8 @@
-"""Faster attention for predictions in bfloat16 on CPUs.
+"""Faster attention for predictions in bfloat16 on CPUs without AMX, Intel's units for matrix products.
 
 PyTorch's kernel computes logits and weights in float32. In bfloat16, as training with dropout computes them, they take
-half the time, if there are never more of them than fit into the processor's cache. The plain version is
-`models.attention.attend_in_full`.
+half the time, if there are never more of them than fit into the processor's cache. With AMX, which PyTorch's kernel
+uses, they take twice the time. The plain version is `models.attention.attend_in_full`.
 
 Shapes: B images, h heads, N queries, S keys, e the width of queries and keys, d that of values.
 """
@@ -12,8 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.modes import needs_only_values
+
 ROWS = 48  # queries in a block
 WEIGHTS = 2**20  # of images that are computed together; larger images are computed one by one
+
+
+def are_faster(*tensors: Tensor) -> bool:
+    """Return whether attention in blocks can be used for these tensors on a CPU, and is faster than PyTorch's kernel."""
+    in_bfloat16 = tensors[0].dtype == torch.bfloat16
+    return in_bfloat16 and not torch.cpu._is_amx_tile_supported() and needs_only_values(*tensors)
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:

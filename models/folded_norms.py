@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.fused_convolution import can_fuse, fused_convolution
-from models.modes import is_transformed
+from models.modes import has_hooks, is_transformed
 from models.not_scriptable import NotScriptable
 
 Terms = dict[nn.Module, tuple[Tensor, Tensor]]  # scale [C', 1] and shift [C'] of each norm
@@ -52,15 +52,23 @@ class FoldedConv2d(NotScriptable, nn.Conv2d):
     """
 
     def forward(
-        self, x: Tensor, terms: tuple[Tensor, Tensor] | None = None, added: Tensor | None = None, relu: bool = False
+        self,
+        x: Tensor,
+        terms: tuple[Tensor, Tensor] | None = None,
+        added: Tensor | None = None,
+        relu: bool = False,
+        overwrite: bool = False,
     ) -> Tensor:
-        """Return norm(w * x), plus `added`, through ReLU: [B, C, H, W] to [B, C', H', W'], the shape of `added`."""
+        """Return norm(w * x), plus `added`, through ReLU: [B, C, H, W] to [B, C', H', W'], the shape of `added`.
+
+        With `overwrite`, the result may be written over `added`.
+        """
         if terms is None:
             return super().forward(x)
         x = x.to(compute_dtype(x))
         weight, bias = self.fold(*terms)
         if can_fuse(x, weight, added):
-            return fused_convolution(self, x, weight, bias, added, relu)
+            return fused_convolution(self, x, weight, bias, added, relu, overwrite)
         y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
         if added is not None:
             y += added
@@ -74,32 +82,43 @@ class FoldedConv2d(NotScriptable, nn.Conv2d):
 class FoldedBasicBlock(BasicBlock):
     """Block of ResNet-18 and 34."""
 
-    def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
-        """Return [B, C', H', W'] from [B, C, H, W]; `terms` include those of this block's norms."""
+    def forward(self, x: Tensor, terms: Terms | None = None, overwrite: bool = False) -> Tensor:
+        """Return [B, C', H', W'] from [B, C, H, W]; `terms` include those of this block's norms.
+
+        With `overwrite`, the result may be written over `x`.
+        """
         terms = terms or norm_terms(self, compute_dtype(x))
-        shortcut = shortcut_of(self, x, terms)
+        shortcut, overwrite = shortcut_of(self, x, terms, overwrite)
         y = self.conv1(x, terms[self.bn1], relu=True)
-        return self.conv2(y, terms[self.bn2], added=shortcut, relu=True)
+        return self.conv2(y, terms[self.bn2], shortcut, relu=True, overwrite=overwrite)
 
 
 class FoldedBottleneck(Bottleneck):
     """Block of ResNet-50 and 101."""
 
-    def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
-        """Return [B, C', H', W'] from [B, C, H, W]; `terms` include those of this block's norms."""
+    def forward(self, x: Tensor, terms: Terms | None = None, overwrite: bool = False) -> Tensor:
+        """Return [B, C', H', W'] from [B, C, H, W]; `terms` include those of this block's norms.
+
+        With `overwrite`, the result may be written over `x`.
+        """
         terms = terms or norm_terms(self, compute_dtype(x))
-        shortcut = shortcut_of(self, x, terms)
+        shortcut, overwrite = shortcut_of(self, x, terms, overwrite)
         y = self.conv1(x, terms[self.bn1], relu=True)
         y = self.conv2(y, terms[self.bn2], relu=True)
-        return self.conv3(y, terms[self.bn3], added=shortcut, relu=True)
+        return self.conv3(y, terms[self.bn3], shortcut, relu=True, overwrite=overwrite)
 
 
-def shortcut_of(block: BasicBlock | Bottleneck, x: Tensor, terms: Terms) -> Tensor:
-    """Return the input of a block as it is added to its output, [B, C', H', W'], from x [B, C, H, W]."""
+def shortcut_of(block: BasicBlock | Bottleneck, x: Tensor, terms: Terms, overwrite: bool) -> tuple[Tensor, bool]:
+    """Return the input of a block as it is added to its output, [B, C', H', W'], and whether it may be overwritten.
+
+    Args:
+        x: [B, C, H, W], the input.
+        overwrite: whether `x` may be overwritten.
+    """
     if block.downsample is None:
-        return x
+        return x, overwrite
     conv, norm = block.downsample
-    return conv(x, terms[norm])
+    return conv(x, terms[norm]), not has_hooks(conv)
 
 
 class FoldedStage(nn.Sequential):
@@ -108,8 +127,9 @@ class FoldedStage(nn.Sequential):
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
         """Return [B, C', H', W'] from [B, C, H, W]."""
         terms = terms or norm_terms(self, compute_dtype(x))
-        for block in self:
-            x = block(x, terms)
+        overwrite = not has_hooks(self)
+        for i, block in enumerate(self):
+            x = block(x, terms, overwrite and i > 0)  # the first input belongs to the caller
         return x
 
 
@@ -123,7 +143,7 @@ class FoldedBody(nn.Sequential):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the features of each stage for images [B, 3, H, W]."""
-        terms = norm_terms(self, compute_dtype(images))
+        terms = self.norm_terms(compute_dtype(images))
         x = self.conv1(images, terms[self.bn1])
         x = self.relu(self.maxpool(x))
         features = {}
@@ -131,6 +151,10 @@ class FoldedBody(nn.Sequential):
             if isinstance(stage, FoldedStage):
                 features[name] = x = stage(x, terms)
         return features
+
+    def norm_terms(self, dtype: torch.dtype) -> Terms:
+        """Return the terms of all norms."""
+        return norm_terms(self, dtype)
 
 
 def fold_norms(body: nn.Sequential) -> None:

@@ -19,7 +19,7 @@ def can_fuse(x: Tensor, weight: Tensor, added: Tensor | None) -> bool:
 
 
 def fused_convolution(
-    conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, relu: bool
+    conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None, relu: bool, overwrite: bool
 ) -> Tensor:
     """Return ReLU(w * x + b + added) by the operators of oneDNN that `torch.compile` uses on CPUs.
 
@@ -29,9 +29,11 @@ def fused_convolution(
         weight, bias: w [C', C, k, k] and b [C'], converted to the precision of `x`.
         added: [B, C', H', W'], or None.
         relu: apply ReLU.
+        overwrite: write the result over `added`, which takes the least time; otherwise, over a copy of it.
     """
     inputs = weight.to(x.dtype), bias.to(x.dtype), conv.padding, conv.stride, conv.dilation, conv.groups
-    operator, activation = torch.ops.mkldnn._convolution_pointwise, "relu" if relu else "none"
     if added is None:
-        return operator(x, *inputs, activation, [], "")
-    return operator.binary(x, added, *inputs, "add", 1.0, activation if relu else None, [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, *inputs, "relu" if relu else "none", [], "")
+    result = added.to(x.dtype, memory_format=torch.channels_last, copy=not overwrite)
+    add_to = torch.ops.mkldnn._convolution_pointwise_.binary
+    return add_to(result, x, *inputs, "add", 1.0, "relu" if relu else None, [], "")

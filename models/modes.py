@@ -1,16 +1,24 @@
-"""Modes of PyTorch in which only its own operators work, but not the faster ones that replace them."""
+"""Conditions under which faster operators, or the reuse of memory, would change results or fail."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as all_modules
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def is_transformed() -> bool:
     """Return whether a transform of torch.func, such as `vmap` or `grad`, is active."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks, which may keep activations, are called for this module or a module in it."""
+    if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
+        return True
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def needs_gradients(*tensors: Tensor) -> bool:

@@ -39,8 +39,9 @@ def test_masked_keys_have_no_influence():
     assert torch.equal(attend_in_blocks(query, key, value, VISIBLE), attend_in_blocks(query, key, changed, VISIBLE))
 
 
-def test_only_predictions_in_bfloat16_use_blocks(monkeypatch):
+def test_only_predictions_in_bfloat16_without_amx_use_blocks(monkeypatch):
     calls = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(attention, "attend_in_blocks", lambda *given: calls.append(given) or given[2])
     with torch.no_grad():
         attend(*inputs(), None, 0.0)
@@ -50,4 +51,8 @@ def test_only_predictions_in_bfloat16_use_blocks(monkeypatch):
     query, key, value = inputs()
     attend(query.requires_grad_(), key, value, None, 0.0)
     torch.compile(attend, backend="eager")(*inputs(), None, 0.0)
+    assert len(calls) == 1
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with torch.no_grad():
+        attend(*inputs(), None, 0.0)
     assert len(calls) == 1

@@ -61,6 +61,49 @@ def test_sums_and_relus_are_fused_into_convolutions_on_cpus(body, mode):
     assert_same(predict(body), unfolded(body))
 
 
+@torch.no_grad()
+def test_sums_overwrite_only_activations_that_nobody_else_can_see(body):
+    """Hooks keep the activations of their call, and modules that are called alone do not change their input."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        stages = body(IMAGE)
+    in_place = [event for event in profile.events() if event.name == "mkldnn::_convolution_pointwise_"]
+    if torch.backends.mkldnn.is_available():
+        assert len(in_place) == 8  # one per block
+    for module, x in ((body.layer1, stages["layer1"]), (body.layer2[1], stages["layer2"])):
+        before = x.clone()
+        module(x)
+        assert torch.equal(x, before)
+
+    seen = []
+    modules = {f"{kind}.{name}": m for name, m in body.named_modules() for kind in ("before", "after") if name}
+    for name, module in modules.items():
+        if name.startswith("before"):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, inputs[0])))
+        else:
+            module.register_forward_hook(lambda _, inputs, output, name=name: seen.append((name, output)))
+    body(IMAGE)
+    kept = dict(seen)
+    with torch.backends.mkldnn.flags(enabled=False):  # its plain operators overwrite no sums
+        body(IMAGE)
+    assert len(kept) > 50
+    for name, activation in seen[len(seen) // 2 :]:
+        if not name.startswith(("before.relu", "after.maxpool")):  # this ReLU is always in place
+            assert_same(kept[name], activation)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_block_alone_takes_any_format_and_precision(body, memory_format):
+    x = torch.randn(2, 64, 6, 5).contiguous(memory_format=memory_format)
+    for precision, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
+            found = body.layer1[0](x)
+            with torch.backends.mkldnn.flags(enabled=False):
+                expected = body.layer1[0](x)
+        assert found.dtype == expected.dtype == precision
+        assert_same(found, expected, tolerance)
+
+
 def test_modules_that_are_called_alone_compute_the_same(body):
     with torch.no_grad():
         x = body.maxpool(torch.relu(body.bn1(body.conv1(IMAGE))))
