@@ -14,6 +14,7 @@ from datasets.coco_eval import CocoEvaluator, evaluation_as_plain_data
 from evaluation.evaluators import COCO_TYPES, Evaluator, coco_evaluator
 from evaluation.panoptic_quality import PanopticEvaluator
 from models.criterion import SetCriterion
+from models.prepared import prepare
 from run.progress import Progress
 from run.step import Step, autocast, logged_losses
 from util.distributed import all_gather_plain
@@ -138,7 +139,7 @@ def detect(
 
     The other arguments are those of `evaluate`.
     """
-    model.eval()
+    model = prepare(model.eval())
     logger = logger or MetricLogger()
     for samples, targets in logger.log_every(data_loader, PRINT_FREQ, "Test"):
         image_ids = [int(t["image_id"]) for t in targets]

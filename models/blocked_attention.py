@@ -19,7 +19,7 @@ WEIGHTS = 2**20  # of images that are computed together; larger images are compu
 
 
 def are_faster(*tensors: Tensor) -> bool:
-    """Return whether attention in blocks can be used for these tensors on a CPU, and is faster than PyTorch's kernel."""
+    """Return whether, on a CPU, attention in blocks supports these tensors and is faster than PyTorch's kernel."""
     in_bfloat16 = tensors[0].dtype == torch.bfloat16
     return in_bfloat16 and not torch.cpu._is_amx_tile_supported() and needs_only_values(*tensors)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -48,4 +50,10 @@ def onednn_supports(x: Tensor, *others: Tensor) -> bool:
         return False
     if any(tensor.device.type != "cpu" for tensor in (x, *others)):
         return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and onednn_supports_bfloat16())
+
+
+@cache
+def onednn_supports_bfloat16() -> bool:
+    """Return whether this CPU supports bfloat16 in oneDNN."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

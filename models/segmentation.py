@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.detector import Detector, Embeddings
 from models.matcher import copy_to_device
 from models.not_scriptable import NotScriptable
+from models.prepared import prepare
 from util.nested_tensor import NestedTensor
 from util.precision import at_least_float32
 
@@ -207,6 +208,10 @@ class DETRsegm(NotScriptable, nn.Module):
         if freeze_detr:
             self.detr.requires_grad_(False)
         self.train(self.training)
+
+    def prepared(self) -> DETRsegm:
+        """Return a copy for predictions, like `Detector.prepared`."""
+        return prepare(self)
 
     @property
     def detector(self) -> Detector:

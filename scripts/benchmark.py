@@ -163,18 +163,23 @@ def measure_predictions(
         models[" compiled"] = build(variant, device, "--no_aux_loss")[0].eval()
         compile_model(models[" compiled"])
     pixels = random_images(images, flags.size, device)
+    prepared = ""
+    if device.type == "cpu":
+        prepared = ", prepared"
+        models[prepared] = models[""].prepared()
     runs = {(amp, kind): inference(model, pixels, amp) for amp in flags.amp for kind, model in models.items()}
     if "none" in flags.amp:
         runs["none", ", attention weights in full"] = sdpa_kernel(SDPBackend.MATH)(runs["none", ""])
     if "bf16" in flags.amp:  # with these weights, forward passes need no conversion
         converted = build(variant, device, "--no_aux_loss")[0].eval().bfloat16()
-        runs["bf16", ", weights in bfloat16"] = inference(converted, pixels, "none")
+        runs["bf16", f", weights in bfloat16{prepared}"] = inference(converted.prepared(), pixels, "none")
     makers = {"transformers": inference_of_transformers}
     makers |= {runtime: partial(inference_of_runtime, runtime, variant) for runtime in TITLES}
     with ExitStack() as processes:
         for peer, make in makers.items():
             theirs = processes.enter_context(peer_runs(peer, variant, make, flags, images))
             runs |= {(amp, f" {TITLES.get(peer, peer)}"): run for amp, run in theirs.items()}
+        times = alternate(runs, device, flags.repeats)
         return [
             {
                 "model": variant + kind,
@@ -185,9 +190,10 @@ def measure_predictions(
                 "ms": round(1e3 * seconds, 2),
                 "images/s": round(images / seconds, 2),
                 "of matmul rate": round(images * gflop / seconds / machine["matmul GFLOP/s"][PRECISIONS[amp]], 3),
+                "speed relative to OpenVINO": round(times.get((amp, " OpenVINO"), 0) / seconds, 2),
                 "peak MiB": peak(runs[amp, kind], device),
             }
-            for (amp, kind), seconds in alternate(runs, device, flags.repeats).items()
+            for (amp, kind), seconds in times.items()
         ]
 
 

@@ -28,6 +28,7 @@ from models import build_model, detector
 from models.postprocess import PostProcess, check_detections
 from models.postprocess_masks import PostProcessPanoptic, PostProcessSegm
 from models.segmentation import DETRsegm
+from run.step import autocast
 from util.errors import InputError, reason
 
 
@@ -38,6 +39,7 @@ class Detector:
     Attributes:
         classes: the classes of the model's labels.
         args: the flags of the model's training, completed by the current defaults.
+        amp: the precision of the forward pass, none or a key of `run.step.AUTOCAST`.
     """
 
     model: detector.Detector | DETRsegm
@@ -46,6 +48,7 @@ class Detector:
     postprocess_panoptic: PostProcessPanoptic | None
     classes: Classes
     args: Flags
+    amp: str = "none"
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +71,8 @@ class Detector:
     @torch.inference_mode()
     def detect(self, resized: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Return the detections in images that `resize` has resized; `sizes` are their (height, width) before it."""
-        outputs = self.model([image.to(self.device) for image in resized])
+        with autocast(self.device, self.amp):
+            outputs = self.model([image.to(self.device) for image in resized])
         of_images = self.postprocess(outputs, torch.tensor(sizes, device=self.device))
         codes = self.codes(outputs, of_images, resized, sizes)
         of_images = [{name: value.cpu() for name, value in image.items()} for image in of_images]

@@ -204,6 +204,7 @@ def predict() -> Parser:
     add("--max_detections", default=None, type=int, help=MAX_DETECTIONS)
     add("--max_megapixels", default=100, type=int, help="largest image that is decoded, or JPEG at its full size")
     add("--batch_size", default=4, type=int, help="images per forward pass")
+    add("--amp", default="none", choices=("none", "bf16", "fp16"), help="precision of the model's forward pass")
     add_device(parser)
     add("--num_workers", default="auto", type=worker_count, help="threads that read and draw; auto: one per CPU")
     return parser

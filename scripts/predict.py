@@ -54,6 +54,7 @@ from evaluation.coco_results import coco_results, write_coco_results
 from evaluation.panoptic_results import png_and_segments, write_panoptic_results
 from flags.limits import check_sizes
 from flags.resolve import IMAGE_SIZES, resolve
+from run.kernels import keep_freed_memory
 from scripts.detector import Detector, load_detector
 from scripts.prediction.gallery import Entry, image_entry, video_entry, write_gallery
 from scripts.prediction.inputs import Report, Source, bounded_batches, find_sources, prefetch, with_annotated_ids
@@ -253,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = with_annotated_ids(sources, args.annotations, report)
     if not sources:
         raise InputError("nothing to predict on: INPUT names no image and no video that can be used; check the paths")
+    if torch.device(args.device).type == "cpu":
+        keep_freed_memory()
     detector = load_detector(args.checkpoint, args.device)
     sizes = {flag: value for flag in IMAGE_SIZES if (value := getattr(args, flag))}
     detector.args = resolve(detector.args, **sizes)
@@ -260,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if detector.postprocess_panoptic and args.panoptic_threshold is not None:
         detector.postprocess_panoptic.threshold = args.panoptic_threshold
     detector.postprocess.num_detections = args.max_detections or detector.postprocess.num_detections
+    detector.model, detector.amp = detector.model.prepared(), args.amp
 
     with ThreadPoolExecutor(args.num_workers or 1) as pool:
         prediction = Prediction(args, detector, pool, report)

@@ -39,7 +39,7 @@ def test_a_small_run(part, tmp_path, monkeypatch, capsys):
     assert row["model"] == "r50"
     assert [other["model"] for other in others] == [
         *{
-            "inference": ["r50, attention weights in full", *OTHERS],
+            "inference": ["r50, prepared", "r50, attention weights in full", *OTHERS],
             "training": ["r50, 2 groups", "r50 transformers"],
             "masks": ["r50"] * 3,
         }[part]

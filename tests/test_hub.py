@@ -49,6 +49,16 @@ def test_entries_build_the_published_models(name, keys, entry):
     assert features.tensors.shape[-1] == (4 if "dc5" in entry else 2)
 
 
+@pytest.mark.parametrize("entry", ["conditional_detr_resnet50", "detr_resnet50_panoptic"])
+def test_prepared_copies_predict_the_same(entry):
+    model = getattr(hubconf, entry)()
+    images = [torch.randint(256, (3, 64, 96), dtype=torch.uint8)]
+    with torch.inference_mode():
+        found, expected = model.prepared()(images), model(images)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("entry", ["resnet50", "resnet50_dc5", "resnet101"])
 def test_panoptic_entries_predict_segments(entry):
     model, postprocess = getattr(hubconf, f"detr_{entry}_panoptic")(threshold=0, return_postprocessor=True)

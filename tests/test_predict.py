@@ -78,6 +78,14 @@ def test_the_batch_size_changes_nothing(run_predict, photos):
         assert_same(many[name], one[name])
 
 
+def test_amp_sets_the_precision_of_the_forward_pass(run_predict, photos):
+    _, exact, _ = run_predict(photos)
+    _, rounded, _ = run_predict(photos, "--amp", "bf16")
+    scores = [[r["score"] for of_image in results.values() for r in of_image] for results in (exact, rounded)]
+    differences = [abs(a - b) for a, b in zip(*scores, strict=True)]
+    assert 1e-6 < max(differences) < 0.05
+
+
 def test_min_size_and_max_size_set_the_size_of_images(run_predict, photos):
     _, usual, _ = run_predict(photos / "a.jpg")
     _, given, _ = run_predict(photos / "a.jpg", "--min_size", 64, "--max_size", 107)
