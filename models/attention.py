@@ -67,10 +67,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p:
     return attend_in_full(query, key, value, visible, p)
 
 
-def attend_in_full(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:
-    """Return the result of `attend`, computed from the matrix of all weights."""
+def attend_in_full(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float, kept: Tensor | None = None
+) -> Tensor:
+    """Return the result of `attend`, computed from the matrix of all weights.
+
+    kept: [B, h, N, S], the weights that dropout keeps, from `models.dropout.draw_kept`; None: draw them.
+    """
     weights = attention_weights(query, key, visible)
-    return (dropout(weights, p) if p > 0 else weights) @ value
+    return (dropout(weights, p, kept) if p > 0 else weights) @ value
 
 
 def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Attention that does not store its weights for the backward pass, which computes them again, part by part.
 
 On CPUs, training with dropout needs the N×S weights of every head. Those of all layers of DC5-R50 take more memory than
-everything else. Results and gradients of `in_parts` have the same bits as those of the function that it is given.
+everything else. Only a byte per weight is stored, which tells whether dropout keeps it. Results and gradients of
+`in_parts` have the same bits as those of the function that it is given.
 
 Shapes: B images, h heads, N queries, S keys, d the width of values, e the width of queries and keys.
 """
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.dropout import draw_kept
 from models.modes import needs_gradients
 
 LARGE = 2**17  # weights of a head; up to this number they are stored, as in the decoder's self-attention
 PART = 2**20  # weights that are computed at once: 4 MB stay in a core's cache. A single head may have more.
 
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float, Tensor], Tensor]
 
 
 def is_large(query: Tensor, key: Tensor) -> bool:
@@ -30,7 +32,7 @@ def is_large(query: Tensor, key: Tensor) -> bool:
 
 
 def in_parts(attend: Attend, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, p: float) -> Tensor:
-    """Return `attend(query, key, value, visible, p)`, [B, h, N, d]; for its arguments see `models.attention`."""
+    """Return `attend(query, key, value, visible, p)`, [B, h, N, d]; for its arguments see `attend_in_full`."""
     # With the memory layout that a single product of all heads would use.
     heads = query.flatten(0, 1), key.mT.flatten(0, 1).mT, value.flatten(0, 1)
     mask = None if visible is None else visible.expand(*query.shape[:2], -1, -1).flatten(0, 1)
@@ -49,12 +51,13 @@ class InParts(torch.autograd.Function):
         ctx: Any, attend: Attend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float
     ) -> Tensor:
         ctx.attend, ctx.p = attend, p
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.random = torch.get_rng_state()
+        kept = torch.empty(len(query), query.shape[1], key.shape[1], dtype=torch.uint8)
+        ctx.save_for_backward(query, key, value, mask, kept)
         ctx.autocast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
         result: Any = None
         for part in parts(query, key):
-            output = attend(query[part], key[part], value[part], None if mask is None else mask[part], p)
+            kept[part] = draw_kept(kept[part].shape, p, kept.dtype)
+            output = attend(query[part], key[part], value[part], None if mask is None else mask[part], p, kept[part])
             result = output.new_empty(len(query), *output.shape[1:]) if result is None else result
             result[part] = output
         return result
@@ -62,13 +65,12 @@ class InParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *heads, mask = ctx.saved_tensors
+        *heads, mask, kept = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in heads]
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", *ctx.autocast):
-            torch.set_rng_state(ctx.random)  # for the same dropout
+        with torch.enable_grad(), torch.autocast("cpu", *ctx.autocast):
             for part in parts(*heads[:2]):
                 inputs = [x[part].detach().requires_grad_() for x in heads]
-                output = ctx.attend(*inputs, None if mask is None else mask[part], ctx.p)
+                output = ctx.attend(*inputs, None if mask is None else mask[part], ctx.p, kept[part])
                 of_inputs = torch.autograd.grad(output, inputs, gradient[part])
                 for whole, of_part in zip(gradients, of_inputs, strict=True):
                     whole[part] = of_part

@@ -71,12 +71,12 @@ def test_weights_are_not_stored_and_are_computed_in_parts(monkeypatch):
     weights_of_head = 64 * 64
 
     def largest(limit: int) -> tuple[int, int]:
-        """Return the numbers of elements of the largest stored and of the largest computed tensor."""
+        """Return the bytes of the largest stored tensor, and the elements of the largest computed one."""
         monkeypatch.setattr(recomputed_attention, "LARGE", limit)
         stored = []
-        with Recorder() as recorder, saved_tensors_hooks(lambda x: stored.append(x.numel()) or x, lambda x: x):
+        with Recorder() as recorder, saved_tensors_hooks(lambda x: stored.append(x.nbytes) or x, lambda x: x):
             attend(x, x, x, None, 0.3).sum().backward()
         return max(stored), recorder.largest
 
-    assert largest(10**9) == (8 * weights_of_head, 8 * weights_of_head)
-    assert largest(0) == (x.numel(), weights_of_head)
+    assert largest(10**9) == (8 * weights_of_head * 4, 8 * weights_of_head)
+    assert largest(0) == (8 * weights_of_head, 8 * weights_of_head)  # a byte per weight
