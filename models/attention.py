@@ -132,9 +132,9 @@ class PackedAttention(MultiHeadAttention):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def project(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Return the projection of x [.., C] by rows `start` to `stop` of the matrix, [.., stop - start]."""
-        return linear(x, self.in_proj_weight[start:stop], self.in_proj_bias[start:stop])
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return the projection of x [.., C] by some rows of the matrix and of the bias."""
+        return linear(x, weight, bias)
 
     def attend_projected(self, *projected: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the result of `attend_heads` for projected queries, keys and values [B, .., C]."""
@@ -151,8 +151,10 @@ class SelfAttention(PackedAttention):
         x: [B, N, C]; position: [B, N, C], or [N, C] for all images.
         """
         dim = x.shape[-1]
-        query, key = self.project(x + position, 0, 2 * dim).chunk(2, dim=-1)
-        value = self.project(x, 2 * dim, 3 * dim)
+        w_qk, w_v = self.in_proj_weight.split([2 * dim, dim])
+        b_qk, b_v = self.in_proj_bias.split([2 * dim, dim])
+        query, key = self.project(x + position, w_qk, b_qk).chunk(2, dim=-1)
+        value = self.project(x, w_v, b_v)
         return self.attend_projected(query, key, value, visible=visible)
 
 
@@ -166,8 +168,6 @@ class CrossAttention(PackedAttention):
 
         x: [B, N, C]; query_pos: [N, C]; memory and position: [B, S, C].
         """
-        dim = x.shape[-1]
-        query = self.project(x + query_pos, 0, dim)
-        key = self.project(memory + position, dim, 2 * dim)
-        value = self.project(memory, 2 * dim, 3 * dim)
-        return self.attend_projected(query, key, value, visible=visible)
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        inputs = x + query_pos, memory + position, memory
+        return self.attend_projected(*map(self.project, inputs, weights, biases), visible=visible)

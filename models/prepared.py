@@ -38,19 +38,16 @@ class Prepared(nn.Module):
 
     kept: Kept
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: int = 0) -> Tensor | None:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """Return x wᵀ + b [.., C'] for x [.., C], w [C', C] and b [C'], or None where oneDNN cannot compute it.
 
-        Results for parameters, such as the object queries, are kept as well.
-
-        Args:
-            part: distinguishes the matrices of a module.
+        Results for parameters, such as the object queries, are kept as well. A matrix may be a part of a parameter.
         """
         is_parameter = isinstance(x, nn.Parameter)
         x = x.to(compute_dtype(x))
         if x.dim() < 2 or not x.numel() or not (needs_only_values(x, weight) and onednn_supports(x)):
             return None
-        matrix, result = ("matrix", x.dtype, part), ("result", x.dtype, part)
+        matrix, result = ((kind, x.dtype, weight.storage_offset()) for kind in ("matrix", "result"))
         if is_parameter and result in self.kept:
             return self.kept[result]
         if matrix not in self.kept:
@@ -74,10 +71,10 @@ class PreparedLinear(Prepared, FastLinear):
 class PreparedProjections(Prepared, PackedAttention):
     """Base class of attention whose projections have packed matrices."""
 
-    def project(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Return the projection by some rows of the matrix, like `PackedAttention.project`."""
-        y = self.product(x, self.in_proj_weight[start:stop], self.in_proj_bias[start:stop], start)
-        return super().project(x, start, stop) if y is None else y
+        y = self.product(x, weight, bias)
+        return super().project(x, weight, bias) if y is None else y
 
 
 class PreparedSelfAttention(PreparedProjections, SelfAttention):
