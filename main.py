@@ -95,8 +95,7 @@ def set_up(flags: Flags) -> torch.device:
     device = torch.device(flags.device)
     seed_everything(flags.seed + get_rank())
     use_fast_kernels(device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     if flags.deterministic:
         use_deterministic_kernels()
     return device

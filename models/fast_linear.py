@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     In 16 bits, `F.linear` uses oneDNN itself.
     """
-    if is_faster(x, weight, bias) and x.dim() > 1 and x.numel():
+    if is_faster(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -32,7 +32,13 @@ def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
     if {tensor.dtype for tensor in tensors} != {torch.float32} or torch.is_autocast_enabled("cpu"):
         return False
-    return needs_only_values(*tensors) and onednn_supports(*tensors) and weight.is_contiguous()
+    return onednn_multiplies(*tensors) and weight.is_contiguous()
+
+
+def onednn_multiplies(x: Tensor, *others: Tensor) -> bool:
+    """Return whether oneDNN's product, which has no gradients, can be used for x and weights."""
+    has_rows = x.dim() > 1 and x.numel() > 0
+    return has_rows and needs_only_values(x, *others) and onednn_supports(x, *others)
 
 
 class FastLinear(NotScriptable, nn.Linear):

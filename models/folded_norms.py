@@ -66,13 +66,18 @@ class FoldedConv2d(NotScriptable, nn.Conv2d):
         if terms is None:
             return super().forward(x)
         x = x.to(compute_dtype(x))
-        weight, bias = self.fold(*terms)
-        if can_fuse(x, weight, added):
+        if can_fuse(x, added, self.weight, *terms):
+            weight, bias = self.fused_weight(x, terms)
             return fused_convolution(self, x, weight, bias, added, relu, overwrite)
+        weight, bias = self.fold(*terms)
         y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
         if added is not None:
             y += added
         return F.relu(y, inplace=True) if relu else y
+
+    def fused_weight(self, x: Tensor, terms: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the folded weight and the bias for a fused convolution of x."""
+        return self.fold(*terms)
 
     def fold(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Return the folded weight [C', C, k, k], in the memory format of the activations, and the bias [C']."""
@@ -127,7 +132,7 @@ class FoldedStage(nn.Sequential):
     def forward(self, x: Tensor, terms: Terms | None = None) -> Tensor:
         """Return [B, C', H', W'] from [B, C, H, W]."""
         terms = terms or norm_terms(self, compute_dtype(x))
-        overwrite = not has_hooks(self)
+        overwrite = x.device.type == "cpu" and not has_hooks(self)
         for i, block in enumerate(self):
             x = block(x, terms, overwrite and i > 0)  # the first input belongs to the caller
         return x

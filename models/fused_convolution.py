@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from models.modes import needs_only_values, onednn_supports
 
 
-def can_fuse(x: Tensor, weight: Tensor, added: Tensor | None) -> bool:
-    """Return whether oneDNN's operators, which have no gradients, can be used for these arguments."""
-    tensors = [x, weight] if added is None else [x, weight, added]
+def can_fuse(x: Tensor, added: Tensor | None, *weights: Tensor) -> bool:
+    """Return whether oneDNN's operators, which have no gradients, can be used for these arguments.
+
+    weights: the tensors from which weight and bias are computed.
+    """
+    tensors = [x, *weights] if added is None else [x, *weights, added]
     return needs_only_values(*tensors) and onednn_supports(*tensors)
 
 

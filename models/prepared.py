@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.attention import CrossAttention, PackedAttention, SelfAttention
-from models.fast_linear import FastLinear
+from models.fast_linear import FastLinear, onednn_multiplies
 from models.folded_norms import FoldedBody, FoldedConv2d, Terms, compute_dtype
-from models.fused_convolution import can_fuse, fused_convolution
-from models.modes import has_hooks, needs_only_values, onednn_supports
+from models.modes import has_hooks, needs_only_values
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,7 +44,7 @@ class Prepared(nn.Module):
         """
         is_parameter = isinstance(x, nn.Parameter)
         x = x.to(compute_dtype(x))
-        if x.dim() < 2 or not x.numel() or not (needs_only_values(x, weight) and onednn_supports(x)):
+        if not onednn_multiplies(x, weight):
             return None
         matrix, result = ((kind, x.dtype, weight.storage_offset()) for kind in ("matrix", "result"))
         if is_parameter and result in self.kept:
@@ -91,18 +90,8 @@ class PreparedConv2d(Prepared, FoldedConv2d):
     Different shapes have different kernels; with a weight that is packed for another one, R50 can take twice the time.
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        terms: tuple[Tensor, Tensor] | None = None,
-        added: Tensor | None = None,
-        relu: bool = False,
-        overwrite: bool = False,
-    ) -> Tensor:
-        """Return [B, C', H', W'] from [B, C, H, W], like `FoldedConv2d`."""
-        x = x.to(compute_dtype(x))
-        if terms is None or not can_fuse(x, self.weight, added):
-            return super().forward(x, terms, added, relu, overwrite)
+    def fused_weight(self, x: Tensor, terms: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the folded and packed weight and the bias for a fused convolution of x."""
         if x.dtype not in self.kept:
             self.kept[x.dtype] = [tensor.to(x.dtype) for tensor in self.fold(*terms)]
         weight, bias = self.kept[x.dtype]
@@ -112,7 +101,7 @@ class PreparedConv2d(Prepared, FoldedConv2d):
             settings = self.padding, self.stride, self.dilation, self.groups, list(x.shape)
             packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *settings)
             self.kept["packed"] = kind, packed
-        return fused_convolution(self, x, packed, bias, added, relu, overwrite)
+        return packed, bias
 
 
 class PreparedBody(Prepared, FoldedBody):

@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_device(flags.device)
     device = torch.device(flags.device)
     use_fast_kernels(device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
 
     machine = describe_machine(device, flags.amp)
     if not flags.no_peer:
@@ -163,10 +162,8 @@ def measure_predictions(
         models[" compiled"] = build(variant, device, "--no_aux_loss")[0].eval()
         compile_model(models[" compiled"])
     pixels = random_images(images, flags.size, device)
-    prepared = ""
-    if device.type == "cpu":
-        prepared = ", prepared"
-        models[prepared] = models[""].prepared()
+    prepared = ", prepared" if device.type == "cpu" else ""  # on GPUs, the model itself
+    models[prepared] = models[""].prepared()
     runs = {(amp, kind): inference(model, pixels, amp) for amp in flags.amp for kind, model in models.items()}
     if "none" in flags.amp:
         runs["none", ", attention weights in full"] = sdpa_kernel(SDPBackend.MATH)(runs["none", ""])

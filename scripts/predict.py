@@ -254,8 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = with_annotated_ids(sources, args.annotations, report)
     if not sources:
         raise InputError("nothing to predict on: INPUT names no image and no video that can be used; check the paths")
-    if torch.device(args.device).type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(torch.device(args.device))
     detector = load_detector(args.checkpoint, args.device)
     sizes = {flag: value for flag in IMAGE_SIZES if (value := getattr(args, flag))}
     detector.args = resolve(detector.args, **sizes)
